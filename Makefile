@@ -1,0 +1,66 @@
+# Everything one can do here. Each target sets up what it needs, in this checkout only (.venv/).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+SOURCES := shared helper server tests
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+.PHONY: venv
+venv: $(READY) ## make .venv/ with qat-helper and qat-plugin in its bin
+
+$(READY): requirements/dev.txt shared/pyproject.toml helper/pyproject.toml server/pyproject.toml
+	@echo "==> .venv: installing the locked requirements (requirements/dev.txt) and the three distributions"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e shared -e helper -e server
+	@touch $@
+
+.PHONY: demo
+demo: $(READY) ## run helper and server on a simulated node (no hardware, no root, under 30 s)
+	@echo "==> demo: the real helper and server on a simulated node"
+	@$(BIN)/qat-plugin demo
+
+.PHONY: test
+test: $(READY) ## run the unit and the simulated-node tests
+	@echo "==> test: unit tests and the simulated node"
+	@$(BIN)/pytest -q tests/unit tests/node
+
+.PHONY: check
+check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code is current
+	@echo "==> check: ruff, mypy, import-linter, generated code"
+	@$(BIN)/ruff format --check -q $(SOURCES)
+	@$(BIN)/ruff check -q $(SOURCES)
+	@$(BIN)/mypy
+	@PYTHONPATH=shared:helper:server $(BIN)/lint-imports
+	@protos/generate --check
+
+.PHONY: format
+format: $(READY) ## format the sources and apply the safe lint fixes
+	@$(BIN)/ruff check -q --fix $(SOURCES)
+	@$(BIN)/ruff format -q $(SOURCES)
+
+.PHONY: bench
+bench: $(READY) ## measure side by side with a plain grpc.aio service (minutes; not a test)
+	@echo "==> bench: ratios to a plain grpc.aio no-op in the same run"
+	@$(BIN)/python -m tests.bench
+
+.PHONY: protos
+protos: $(READY) ## generate server/qat_server/generated from protos/
+	@protos/generate
+
+.PHONY: lock
+lock: ## resolve requirements/*.in into locked files with hashes (needs uv)
+	@cd requirements && for f in helper server dev; do \
+	  uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate $$f.in -o $$f.txt; done
+
+.PHONY: clean
+clean: ## remove what the other targets made
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build

@@ -1,0 +1,1 @@
+"""The unprivileged process: discovery, allocation, the kubelet, health, metrics and the command line."""

@@ -1,0 +1,208 @@
+"""Readers of the kernel's PCI tree in sysfs, starting from a given root. Nothing here writes.
+
+A device is read through one directory descriptor (PciDevice), so that all that is learnt of it in one look is learnt of
+the same device, whatever happens to the links that lead there. Formats: the kernel's
+Documentation/ABI/testing/sysfs-bus-pci.
+
+    <root>/bus/pci/devices/0000:6b:00.1 -> ../../../devices/pci0000:6b/0000:6b:00.1
+        vendor device numa_node driver_override enable   text attributes
+        driver iommu_group physfn virtfnN                links
+        qat/state qat/cfg_services uio/uioN              in folders
+"""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from qat_shared.pci import PciAddress
+
+ATTRIBUTE_LIMIT: Final = 4096  # the kernel's own limit: an attribute is at most one page
+_VIRTFN = re.compile(r"virtfn([0-9]+)", re.ASCII)
+
+
+class SysfsError(Exception):
+    """Something in sysfs could not be read: `where` is the device or the root, `path` relative to it, `why` the cause."""
+
+    def __init__(self, where: str, path: str, why: str) -> None:
+        super().__init__(f"{where}: {path}: {why}")
+        self.where = where
+        self.path = path
+        self.why = why
+
+
+class MissingError(SysfsError):
+    """The device, attribute or link is not there (any more)."""
+
+
+class MalformedError(SysfsError):
+    """It is there, but it is not what the kernel writes there."""
+
+
+def pci_directory(root: Path) -> Path:
+    """`<root>/bus/pci`, after a check that root is a sysfs tree with a PCI bus. Raises SysfsError."""
+    pci = root / "bus" / "pci"
+    try:
+        with os.scandir(pci / "devices"):
+            pass
+    except OSError as error:
+        raise SysfsError(
+            str(root), "bus/pci/devices", f"not a readable sysfs tree ({os.strerror(error.errno or 0)})"
+        ) from error
+    return pci
+
+
+def pci_addresses(root: Path) -> list[PciAddress]:
+    """The addresses of all PCI devices of all domains, in address order; names that are no address are left out."""
+    found = []
+    for name in os.listdir(pci_directory(root) / "devices"):
+        try:
+            found.append(PciAddress.parse(name))
+        except ValueError:
+            continue
+    return sorted(found)
+
+
+def driver_addresses(root: Path, driver: str) -> list[PciAddress]:
+    """The addresses of the devices bound to a driver, in order; empty when the driver is not loaded."""
+    try:
+        names = os.listdir(pci_directory(root) / "drivers" / driver)
+    except FileNotFoundError:
+        return []
+    found = []
+    for name in names:
+        try:
+            found.append(PciAddress.parse(name))
+        except ValueError:
+            continue  # bind, unbind, new_id, module, ...
+    return sorted(found)
+
+
+class PciDevice:
+    """One device's directory, held open. Made by `open_device`."""
+
+    def __init__(self, address: PciAddress, descriptor: int) -> None:
+        self.address = address
+        self.descriptor = descriptor
+
+    def read(self, name: str) -> str:
+        """A text attribute without the white space around it. Raises MissingError, MalformedError or SysfsError."""
+        raw = self._read_raw(name)
+        if len(raw) > ATTRIBUTE_LIMIT:
+            raise MalformedError(str(self.address), name, f"longer than {ATTRIBUTE_LIMIT} bytes")
+        try:
+            text = raw.decode("ascii").strip()
+        except UnicodeDecodeError:
+            raise MalformedError(str(self.address), name, "not text") from None
+        if "\0" in text:
+            raise MalformedError(str(self.address), name, "not text")
+        return text
+
+    def read_optional(self, name: str) -> str | None:
+        """As `read`, None when the attribute does not exist."""
+        try:
+            return self.read(name)
+        except MissingError:
+            return None
+
+    def read_int(self, name: str, base: int = 10) -> int:
+        """A number: base 10, or 16 for vendor and device (0x8086). Raises as `read` does."""
+        text = self.read(name)
+        try:
+            return int(text, base)
+        except ValueError:
+            raise MalformedError(str(self.address), name, f"{text[:40]!r} is not a number") from None
+
+    def link(self, name: str) -> str | None:
+        """The last part of a link's target (driver: vfio-pci; iommu_group: 12), None when there is no such link."""
+        try:
+            target = os.readlink(name, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise MalformedError(str(self.address), name, "not a link") from error
+            raise self._failed(name, error) from error
+        return os.path.basename(target)
+
+    def linked_address(self, name: str) -> PciAddress | None:
+        """The device that a link (physfn, virtfn3) leads to, None when there is no such link. Raises MalformedError."""
+        target = self.link(name)
+        if target is None:
+            return None
+        try:
+            return PciAddress.parse(target)
+        except ValueError as error:
+            raise MalformedError(str(self.address), name, str(error)) from None
+
+    def names(self, folder: str = ".") -> list[str]:
+        """What a folder of the device holds, sorted; empty when there is no such folder."""
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.descriptor)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise self._failed(folder, error) from error
+        try:
+            return sorted(os.listdir(descriptor))
+        finally:
+            os.close(descriptor)
+
+    def virtual_functions(self) -> Iterator[tuple[str, PciAddress | MalformedError]]:
+        """The virtfnN links of a PF in the order of N, each with its VF's address or with what is wrong with it."""
+        numbered = [(int(match[1]), match[0]) for match in map(_VIRTFN.fullmatch, self.names()) if match]
+        for _, name in sorted(numbered):
+            try:
+                address = self.linked_address(name)
+            except MalformedError as error:
+                yield name, error
+                continue
+            if address is not None:
+                yield name, address
+
+    def _read_raw(self, name: str) -> bytes:
+        try:
+            # O_NONBLOCK: should somebody have put a pipe there, this must not wait for its writer.
+            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.descriptor)
+        except OSError as error:
+            raise self._failed(name, error) from error
+        try:
+            return os.read(descriptor, ATTRIBUTE_LIMIT + 1)
+        except OSError as error:
+            raise self._failed(name, error) from error
+        finally:
+            os.close(descriptor)
+
+    def _failed(self, name: str, error: OSError) -> SysfsError:
+        # ENODEV and ENXIO: the file was open while its device went away.
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO):
+            return MissingError(str(self.address), name, "not there")
+        if error.errno in (errno.EISDIR, errno.ELOOP):
+            return MalformedError(str(self.address), name, os.strerror(error.errno))
+        return SysfsError(str(self.address), name, os.strerror(error.errno or 0))
+
+
+@contextmanager
+def open_device(root: Path, address: PciAddress) -> Iterator[PciDevice]:
+    """Hold a device's directory open. Raises MissingError when there is no such device.
+
+    The last directory must carry the address as its own name: a link that leads to another device is refused.
+    """
+    path = root / "bus" / "pci" / "devices" / str(address)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        kind = MissingError if error.errno in (errno.ENOENT, errno.ENOTDIR) else MalformedError
+        raise kind(str(address), "device", os.strerror(error.errno or 0)) from error
+    try:
+        real = os.readlink(f"/proc/self/fd/{descriptor}")
+        if os.path.basename(real) != str(address):
+            raise MalformedError(
+                str(address), "device", f"leads to {os.path.basename(real)[:40]!r}, not to the device itself"
+            )
+        yield PciDevice(address, descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,7 +4,6 @@ Nobody changes one; each stage makes a new one. The order of functions and devic
 """
 
 from msgspec import Struct
-
 from qat_shared.pci import PciAddress
 
 
@@ -46,7 +45,7 @@ class Problem(Struct, frozen=True):
 
 
 class Inventory(Struct, frozen=True):
-    """All QAT functions of the node that are selected. `cut` are the VFs beyond max-num-devices, which are left alone."""
+    """All selected QAT functions of the node. `cut` are the VFs beyond max-num-devices, which are left alone."""
 
     pfs: tuple[PhysicalFunction, ...]
     vfs: tuple[VirtualFunction, ...]

@@ -1,9 +1,9 @@
 """The messages between server and helper: every request there is, and every answer.
 
 One message is one packet of a Unix SEQPACKET socket, msgpack, tagged by its kind, unknown fields refused, 64 KiB at
-most (codec.py). A client says Hello first; a helper of another protocol answers with a Failure that names both versions.
-Requests carry an id of the client's choosing; answers repeat it and may come in another order than the requests, since a
-device that answers slowly holds up no other. No request holds a path, a file name or bytes to write.
+most (codec.py). A client says Hello first; a helper of another protocol answers with a Failure that names both
+versions. Requests carry an id of the client's choosing; answers repeat it and may come in another order than the
+requests, since a device that answers slowly holds up no other. No request holds a path, a file name or bytes to write.
 """
 
 from enum import StrEnum

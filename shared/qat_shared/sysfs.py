@@ -25,7 +25,7 @@ _VIRTFN = re.compile(r"virtfn([0-9]+)", re.ASCII)
 
 
 class SysfsError(Exception):
-    """Something in sysfs could not be read: `where` is the device or the root, `path` relative to it, `why` the cause."""
+    """Something in sysfs could not be read: `path`, relative to `where` (a device or the root), because of `why`."""
 
     def __init__(self, where: str, path: str, why: str) -> None:
         super().__init__(f"{where}: {path}: {why}")

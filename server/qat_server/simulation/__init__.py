@@ -1,1 +1,1 @@
-"""A node without hardware: an emulated kernel, an emulated kubelet and the demo that runs the real processes on them."""
+"""A node without hardware: an emulated kernel, an emulated kubelet and the demo that runs on both."""

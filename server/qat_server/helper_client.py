@@ -1,0 +1,311 @@
+"""The server's side of the helper's socket: typed calls, many in flight, and a connection that is made again when lost.
+
+Theory of operation: `run` (one task) connects, says Hello, then waits for the end of the connection and begins again.
+Calls may come at any time; without a connection they fail at once with HelperUnavailableError, so that nobody waits
+for a helper that is not there. An answer finds its caller by the request's id; a descriptor whose caller has gone is
+closed.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar
+
+from qat_shared import VERSION
+from qat_shared.codec import ProtocolError, decode_reply, encode
+from qat_shared.messages import (
+    MAX_MESSAGE,
+    PROTOCOL,
+    AnyReply,
+    AnyRequest,
+    AuditHead,
+    BindDriver,
+    Bound,
+    Connected,
+    DeviceConfig,
+    Done,
+    DpdkDriver,
+    ErrorCode,
+    Failure,
+    Heartbeat,
+    Hello,
+    KubeletService,
+    OpenKubeletSocket,
+    PrepareSocketDirectory,
+    ReadDeviceConfig,
+    ReadHeartbeat,
+    ReleaseDriver,
+    Welcome,
+)
+from qat_shared.pci import PciAddress
+
+log = logging.getLogger(__name__)
+
+CALL_TIMEOUT: Final = 20.0
+"""Seconds for one call: longer than any deadline of the helper's own, so its answer is the one that is heard."""
+RECONNECT_FIRST: Final = 0.05
+RECONNECT_LAST: Final = 1.0
+
+_R = TypeVar("_R", bound=AnyReply)
+
+
+class HelperError(Exception):
+    """The helper did not do what was asked: `code` says which kind of refusal, `message` what to do."""
+
+    def __init__(self, code: ErrorCode, message: str, errno: int = 0, rule: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.errno = errno
+        self.rule = rule
+
+
+class HelperUnavailableError(HelperError):
+    """There is no connection to the helper."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ErrorCode.UNAVAILABLE, message)
+
+
+class HelperClient:
+    """One helper at one socket. `on_change` is called whenever `connected` changes."""
+
+    def __init__(self, path: Path, on_change: Callable[[], None] = lambda: None) -> None:
+        self._path = path
+        self._on_change = on_change
+        self._connection: _Connection | None = None
+        self.version = ""
+        self.error = "not connected yet"
+        self.audit: AuditHead | None = None
+        self.operations: tuple[str, ...] = ()
+        self.outcomes: dict[tuple[str, str], int] = {}
+        """Answers counted by operation and outcome ("ok" or an error code)."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the helper is there and speaks our protocol."""
+        return self._connection is not None
+
+    async def run(self) -> None:
+        """Keep the connection up until cancelled."""
+        delay = RECONNECT_FIRST
+        while True:
+            try:
+                connection = await self._connect()
+            except (OSError, HelperError, ProtocolError) as error:
+                self._lost(f"cannot reach the helper at {self._path}: {_sentence(error)}")
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RECONNECT_LAST)
+                continue
+            delay = RECONNECT_FIRST
+            self._connection = connection
+            self.error = ""
+            log.info("helper connected", extra={"fields": {"socket": str(self._path), "version": self.version}})
+            self._on_change()
+            try:
+                await connection.ended
+            finally:
+                self._connection = None
+                connection.close("the connection to the helper ended")
+            self._lost(f"the helper at {self._path} closed the connection")
+
+    async def bind(self, address: PciAddress, driver: DpdkDriver, reason: str) -> Bound:
+        """Bind a VF to a DPDK driver. Raises HelperError."""
+        return await self._call(lambda i: BindDriver(id=i, address=address, driver=driver, reason=reason), Bound)
+
+    async def release(self, address: PciAddress, reason: str) -> Bound:
+        """Give a VF back to the kernel's own choice of driver. Raises HelperError."""
+        return await self._call(lambda i: ReleaseDriver(id=i, address=address, reason=reason), Bound)
+
+    async def heartbeat(self, address: PciAddress) -> Heartbeat:
+        """Query a PF's heartbeat. Raises HelperError."""
+        return await self._call(lambda i: ReadHeartbeat(id=i, address=address), Heartbeat)
+
+    async def device_config(self, address: PciAddress) -> DeviceConfig:
+        """Read a PF's dev_cfg. Raises HelperError."""
+        return await self._call(
+            lambda i: ReadDeviceConfig(id=i, address=address, reason="name the resource"), DeviceConfig
+        )
+
+    async def prepare_socket_directory(self) -> None:
+        """Have the endpoints' directory made and given to the server's group. Raises HelperError."""
+        await self._call(lambda i: PrepareSocketDirectory(id=i, reason="serve endpoints"), Done)
+
+    async def open_kubelet_socket(self, service: KubeletService, wait_ms: int = 0) -> socket.socket:
+        """A stream socket connected to the kubelet, which the caller closes. Raises HelperError."""
+        connection = self._require()
+        request_id = connection.next_id()
+        request = OpenKubeletSocket(
+            id=request_id, service=service, wait_ms=wait_ms, reason=f"speak to the kubelet: {service}"
+        )
+        reply, passed = await self._exchange(connection, request)
+        if isinstance(reply, Connected) and passed is not None:
+            try:
+                return socket.socket(fileno=passed)
+            except OSError:  # some other kind of descriptor
+                pass
+        _close(passed)
+        raise HelperError(ErrorCode.INTERNAL, "the helper said that it connected to the kubelet, but passed no socket")
+
+    async def _call(self, make: Callable[[int], AnyRequest], expected: type[_R]) -> _R:
+        connection = self._require()
+        reply, passed = await self._exchange(connection, make(connection.next_id()))
+        _close(passed)
+        if not isinstance(reply, expected):
+            raise HelperError(
+                ErrorCode.INTERNAL, f"the helper answered {type(reply).__name__}, not {expected.__name__}"
+            )
+        return reply
+
+    async def _exchange(self, connection: "_Connection", request: AnyRequest) -> tuple[AnyReply, int | None]:
+        operation = type(request).__name__
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT):
+                reply, passed = await connection.exchange(request)
+        except TimeoutError:
+            self._count(operation, ErrorCode.TIMED_OUT)
+            raise HelperError(
+                ErrorCode.TIMED_OUT, f"the helper did not answer {operation} in {CALL_TIMEOUT:g} s"
+            ) from None
+        self.audit = reply.audit
+        if isinstance(reply, Failure):
+            self._count(operation, reply.code)
+            raise HelperError(reply.code, reply.message, reply.errno, reply.rule)
+        self._count(operation, "ok")
+        return reply, passed
+
+    def _count(self, operation: str, outcome: str) -> None:
+        key = (operation, str(outcome))
+        self.outcomes[key] = self.outcomes.get(key, 0) + 1
+
+    def _require(self) -> "_Connection":
+        if self._connection is None:
+            raise HelperUnavailableError(self.error)
+        return self._connection
+
+    async def _connect(self) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            await loop.sock_connect(sock, os.fspath(self._path))
+            connection = _Connection(sock)
+        except BaseException:
+            sock.close()
+            raise
+        try:
+            hello = Hello(id=connection.next_id(), protocol=PROTOCOL, version=VERSION)
+            reply, _ = await self._exchange(connection, hello)
+            if not isinstance(reply, Welcome) or reply.protocol != PROTOCOL:
+                raise HelperError(
+                    ErrorCode.PROTOCOL, "it does not speak our protocol: install the same version of both"
+                )
+        except BaseException:
+            connection.close("no welcome")
+            raise
+        self.version = reply.version
+        self.operations = reply.operations
+        return connection
+
+    def _lost(self, error: str) -> None:
+        if error != self.error:
+            log.warning("helper not reachable", extra={"fields": {"why": error}})
+        self.error = error
+        self._on_change()
+
+
+class _Connection:
+    """One connected socket and the calls that wait for answers on it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._ids = itertools.count(1)
+        self._sending = asyncio.Lock()
+        self._waiting: dict[int, asyncio.Future[tuple[AnyReply, int | None]]] = {}
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(sock, self._readable)
+
+    def next_id(self) -> int:
+        return next(self._ids) % 2**32
+
+    async def exchange(self, request: AnyRequest) -> tuple[AnyReply, int | None]:
+        packet = encode(request)
+        if self.ended.done():
+            raise HelperUnavailableError("the connection to the helper ended")
+        answer: asyncio.Future[tuple[AnyReply, int | None]] = self._loop.create_future()
+        self._waiting[request.id] = answer
+        try:
+            async with self._sending:
+                try:
+                    await self._loop.sock_sendall(self._sock, packet)
+                except OSError as error:
+                    raise HelperUnavailableError(f"the connection to the helper ended: {_sentence(error)}") from error
+            return await answer
+        except BaseException:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                _close(answer.result()[1])
+            raise
+        finally:
+            self._waiting.pop(request.id, None)
+
+    def close(self, why: str) -> None:
+        self._loop.remove_reader(self._sock)
+        self._sock.close()
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(HelperUnavailableError(why))
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def _readable(self) -> None:
+        while True:
+            try:
+                packet, descriptors, flags, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 4, socket.MSG_CMSG_CLOEXEC)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                packet, descriptors, flags = b"", [], 0
+            if not packet or flags & socket.MSG_TRUNC:
+                _close(*descriptors)
+                self._end()
+                return
+            self._deliver(packet, descriptors)
+
+    def _deliver(self, packet: bytes, passed: list[int]) -> None:
+        try:
+            reply = decode_reply(packet)
+        except ProtocolError as error:
+            log.error("helper sent what is no answer", extra={"fields": {"why": str(error)}})
+            _close(*passed)
+            self._end()
+            return
+        answer = self._waiting.get(reply.id)
+        if answer is None or answer.done():
+            _close(*passed)
+            return
+        _close(*passed[1:])
+        answer.set_result((reply, passed[0] if passed else None))
+
+    def _end(self) -> None:
+        # The reader goes at once: a socket at its end would be readable for ever.
+        with contextlib.suppress(ValueError):
+            self._loop.remove_reader(self._sock)
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
+def _close(*descriptors: int | None) -> None:
+    for descriptor in descriptors:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__

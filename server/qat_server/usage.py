@@ -1,0 +1,117 @@
+"""Which pods hold which devices, as the kubelet's PodResources says, and so which devices may leave a list.
+
+Dropping a device that a pod holds, or that the kubelet is about to give out, can crash the kubelet (a nil dereference
+in its device manager). So a device leaves only after it has been listed as Unhealthy for SETTLE seconds, so that no
+allocation begun before can still be under way, and a PodResources answer asked for after that does not name it. Without
+PodResources nothing ever leaves a list while this server lives.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+from qat_shared.pci import PciAddress
+
+from qat_server.inventory import Listing
+from qat_server.pod_resources import PodResourcesError
+
+log = logging.getLogger(__name__)
+
+SETTLE: Final = 10.0
+"""Seconds. The kubelet chooses devices and calls Allocate within one admission, which takes milliseconds."""
+_AFTER_ALLOCATION: Final = 1.0  # the kubelet shows a pod in PodResources once it is admitted
+_RETRY: Final = 5.0
+
+Holders = Mapping[str, Mapping[PciAddress, str]]
+"""Resource name to device to its holder (namespace/pod/container)."""
+
+
+class Usage:
+    """Asks `query` when there is a reason to, and calls `on_change` when the answer differs from the last."""
+
+    def __init__(
+        self,
+        query: Callable[[], Awaitable[Holders]],
+        on_change: Callable[[], None],
+        interval: float,
+        settle: float = SETTLE,
+    ) -> None:
+        self._query = query
+        self._on_change = on_change
+        self._interval = interval
+        self._settle = settle
+        self._unhealthy_since: dict[tuple[str, PciAddress], float] = {}
+        self._answer_asked_at = float("-inf")
+        self._due = asyncio.Event()
+        self._due_at = 0.0
+        self.holders: Holders | None = None
+        self.error = "not asked yet"
+
+    def observe(self, listing: Listing) -> None:
+        """Take note of the devices that are listed as unhealthy now."""
+        now = asyncio.get_running_loop().time()
+        unhealthy = {(name, d.address) for name, devices in listing.items() for d in devices if not d.healthy}
+        self._unhealthy_since = {key: self._unhealthy_since.get(key, now) for key in unhealthy}
+        waiting = [since + self._settle for since in self._unhealthy_since.values()]
+        fresh = [at for at in waiting if at > self._answer_asked_at]
+        if fresh:
+            self._ask_at(min(fresh))
+
+    def allocated(self) -> None:
+        """Take note that devices were handed out just now."""
+        self._ask_at(asyncio.get_running_loop().time() + _AFTER_ALLOCATION)
+
+    def releasable(self, resource: str, address: PciAddress) -> bool:
+        """Whether a device of a list cannot be in use, nor be about to be."""
+        since = self._unhealthy_since.get((resource, address))
+        if since is None or self.holders is None or self._answer_asked_at < since + self._settle:
+            return False
+        return address not in self.holders.get(resource, {})
+
+    def holder(self, address: PciAddress) -> str:
+        """The pod that holds a device, "" when none is known to."""
+        for devices in (self.holders or {}).values():
+            if address in devices:
+                return devices[address]
+        return ""
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        self._due_at = loop.time()
+        while True:
+            while (wait := self._due_at - loop.time()) > 0:
+                self._due.clear()
+                try:
+                    async with asyncio.timeout(wait):
+                        await self._due.wait()  # an earlier time may be set meanwhile
+                except TimeoutError:
+                    break
+            self._due_at = loop.time() + self._interval
+            await self._ask()
+
+    async def _ask(self) -> None:
+        asked_at = asyncio.get_running_loop().time()
+        try:
+            holders = await self._query()
+        except PodResourcesError as error:
+            if str(error) != self.error:
+                log.warning("pods' devices unknown: lists keep what vanishes", extra={"fields": {"why": str(error)}})
+            self.error = str(error)
+            # What an old answer said may be wrong by now, and a device must not leave a list by it.
+            self.holders = None
+            if self._unhealthy_since:
+                self._ask_at(asked_at + _RETRY)
+            return
+        self.error = ""
+        self._answer_asked_at = asked_at
+        changed = holders != self.holders
+        self.holders = holders
+        if changed or self._unhealthy_since:
+            self._on_change()
+
+    def _ask_at(self, when: float) -> None:
+        if when < self._due_at:
+            self._due_at = when
+            self._due.set()

@@ -1,0 +1,24 @@
+"""One server at a time: the second waits, and goes on when the first has ended."""
+
+import asyncio
+from pathlib import Path
+
+from qat_server.lock import only_server
+from waiting import until
+
+
+async def test_the_second_waits_for_the_first(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    async def second() -> None:
+        order.append("second asks")
+        async with only_server(tmp_path):
+            order.append("second works")
+
+    async with only_server(tmp_path):
+        order.append("first works")
+        task = asyncio.create_task(second())
+        await until(lambda: "second asks" in order)
+        order.append("first ends")
+    await asyncio.wait_for(task, 5)
+    assert order == ["first works", "second asks", "first ends", "second works"]

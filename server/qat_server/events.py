@@ -8,15 +8,16 @@ sysfs, so a lost, doubled or forged one does no harm. Format of a packet: the ke
 import asyncio
 import contextlib
 import errno
-import logging
 import os
 import socket
 from typing import Final
 
 from msgspec import Struct
+
+from qat_server import logs
 from qat_shared.pci import PciAddress
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 _NETLINK_KOBJECT_UEVENT: Final = 15
 _KERNEL_GROUP: Final = 1
@@ -93,7 +94,7 @@ class UeventListener:
             except OSError as error:
                 why = f"{self._source}: {os.strerror(error.errno or 0)}"
                 if why != self.error:
-                    log.warning("no uevents: changes are seen at the next resync only", extra={"fields": {"why": why}})
+                    log.warning("no uevents: changes are seen at the next resync only", why=why)
                 self.error = why
                 await asyncio.sleep(2)
                 continue

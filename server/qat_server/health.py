@@ -5,16 +5,15 @@ has none held against it; while the helper is away, the last verdict stands.
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 
+from qat_server import logs
+from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
+from qat_server.inventory import PhysicalFunction
 from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 
-from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
-from qat_server.inventory import PhysicalFunction
-
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 
 def verdict(pf: PhysicalFunction, alive: bool | None) -> str:
@@ -76,12 +75,12 @@ class HealthMonitor:
                 self.alive.pop(address, None)
             if self._silent.get(address) != error.message:
                 self._silent[address] = error.message
-                log.info("no heartbeat to be read", extra={"fields": {"pf": str(address), "why": error.message}})
+                log.info("no heartbeat to be read", pf=str(address), why=error.message)
             return
         self._silent.pop(address, None)
         if self.alive.get(address) != answer.alive:
             if not answer.alive:
-                log.error("heartbeat lost", extra={"fields": {"pf": str(address)}})
+                log.error("heartbeat lost", pf=str(address))
             elif address in self.alive:
-                log.info("heartbeat back", extra={"fields": {"pf": str(address)}})
+                log.info("heartbeat back", pf=str(address))
         self.alive[address] = answer.alive

@@ -9,13 +9,14 @@ closed.
 import asyncio
 import contextlib
 import itertools
-import logging
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
+from qat_server import logs
+from qat_server.counters import Counters
 from qat_shared import VERSION
 from qat_shared.codec import ProtocolError, decode_reply, encode
 from qat_shared.messages import (
@@ -44,7 +45,7 @@ from qat_shared.messages import (
 )
 from qat_shared.pci import PciAddress
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 CALL_TIMEOUT: Final = 20.0
 """Seconds for one call: longer than any deadline of the helper's own, so its answer is the one that is heard."""
@@ -75,16 +76,15 @@ class HelperUnavailableError(HelperError):
 class HelperClient:
     """One helper at one socket. `on_change` is called whenever `connected` changes."""
 
-    def __init__(self, path: Path, on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, counters: Counters, on_change: Callable[[], None] = lambda: None) -> None:
         self._path = path
+        self._counters = counters
         self._on_change = on_change
         self._connection: _Connection | None = None
         self.version = ""
         self.error = "not connected yet"
         self.audit: AuditHead | None = None
         self.operations: tuple[str, ...] = ()
-        self.outcomes: dict[tuple[str, str], int] = {}
-        """Answers counted by operation and outcome ("ok" or an error code)."""
 
     @property
     def connected(self) -> bool:
@@ -105,7 +105,7 @@ class HelperClient:
             delay = RECONNECT_FIRST
             self._connection = connection
             self.error = ""
-            log.info("helper connected", extra={"fields": {"socket": str(self._path), "version": self.version}})
+            log.info("helper connected", socket=str(self._path), version=self.version)
             self._on_change()
             try:
                 await connection.ended
@@ -168,20 +168,16 @@ class HelperClient:
             async with asyncio.timeout(CALL_TIMEOUT):
                 reply, passed = await connection.exchange(request)
         except TimeoutError:
-            self._count(operation, ErrorCode.TIMED_OUT)
+            self._counters.helper_request(operation, ErrorCode.TIMED_OUT)
             raise HelperError(
                 ErrorCode.TIMED_OUT, f"the helper did not answer {operation} in {CALL_TIMEOUT:g} s"
             ) from None
         self.audit = reply.audit
         if isinstance(reply, Failure):
-            self._count(operation, reply.code)
+            self._counters.helper_request(operation, reply.code)
             raise HelperError(reply.code, reply.message, reply.errno, reply.rule)
-        self._count(operation, "ok")
+        self._counters.helper_request(operation)
         return reply, passed
-
-    def _count(self, operation: str, outcome: str) -> None:
-        key = (operation, str(outcome))
-        self.outcomes[key] = self.outcomes.get(key, 0) + 1
 
     def _require(self) -> "_Connection":
         if self._connection is None:
@@ -213,7 +209,7 @@ class HelperClient:
 
     def _lost(self, error: str) -> None:
         if error != self.error:
-            log.warning("helper not reachable", extra={"fields": {"why": error}})
+            log.warning("helper not reachable", why=error)
         self.error = error
         self._on_change()
 
@@ -280,7 +276,7 @@ class _Connection:
         try:
             reply = decode_reply(packet)
         except ProtocolError as error:
-            log.error("helper sent what is no answer", extra={"fields": {"why": str(error)}})
+            log.error("helper sent what is no answer", why=str(error))
             _close(*passed)
             self._end()
             return

@@ -2,14 +2,15 @@
 
 import asyncio
 import fcntl
-import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-log = logging.getLogger(__name__)
+from qat_server import logs
+
+log = logs.get(__name__)
 
 _NAME: Final = ".server.lock"
 _RETRY: Final = 0.1  # seconds; a rolling update hands over within this
@@ -27,10 +28,7 @@ async def only_server(directory: Path) -> AsyncIterator[None]:
                 break
             except BlockingIOError:
                 if not told:
-                    log.info(
-                        "another server works here: waiting for its end",
-                        extra={"fields": {"lock": str(directory / _NAME)}},
-                    )
+                    log.info("another server works here: waiting for its end", lock=str(directory / _NAME))
                 told = True
                 await asyncio.sleep(_RETRY)
         yield

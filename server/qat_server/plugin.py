@@ -11,33 +11,67 @@ kubelet, systemd) starts it again; what fails for one device stays with that dev
 
 import asyncio
 import contextlib
-import logging
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from qat_server import listing, naming, reconcile
+import uvloop
+
+from qat_server import http_endpoint, listing, logs, naming, reconcile
 from qat_server.binder import Binder
+from qat_server.counters import Counters
 from qat_server.discovery import discover
 from qat_server.endpoint import Endpoint
 from qat_server.events import Changes, UeventListener, resync
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
+from qat_server.http_endpoint import Response
 from qat_server.inventory import Inventory, Listing
 from qat_server.lock import only_server
 from qat_server.pod_resources import held_devices
 from qat_server.settings import Settings
+from qat_server.status import HelperState, State, encode, status_from
 from qat_server.usage import Usage
 from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 NAMESPACE: Final = "qat.intel.com"
 _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT: the exit status."""
+    try:
+        uvloop.run(_serve(settings))
+    except* OSError as group:
+        for error in _leaves(group):
+            log.error("cannot go on", why=str(error))
+        return 1
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    task = asyncio.ensure_future(Plugin(settings).run())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    log.info("ended")
+
+
+def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 class Plugin:
@@ -45,40 +79,78 @@ class Plugin:
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = settings
-        self.started_at = clock()
-        self._clock = clock
         self.changes = Changes()
-        self.helper = HelperClient(settings.helper_socket, self._helper_changed)
+        self.counters = Counters()
+        self.helper = HelperClient(settings.helper_socket, self.counters, self._helper_changed)
         self.listener = UeventListener(settings.uevents, self.changes)
         self.health = HealthMonitor(
             self.helper, lambda: self.inventory.pfs, settings.health_interval, self.changes.mark
         )
-        self.usage = Usage(
-            lambda: held_devices(self.helper, self.socket_directory), self.changes.mark, settings.resync_interval
-        )
-        self.binder = Binder(self.helper, settings.dpdk_driver, self.changes.mark, clock)
+        self.usage = Usage(self._query_holders, self.changes.mark, settings.resync_interval)
+        self.binder = Binder(self.helper, settings.dpdk_driver, self.counters, self.changes.mark, clock)
         self.inventory = _EMPTY
         self.listing: Listing = {}
         self.names: dict[PciAddress, str] = {}
         self.foreign: dict[PciAddress, str] = {}
         self.endpoints: dict[str, Endpoint] = {}
-        self.not_ready = "starting"
+        self._not_ready = "starting"
         self._configs: dict[PciAddress, str] = {}
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
         self._helper_event = asyncio.Event()
+        self._clock = clock
 
     @property
     def socket_directory(self) -> Path:
         """Where the endpoints' sockets are."""
         return self.settings.kubelet_dir / "device-plugins" / NAMESPACE
 
+    def state(self) -> State:
+        """What is known at this moment, for /status and /metrics."""
+        return State(
+            inventory=self.inventory,
+            listing=self.listing,
+            names=self.names,
+            unhealthy=self.health.unhealthy(),
+            heartbeats=self.health.alive,
+            endpoints={name: endpoint.state for name, endpoint in self.endpoints.items()},
+            helper=HelperState(
+                connected=self.helper.connected,
+                version=self.helper.version,
+                error=self.helper.error,
+                audit_sequence=self.helper.audit.sequence if self.helper.audit else 0,
+                audit_hash=self.helper.audit.hash if self.helper.audit else "",
+            ),
+            foreign=self.foreign,
+            failures=self.binder.failures,
+            held={vf.address: pod for vf in self.inventory.vfs if (pod := self.usage.holder(vf.address))},
+            not_ready=self.not_ready(),
+            uevents=self.listener.received,
+            uevent_overruns=self.listener.overruns,
+        )
+
+    def not_ready(self) -> tuple[str, ...]:
+        """The reasons why the server does not do all of its work, none when it does."""
+        reasons = [self._not_ready] if self._not_ready else []
+        if not self.helper.connected:
+            reasons.append(self.helper.error)
+        reasons += [
+            f"{NAMESPACE}/{name} is not registered with the kubelet: {endpoint.state.error or 'under way'}"
+            for name, endpoint in self.endpoints.items()
+            if not endpoint.state.registered
+        ]
+        return tuple(reasons)
+
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled. Raises an ExceptionGroup of OSError for what no new attempt would mend."""
         async with asyncio.TaskGroup() as tasks:
+            if self.settings.metrics_address is not None:
+                # Opened before anything is done, so that an address in use is told at once.
+                sockets = http_endpoint.listen(self.settings.metrics_address)
+                tasks.create_task(http_endpoint.serve(sockets, self._handlers()))
             tasks.create_task(self.helper.run())
             await self._prepare_socket_directory()
             async with only_server(self.socket_directory):
-                self.not_ready = "the first look at the devices is not done"
+                self._not_ready = "the first look at the devices is not done"
                 self.changes.mark()
                 tasks.create_task(self.listener.run())
                 tasks.create_task(resync(self.changes, self.settings.resync_interval))
@@ -89,6 +161,26 @@ class Plugin:
                     while True:
                         await self._look(await self.changes.wait(), work)
 
+    def _handlers(self) -> dict[str, Callable[[], Response]]:
+        from qat_server import metrics  # noqa: PLC0415 - prometheus_client only where metrics are wanted
+
+        registry = metrics.registry(self.state, self.counters)
+        return {
+            "/healthz": lambda: Response(200, b"ok\n"),
+            "/readyz": self._readyz,
+            "/metrics": lambda: Response(200, metrics.text(registry), metrics.CONTENT_TYPE),
+            "/status": lambda: Response(200, encode(status_from(self.state())), http_endpoint.JSON),
+        }
+
+    def _readyz(self) -> Response:
+        reasons = self.not_ready()
+        if not reasons:
+            return Response(200, b"ok\n")
+        return Response(503, "".join(f"{reason}\n" for reason in reasons).encode())
+
+    async def _query_holders(self) -> dict[str, dict[PciAddress, str]]:
+        return await held_devices(self.helper, self.socket_directory)
+
     async def _prepare_socket_directory(self) -> None:
         """Have the helper make the directory; without a helper, go on as soon as it is there and can be written."""
         while True:
@@ -96,35 +188,42 @@ class Plugin:
             try:
                 await self.helper.prepare_socket_directory()
             except HelperUnavailableError as error:
-                if _writable(self.socket_directory):
+                if os.access(self.socket_directory, os.W_OK | os.X_OK):
                     return
-                self.not_ready = f"waiting for the helper to prepare {self.socket_directory}: {error.message}"
+                self._not_ready = f"{self.socket_directory} waits for the helper, which prepares it: {error.message}"
                 await self._helper_event.wait()
             except HelperError as error:
-                self.not_ready = f"the helper could not prepare {self.socket_directory}: {error.message}"
-                log.error("socket directory not prepared", extra={"fields": {"why": error.message}})
+                self._not_ready = f"the helper could not prepare {self.socket_directory}: {error.message}"
+                self._say_once("socket directory not prepared", why=error.message)
                 await asyncio.sleep(1)
             else:
                 return
 
     def _helper_changed(self) -> None:
         self._helper_event.set()
-        self.changes.mark()  # what could not be bound or read meanwhile
+        if self.helper.connected:
+            self.changes.mark()  # what could not be bound or read meanwhile
 
     async def _look(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
+        """See what there is, have done what is missing, tell the kubelet what it may have."""
+        began = self._clock()
         settings = self.settings
-        previous = self.inventory
         try:
             inventory = await asyncio.to_thread(
-                discover, settings.sysfs_root, settings.kernel_vf_drivers, settings.max_num_devices, previous, changed
+                discover,
+                settings.sysfs_root,
+                settings.kernel_vf_drivers,
+                settings.max_num_devices,
+                self.inventory if self.inventory is not _EMPTY else None,
+                changed,
             )
         except SysfsError as error:
-            self._say_once(f"bus:{error}", "the PCI bus cannot be read", why=str(error))
-            self.not_ready = str(error)
+            self._not_ready = str(error)
+            self._say_once("the PCI bus cannot be read", why=str(error))
             return
         self.inventory = inventory
-        self._tell_changes(previous, inventory)
-        await self._read_configs(inventory, work)
+        self._tell(inventory)
+        await self._read_configs(inventory)
         pfs = {pf.address: pf for pf in inventory.pfs}
         self.names = {
             vf.address: naming.resource_name(
@@ -135,36 +234,65 @@ class Plugin:
         plan = reconcile.plan(inventory, settings.dpdk_driver)
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
-            self._say_once(
-                f"foreign:{address}:{driver}",
-                "VF left alone: somebody bound it to another driver",
-                address=address,
-                driver=driver,
-            )
+            self._say_once("VF left alone: somebody bound it to another driver", address=address, driver=driver)
         self.binder.wanted(plan.bind, work)
         self.listing = listing.advance(
             self.listing, inventory, self.names, self.health.unhealthy(), settings.dpdk_driver, self.usage.releasable
         )
         self.usage.observe(self.listing)
         self._publish(work)
-        self.not_ready = ""
+        self._not_ready = ""
+        if changed is None:
+            self.counters.resync()
+        self.counters.rescan(self._clock() - began)
+
+    def _tell(self, inventory: Inventory) -> None:
+        for problem in inventory.problems:
+            self._say_once("device not usable", address=problem.address, why=problem.text)
+        if inventory.cut:
+            self._say_once(
+                "more VFs than --max-num-devices: the last in address order are left alone",
+                max_num_devices=self.settings.max_num_devices,
+                left=len(inventory.cut),
+                first=inventory.cut[0],
+                last=inventory.cut[-1],
+            )
+
+    async def _read_configs(self, inventory: Inventory) -> None:
+        """Ask for the dev_cfg of PFs that need one for their name and have none yet."""
+        needed = {pf.address for pf in inventory.pfs if naming.needs_config(pf)}
+        self._configs = {address: text for address, text in self._configs.items() if address in needed}
+        for address in sorted(needed - self._configs.keys()):
+            try:
+                self._configs[address] = (await self.helper.device_config(address)).text
+            except HelperUnavailableError:
+                return  # asked again when it is back
+            except HelperError as error:
+                if error.code == ErrorCode.UNAVAILABLE:
+                    self._configs[address] = ""  # this driver has none
+                else:
+                    self._say_once("services not read", address=address, why=error.message)
 
     def _publish(self, work: asyncio.TaskGroup) -> None:
         for name, devices in self.listing.items():
             endpoint = self.endpoints.get(name)
             if endpoint is None:
-                endpoint = Endpoint(
-                    name, self.socket_directory, self.helper, self.settings.allocation_policy, self.usage.allocated
-                )
-                self.endpoints[name] = endpoint
-                log.info(
-                    "resource appeared", extra={"fields": {"resource": f"{NAMESPACE}/{name}", "devices": len(devices)}}
-                )
+                endpoint = self.endpoints[name] = self._endpoint(name)
                 endpoint.update(devices)
+                log.info("resource served", resource=f"{NAMESPACE}/{name}", devices=len(devices))
                 work.create_task(endpoint.run())
             else:
                 endpoint.update(devices)
-        for name in [name for name in self.endpoints if name not in self.listing]:
-            endpoint = self.endpoints.pop(name)
-            log.info("resource withdrawn", extra={"fields": {"resource": f"{NAMESPACE}/{name}"}})
-            work.create_task(endpoint.withdraw())
+        for name in self.endpoints.keys() - self.listing.keys():
+            log.info("resource withdrawn", resource=f"{NAMESPACE}/{name}")
+            work.create_task(self.endpoints.pop(name).withdraw())
+
+    def _endpoint(self, name: str) -> Endpoint:
+        raise NotImplementedError
+
+    def _say_once(self, message: str, **fields: object) -> None:
+        """A warning for a fact that each look finds again: one line for each fact."""
+        key = (message, repr(fields))
+        if key not in self._said:
+            self._said.add(key)
+            log.warning(message, **fields)

@@ -7,16 +7,15 @@ PodResources nothing ever leaves a list while this server lives.
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from qat_shared.pci import PciAddress
-
+from qat_server import logs
 from qat_server.inventory import Listing
 from qat_server.pod_resources import PodResourcesError
+from qat_shared.pci import PciAddress
 
-log = logging.getLogger(__name__)
+log = logs.get(__name__)
 
 SETTLE: Final = 10.0
 """Seconds. The kubelet chooses devices and calls Allocate within one admission, which takes milliseconds."""
@@ -97,7 +96,7 @@ class Usage:
             holders = await self._query()
         except PodResourcesError as error:
             if str(error) != self.error:
-                log.warning("pods' devices unknown: lists keep what vanishes", extra={"fields": {"why": str(error)}})
+                log.warning("pods' devices unknown: lists keep what vanishes", why=str(error))
             self.error = str(error)
             # What an old answer said may be wrong by now, and a device must not leave a list by it.
             self.holders = None

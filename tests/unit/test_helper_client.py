@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+
+from qat_server.counters import Counters
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_shared.codec import decode_request, encode
 from qat_shared.messages import (
@@ -74,8 +76,8 @@ class ScriptedHelper:
 async def connected(answer: Answer) -> AsyncIterator[tuple[HelperClient, ScriptedHelper]]:
     with tempfile.TemporaryDirectory(prefix="qat-", dir="/tmp") as directory:
         helper = ScriptedHelper(Path(directory) / "h.sock", answer)
-        changed = asyncio.Event()
-        client = HelperClient(helper.path, changed.set)
+        changed, counters = asyncio.Event(), Counters()
+        client = HelperClient(helper.path, counters, changed.set)
         tasks = [asyncio.create_task(helper.run()), asyncio.create_task(client.run())]
         try:
             async with asyncio.timeout(5):
@@ -108,7 +110,7 @@ async def test_answers_in_another_order_find_their_callers() -> None:
             assert (await second).alive is False
             assert (await first).driver == "vfio-pci"
     assert client.audit == HEAD
-    assert client.outcomes == {("Hello", "ok"): 1, ("BindDriver", "ok"): 1, ("ReadHeartbeat", "ok"): 1}
+    assert client._counters.helper_requests == {("Hello", "ok"): 1, ("BindDriver", "ok"): 1, ("ReadHeartbeat", "ok"): 1}
 
 
 async def test_a_failure_is_raised_with_its_facts() -> None:
@@ -160,7 +162,7 @@ async def test_a_lost_helper_fails_its_callers_and_is_found_again() -> None:
 
 
 async def test_without_a_helper_calls_fail_at_once_and_say_why() -> None:
-    client = HelperClient(Path("/tmp/qat-no-such-directory/h.sock"))
+    client = HelperClient(Path("/tmp/qat-no-such-directory/h.sock"), Counters())
     task = asyncio.create_task(client.run())
     try:
         await until(lambda: "No such file" in client.error)
@@ -178,7 +180,7 @@ async def test_another_protocol_is_told_apart() -> None:
         listening.bind(str(path))
         listening.listen()
         listening.setblocking(False)
-        client = HelperClient(path)
+        client = HelperClient(path, Counters())
         task = asyncio.create_task(client.run())
         loop = asyncio.get_running_loop()
         try:

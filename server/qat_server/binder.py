@@ -1,0 +1,97 @@
+"""Binding operations under way: which VFs are being bound, which failed and when they are tried again.
+
+One operation for one VF at a time, a bounded number in all; each failure is that VF's own, with backoff.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from qat_server import logs
+from qat_server.counters import Counters
+from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
+from qat_server.reconcile import Attempts
+from qat_shared.messages import DpdkDriver
+from qat_shared.pci import PciAddress
+
+log = logs.get(__name__)
+
+_AT_ONCE: Final = 16
+
+
+class Binder:
+    """Binds what it is told is wanted. `on_change` is called with each VF whose binding ended."""
+
+    def __init__(
+        self,
+        helper: HelperClient,
+        driver: DpdkDriver,
+        counters: Counters,
+        on_change: Callable[[PciAddress | None], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._helper = helper
+        self._driver = driver
+        self._counters = counters
+        self._on_change = on_change
+        self._clock = clock
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._running: set[PciAddress] = set()
+        self._attempts = Attempts()
+        self._timer: asyncio.TimerHandle | None = None
+        self.failures: dict[PciAddress, str] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether any VF is being bound."""
+        return bool(self._running)
+
+    def wanted(self, addresses: Iterable[PciAddress], work: asyncio.TaskGroup) -> None:
+        """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of all others."""
+        wanted = set(addresses)
+        self._attempts = self._attempts.keep(wanted)
+        self.failures = {address: why for address, why in self.failures.items() if address in wanted}
+        if not self._helper.connected:
+            return  # a look is asked for when it is back
+        now = self._clock()
+        for address in sorted(wanted - self._running):
+            if self._attempts.due(address, now):
+                self._running.add(address)
+                work.create_task(self._bind(address))
+        self._wake_at(self._attempts.next_due(now))
+
+    async def _bind(self, address: PciAddress) -> None:
+        try:
+            async with self._slots:
+                began = self._clock()
+                outcome = "ok"
+                try:
+                    bound = await self._helper.bind(address, self._driver, "serve it to pods")
+                except HelperUnavailableError:
+                    return
+                except HelperError as error:
+                    outcome = error.code
+                    self._failed(address, error)
+                else:
+                    self.failures.pop(address, None)
+                    log.info("VF bound", address=address, driver=bound.driver)
+                finally:
+                    self._counters.bind(self._driver, self._clock() - began, outcome)
+        finally:
+            self._running.discard(address)
+            self._on_change(address)
+
+    def _failed(self, address: PciAddress, error: HelperError) -> None:
+        self._attempts = self._attempts.failed(address, self._clock())
+        if self.failures.get(address) != error.message:
+            log.error("VF not bound", address=address, code=error.code, why=error.message)
+        self.failures[address] = error.message
+
+    def _wake_at(self, due: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if due is not None:
+            delay = max(0.0, due - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._on_change, None)

@@ -1,0 +1,70 @@
+"""What the logging flags say (their meaning is klog's), and how verbosity maps to the levels of the standard library.
+
+klog     info  V(1) .. V(4)  V(5)=debug  V(6) ..
+logging  20    19   .. 16    10          9   ..
+"""
+
+import logging
+from enum import StrEnum
+from typing import Final
+
+from msgspec import Struct
+
+
+class LogFormat(StrEnum):
+    """How a line looks."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogSettings(Struct, frozen=True, kw_only=True):
+    """Where log lines go and how they look. Severities: 0 info, 1 warning, 2 error, 3 fatal; `file_max_size` in bytes.
+
+    `ineffective` are the flags that were given and have no effect, to be said once.
+    """
+
+    verbosity: int = 0
+    modules: tuple[tuple[str, int], ...] = ()
+    format: LogFormat = LogFormat.TEXT
+    to_stderr: bool = True
+    also_to_stderr: bool = False
+    stderr_threshold: int = 2
+    also_to_stderr_threshold: int = 0
+    legacy_stderr_threshold: bool = True
+    directory: str = ""
+    file: str = ""
+    file_max_size: int = 0
+    one_output: bool = False
+    directory_in_header: bool = False
+    headers: bool = True
+    file_headers: bool = True
+    ineffective: tuple[str, ...] = ()
+
+
+_DEBUG_VERBOSITY: Final = 5
+
+
+def level_of(verbosity: int) -> int:
+    """The standard library's level of V(verbosity); 20 for 0 and less, 1 at least."""
+    if verbosity <= 0:
+        return logging.INFO
+    if verbosity < _DEBUG_VERBOSITY:
+        return logging.INFO - verbosity
+    return max(1, logging.DEBUG - (verbosity - _DEBUG_VERBOSITY))
+
+
+def verbosity_of(level: int) -> int:
+    """The other way round: 0 for info and all that is more severe."""
+    if level >= logging.INFO:
+        return 0
+    if level > logging.INFO - _DEBUG_VERBOSITY:
+        return logging.INFO - level
+    return max(_DEBUG_VERBOSITY, _DEBUG_VERBOSITY + logging.DEBUG - level)
+
+
+def severity_of(level: int) -> int:
+    """0 info (and all V levels), 1 warning, 2 error, 3 fatal."""
+    if level < logging.WARNING:
+        return 0
+    return min(3, (level - logging.INFO) // 10)

@@ -1,0 +1,216 @@
+"""The server's settings: flag texts in, one checked and frozen Settings out, or a SettingsError with one sentence.
+
+`parse` is pure. The one check that looks at the machine, whether --sysfs-root is a sysfs tree, is `check_sysfs_root`.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
+
+from msgspec import Struct
+
+from qat_server import values
+from qat_server.allocation import AllocationPolicy
+from qat_server.flags import SERVER_FLAGS
+from qat_server.log_settings import LogFormat, LogSettings
+from qat_server.values import HostPort
+from qat_shared.devices import VF_DRIVERS
+from qat_shared.messages import DpdkDriver
+from qat_shared.sysfs import SysfsError, pci_directory
+
+_T = TypeVar("_T")
+
+_SHORTEST_INTERVAL: Final = 0.01  # seconds: a shorter one would be a busy loop
+# The longest name that a QAT device's services make: three of sym, asym, dc, dcc, decomp (Gen6).
+_LONGEST_RESOURCE: Final = "asym-decomp-sym"
+_DEFAULTS: Final = {flag.name: flag.default for flag in SERVER_FLAGS}
+_WITHOUT_EFFECT: Final = tuple(flag.name for flag in SERVER_FLAGS if not flag.effect)
+# klog: "no effect when -logtostderr=true".
+_FILES_ONLY: Final = (
+    "log_dir",
+    "log_file",
+    "log_file_max_size",
+    "one_output",
+    "skip_log_headers",
+    "alsologtostderr",
+    "alsologtostderrthreshold",
+)
+
+
+class Mode(StrEnum):
+    """Who is to use the VFs."""
+
+    DPDK = "dpdk"
+
+
+class Registration(StrEnum):
+    """How the kubelet learns of the resources."""
+
+    KUBELET_SOCKET = "kubelet-socket"
+
+
+class SettingsError(Exception):
+    """A flag has a text that makes no sense: one sentence that names the flag."""
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """What the server was told. Intervals in seconds; `health_interval` 0 is off, `metrics_address` None is off."""
+
+    dpdk_driver: DpdkDriver
+    kernel_vf_drivers: tuple[str, ...]
+    max_num_devices: int
+    allocation_policy: AllocationPolicy
+    mode: Mode
+    sysfs_root: Path
+    kubelet_dir: Path
+    helper_socket: Path
+    registration: Registration
+    metrics_address: HostPort | None
+    health_interval: float
+    resync_interval: float
+    uevents: str
+    logging: LogSettings
+
+
+def parse(given: Mapping[str, str] | None = None) -> Settings:
+    """The settings from flag names and their texts; what is not given has its default. Raises SettingsError.
+
+    Names that are no flag of SERVER_FLAGS are a defect of the caller (KeyError).
+    """
+    texts = _DEFAULTS | dict(given or {})
+    if unknown := texts.keys() - _DEFAULTS.keys():
+        raise KeyError(*unknown)
+
+    def read(name: str, parser: Callable[[str], _T]) -> _T:
+        try:
+            return parser(texts[name])
+        except ValueError as error:
+            raise SettingsError(f"--{name}: {error}") from None
+
+    return Settings(
+        dpdk_driver=read("dpdk-driver", _dpdk_driver),
+        kernel_vf_drivers=read("kernel-vf-drivers", lambda text: values.names(text, VF_DRIVERS, "kernel VF driver")),
+        max_num_devices=read("max-num-devices", lambda text: values.integer(text, least=1)),
+        allocation_policy=read("allocation-policy", allocation_policy),
+        mode=read("mode", _mode),
+        sysfs_root=read("sysfs-root", _path),
+        kubelet_dir=read("kubelet-dir", _kubelet_dir),
+        helper_socket=read("helper-socket", _socket_path),
+        registration=read("registration", _registration),
+        metrics_address=read("metrics-address", values.host_port),
+        health_interval=read(
+            "health-interval", lambda text: values.duration(text, _SHORTEST_INTERVAL, zero_is_off=True)
+        ),
+        resync_interval=read("resync-interval", lambda text: values.duration(text, _SHORTEST_INTERVAL)),
+        uevents=read("uevents", _uevents),
+        logging=_logging(read, frozenset(given or ())),
+    )
+
+
+def check_sysfs_root(root: Path) -> None:
+    """Raises SettingsError when `root` is not a readable sysfs tree with a PCI bus."""
+    try:
+        pci_directory(root)
+    except SysfsError as error:
+        raise SettingsError(f"--sysfs-root: {error}") from None
+
+
+def allocation_policy(text: str) -> AllocationPolicy:
+    """balanced, packed, or "" for none. Raises ValueError."""
+    if not text:
+        return AllocationPolicy.NONE
+    choices = (AllocationPolicy.BALANCED.value, AllocationPolicy.PACKED.value)
+    return AllocationPolicy(_one_of(text, choices, "policy"))
+
+
+def _dpdk_driver(text: str) -> DpdkDriver:
+    return DpdkDriver(_one_of(text, tuple(driver.value for driver in DpdkDriver), "driver"))
+
+
+def _mode(text: str) -> Mode:
+    if text == "kernel":
+        raise ValueError("'kernel' comes with a later version; this one has dpdk")
+    return Mode(_one_of(text, tuple(mode.value for mode in Mode), "mode"))
+
+
+def _registration(text: str) -> Registration:
+    if text == "plugin-watcher":
+        raise ValueError("'plugin-watcher' comes with a later version; this one has kubelet-socket")
+    return Registration(_one_of(text, tuple(way.value for way in Registration), "way to register"))
+
+
+def _uevents(text: str) -> str:
+    if text.startswith("unix:"):
+        _socket_path(text.removeprefix("unix:"))
+    elif text != "netlink":
+        raise ValueError(f"{text[:60]!r} is neither netlink nor unix:PATH")
+    return text
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("a path is needed")
+    return Path(text)
+
+
+def _socket_path(text: str) -> Path:
+    path = _path(text)
+    _check_length(path)
+    return path
+
+
+def _kubelet_dir(text: str) -> Path:
+    path = _path(text)
+    _check_length(path / "device-plugins" / "qat.intel.com" / f"{_LONGEST_RESOURCE}.sock")
+    return path
+
+
+def _check_length(socket: Path) -> None:
+    length = len(os.fsencode(socket))
+    if length > values.SUN_PATH_LIMIT:
+        raise ValueError(
+            f"the socket path {socket} is {length} bytes long, the system allows {values.SUN_PATH_LIMIT}:"
+            " choose a shorter directory"
+        )
+
+
+def _one_of(text: str, choices: tuple[str, ...], kind: str) -> str:
+    if text not in choices:
+        raise ValueError(f"unknown {kind} {text[:60]!r}; known are {values.listed(choices)}")
+    return text
+
+
+class _Reader(Protocol):
+    def __call__(self, name: str, parser: Callable[[str], _T], /) -> _T: ...
+
+
+def _logging(read: _Reader, given: frozenset[str]) -> LogSettings:
+    to_stderr = read("logtostderr", values.boolean)
+    legacy = read("legacy_stderr_threshold_behavior", values.boolean)
+    ineffective = [name for name in _WITHOUT_EFFECT if name in given]
+    if to_stderr:
+        ineffective += [name for name in _FILES_ONLY if name in given]
+        if legacy and "stderrthreshold" in given:
+            ineffective.append("stderrthreshold")
+    return LogSettings(
+        verbosity=read("v", values.integer),
+        modules=read("vmodule", values.vmodule),
+        format=LogFormat(
+            read("log-format", lambda text: _one_of(text, tuple(known.value for known in LogFormat), "format"))
+        ),
+        to_stderr=to_stderr,
+        also_to_stderr=read("alsologtostderr", values.boolean),
+        stderr_threshold=read("stderrthreshold", values.severity),
+        also_to_stderr_threshold=read("alsologtostderrthreshold", values.severity),
+        legacy_stderr_threshold=legacy,
+        directory=read("log_dir", str),
+        file=read("log_file", str),
+        file_max_size=read("log_file_max_size", lambda text: values.integer(text, least=0, most=2**40)) * 2**20,
+        one_output=read("one_output", values.boolean),
+        directory_in_header=read("add_dir_header", values.boolean),
+        headers=not read("skip_headers", values.boolean),
+        file_headers=not read("skip_log_headers", values.boolean),
+        ineffective=tuple(ineffective),
+    )

@@ -1,0 +1,245 @@
+"""`qat-plugin demo`: the main job, shown on a simulated node by the real helper and server.
+
+Each step does something to the node, waits until it is *seen* to have the effect that it should (never for a time), and
+prints what was seen. The exit status is 0 only when every step was.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qat_server.allocation import AllocationPolicy
+from qat_server.inventory import Device
+from qat_server.plugin import NAMESPACE
+from qat_server.simulation.interception import InterceptionError
+from qat_server.simulation.kubelet import AdmissionError, Allocation
+from qat_server.simulation.node import Node, NodeDescriptionError, default_node, read_node
+from qat_server.simulation.running_node import NodeError, RunningNode, running_node
+from qat_server.status import Status
+from qat_shared.pci import PciAddress
+
+_HEALTH_INTERVAL: Final = 0.25  # seconds, so that the heartbeat's failure is soon seen
+
+
+def run(node_file: Path | None, policy: AllocationPolicy, keep: bool, console: Console | None = None) -> int:
+    """Run the demo; the exit status. `node_file` is a node description (JSON), None the default node."""
+    console = console or Console(highlight=False, soft_wrap=False)
+    try:
+        node = default_node() if node_file is None else read_node(node_file)
+        return asyncio.run(Demo(console, node, policy, keep).run())
+    except (NodeError, NodeDescriptionError, InterceptionError, AdmissionError) as error:
+        console.print(f"[red]demo failed:[/red] {escape(str(error))}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+class Demo:
+    """The steps, in order, on one running node."""
+
+    def __init__(self, console: Console, node: Node, policy: AllocationPolicy, keep: bool) -> None:
+        self.console = console
+        self.node = node
+        self.policy = policy
+        self.keep = keep
+        self._steps = 0
+
+    async def run(self) -> int:
+        began = time.monotonic()
+        options = [f"--health-interval={_HEALTH_INTERVAL}", f"--kernel-vf-drivers={_vf_drivers(self.node)}"]
+        if self.policy is not AllocationPolicy.NONE:
+            options.append(f"--allocation-policy={self.policy}")
+        async with running_node(self.node, options) as node:
+            self._show_node(node)
+            await self._start(node)
+            status = await self._bind(node)
+            await self._register(node, status)
+            allocations = await self._allocate(node)
+            await self._heartbeat(node, status)
+            await self._restart_kubelet(node, allocations)
+            self._show_audit(node)
+            seconds = time.monotonic() - began
+            self.console.print(f"\n[bold green]All {self._steps} steps were seen to happen[/bold green] in {seconds:.1f} s.")
+            if self.keep:
+                await self._explore(node)
+        return 0
+
+    @asynccontextmanager
+    async def _step(self, title: str) -> AsyncIterator[None]:
+        began = time.monotonic()
+        with self.console.status(f"{title} ..."):
+            yield
+        self._steps += 1
+        self.console.print(f"\n[green]✓[/green] [bold]{title}[/bold] [dim]({(time.monotonic() - began) * 1000:.0f} ms)[/dim]")
+
+    def _show_node(self, node: RunningNode) -> None:
+        self.console.print(
+            f"A node without hardware in {node.directory}: its kernel and its kubelet are emulated;"
+            f" [bold]qat-helper[/bold] and [bold]qat-plugin[/bold] are the real processes (here both as uid {os.geteuid()})."
+        )
+        table = Table("PF", "device", "driver", "NUMA", "state", "services", "VFs", "VFs' driver", box=None, pad_edge=False)
+        for pf in node.kernel.pfs():
+            vfs = node.kernel.vfs_of(pf.address)
+            drivers = sorted({node.kernel.driver(vf) or "none" for vf in vfs})
+            table.add_row(
+                str(pf.address),
+                f"8086:{pf.device_id:04x}",
+                pf.driver or "none",
+                "-" if pf.numa_node is None else str(pf.numa_node),
+                pf.state or "-",
+                pf.services or "-",
+                f"{len(vfs)} of {pf.total_vfs}",
+                ", ".join(drivers) or "-",
+            )
+        self.console.print(table)
+
+    async def _start(self, node: RunningNode) -> None:
+        async with self._step("helper and server started"):
+            node.start_helper()
+            node.start_server()
+            status = await node.until_status("the server reaches the helper", lambda status: status.helper.connected)
+        assert node.helper is not None  # noqa: S101
+        assert node.server is not None  # noqa: S101
+        self.console.print(
+            f"  helper pid {node.helper.pid} (as root on a real node), server pid {node.server.pid} (unprivileged),"
+            f" version {status.version}"
+        )
+
+    async def _bind(self, node: RunningNode) -> Status:
+        async with self._step("every VF bound to vfio-pci by the helper"):
+            status = await node.until_status(
+                "every VF is bound",
+                lambda status: status.ready and status.vfs and all(vf.driver == "vfio-pci" for vf in status.vfs),
+            )
+        table = Table("PF", "VFs on vfio-pci", box=None, pad_edge=False, show_header=False)
+        for pf in status.pfs:
+            vfs = [str(vf.address) for vf in status.vfs if vf.pf == pf.address]
+            table.add_row(f"  PF {pf.address}", f"{len(vfs)}: {vfs[0]} .. {vfs[-1]}" if vfs else "none")
+        self.console.print(table)
+        return status
+
+    async def _register(self, node: RunningNode, status: Status) -> None:
+        wanted = {f"{NAMESPACE}/{resource.name}": resource.allocatable for resource in status.resources}
+        async with self._step("resources registered with the kubelet"):
+            await node.until("the kubelet knows the resources", lambda: node.kubelet.allocatable() == wanted)
+        self._show_capacity(node)
+
+    async def _allocate(self, node: RunningNode) -> dict[str, Allocation]:
+        allocations = {}
+        for pod, count in (("crypto-a", 2), ("crypto-b", 3)):
+            resource, free = max(node.kubelet.allocatable_free().items(), key=lambda item: item[1])
+            count = min(count, free)
+            async with self._step(f"pod {pod} got {count} of {resource} (allocation policy {self.policy})"):
+                allocations[pod] = await node.kubelet.allocate(pod, [("main", resource, count)])
+            self._show_allocation(allocations[pod])
+        first = next(iter(allocations.values()))
+        vf = PciAddress.parse(sorted(first.devices)[0])
+        async with self._step(f"pod crypto-a opened {vf}: seen as in use"):
+            closer = node.kernel.open_vfio(vf)
+            await node.until_status("the VF is in use", lambda status: _in_use(status, vf) is True)
+            closer.close()
+            await node.until_status("the VF is idle", lambda status: _in_use(status, vf) is False)
+        return allocations
+
+    async def _heartbeat(self, node: RunningNode, status: Status) -> None:
+        pf = next((pf for pf in status.pfs if any(vf.pf == pf.address for vf in status.vfs)), None)
+        if pf is None:
+            self.console.print("\n[dim]- no PF on this node (as in a VM): no heartbeat to show[/dim]")
+            return
+        before = node.kubelet.allocatable()
+        lost = sum(vf.pf == pf.address for vf in status.vfs)
+        async with self._step(f"heartbeat of PF {pf.address} lost: its {lost} VFs are taken from the node"):
+            node.kernel.set_heartbeat(pf.address, -1)
+            await node.until(
+                "allocatable falls", lambda: sum(node.kubelet.allocatable().values()) == sum(before.values()) - lost
+            )
+        self._show_capacity(node)
+        async with self._step(f"heartbeat of PF {pf.address} back: its VFs too"):
+            node.kernel.set_heartbeat(pf.address, 0)
+            await node.until("allocatable is as before", lambda: node.kubelet.allocatable() == before)
+
+    async def _restart_kubelet(self, node: RunningNode, allocations: dict[str, Allocation]) -> None:
+        before = node.kubelet.allocatable()
+        async with self._step("kubelet restarted: resources registered again, pods keep their devices"):
+            await node.kubelet.restart()
+            await node.until("allocatable is as before", lambda: node.kubelet.allocatable() == before)
+            for pod, allocation in allocations.items():
+                if node.kubelet.devices_of(pod) != set(allocation.devices):
+                    raise NodeError(f"pod {pod} lost devices over the kubelet's restart")
+
+    def _show_audit(self, node: RunningNode) -> None:
+        lines = node.audit_log.read_bytes().splitlines()
+        self._steps += 1
+        self.console.print(f"\n[green]✓[/green] [bold]the audit log of what root did: {len(lines)} lines, chain intact[/bold]")
+        previous = None
+        for number, line in enumerate(lines, 1):
+            record = json.loads(line)
+            if previous is not None and record["previous"] != previous:
+                raise NodeError(f"line {number} of {node.audit_log} does not continue the line before")
+            previous = hashlib.sha256(line).hexdigest()
+        table = Table("sequence", "event", "operation", "arguments", "verdict", "ms", box=None, pad_edge=False)
+        shown = [json.loads(line) for line in lines]
+        by_operation: dict[str, list[dict[str, object]]] = {}
+        for record in shown:
+            by_operation.setdefault(str(record.get("operation") or record["event"]), []).append(record)
+        for records in by_operation.values():
+            for record in records[:2]:
+                table.add_row(
+                    str(record["sequence"]),
+                    str(record["event"]),
+                    str(record.get("operation") or "-"),
+                    escape(json.dumps(record.get("arguments") or {})),
+                    str(record.get("verdict") or "-"),
+                    str(record.get("duration_ms") or "-"),
+                )
+            if len(records) > 2:
+                table.add_row("", f"[dim]... {len(records) - 2} more like these[/dim]")
+        self.console.print(table)
+
+    async def _explore(self, node: RunningNode) -> None:
+        self.console.print(
+            f"\nThe node goes on in {node.directory} until you press Ctrl-C. To look at it:\n"
+            f"  qat-plugin status --metrics-address 127.0.0.1:{node.metrics_port}\n"
+            f"  curl -s http://127.0.0.1:{node.metrics_port}/metrics\n"
+            f"  tail -f {node.audit_log}\n"
+            f"  ls -l {node.kernel.sysfs_root}/bus/pci/devices/"
+        )
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(name, stop.set)
+        with contextlib.suppress(asyncio.CancelledError):
+            await stop.wait()
+
+    def _show_capacity(self, node: RunningNode) -> None:
+        for title, quantities in (("Capacity", node.kubelet.capacity()), ("Allocatable", node.kubelet.allocatable())):
+            self.console.print(f"  {title}:")
+            for resource, quantity in sorted(quantities.items()):
+                self.console.print(f"    {resource + ':':<26}{quantity}")
+
+    def _show_allocation(self, allocation: Allocation) -> None:
+        for key, value in allocation.envs.items():
+            self.console.print(f"    {key}={value}")
+        self.console.print(f"    devices: {', '.join(allocation.device_nodes)}")
+        if allocation.mounts:
+            self.console.print(f"    mounts: {', '.join(allocation.mounts)}")
+
+
+def _in_use(status: Status, vf: PciAddress) -> bool | None:
+    return next((seen.in_use for seen in status.vfs if seen.address == vf), None)
+
+
+def _vf_drivers(node: Node) -> str:
+    return ",".join(sorted(node.vf_drivers())) or "4xxxvf"

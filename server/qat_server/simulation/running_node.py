@@ -1,0 +1,232 @@
+"""A whole node in one directory: the emulated kernel and kubelet, and the real helper and server processes on them.
+
+The demo, the tests and the benchmark all run on this. The two processes are started as their users start them, by their
+commands and options; only the sysfs root, the kubelet's directory and the source of uevents are the node's.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import BinaryIO, Final, TypeVar
+
+import h11
+import msgspec
+
+from qat_server.simulation.kernel import Kernel
+from qat_server.simulation.kubelet import Kubelet
+from qat_server.simulation.node import Node
+from qat_server.status import Status
+
+_T = TypeVar("_T")
+
+START_TIMEOUT: Final = 20.0
+"""Seconds that a process has until it serves: generous, since a busy machine is slow."""
+
+
+class NodeError(Exception):
+    """The node did not do what it should have: one sentence, with the end of the processes' logs where that helps."""
+
+
+def command(name: str) -> list[str]:
+    """How to start one of our programs (qat-helper, qat-plugin): from beside this Python, else from PATH."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise NodeError(f"{name} is not installed beside {sys.executable} nor on PATH: install the {name} distribution")
+    return [found]
+
+
+class RunningNode:
+    """Made by `running_node`. `helper` and `server` are the running processes, None while they are stopped."""
+
+    def __init__(self, directory: Path, kernel: Kernel, kubelet: Kubelet, server_options: Sequence[str]) -> None:
+        self.directory = directory
+        self.kernel = kernel
+        self.kubelet = kubelet
+        self.helper: subprocess.Popen[bytes] | None = None
+        self.server: subprocess.Popen[bytes] | None = None
+        self.metrics_port = _free_port()
+        self._server_options = tuple(server_options)
+
+    @property
+    def audit_log(self) -> Path:
+        return self.directory / "run" / "audit.jsonl"
+
+    @property
+    def helper_socket(self) -> Path:
+        return self.directory / "run" / "helper.sock"
+
+    def log(self, name: str) -> str:
+        """What a process ("helper", "server") has written to stderr so far."""
+        return (self.directory / "run" / f"{name}.log").read_text(errors="replace")
+
+    def start_helper(self) -> None:
+        """Start qat-helper under the emulated kernel; it may take a moment until it serves."""
+        with self._open_log("helper") as log:
+            self.helper = self.kernel.spawn(
+                [
+                    *command("qat-helper"),
+                    f"--sysfs-root={self.kernel.sysfs_root}",
+                    f"--kubelet-dir={self.kubelet.directory}",
+                    f"--socket={self.helper_socket}",
+                    f"--server-uid={os.geteuid()}",
+                    f"--server-gid={os.getegid()}",
+                    f"--audit-log={self.audit_log}",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+
+    def start_server(self) -> None:
+        """Start qat-plugin; it may take a moment until it is ready."""
+        with self._open_log("server") as log:
+            self.server = subprocess.Popen(
+                [
+                    *command("qat-plugin"),
+                    f"--sysfs-root={self.kernel.sysfs_root}",
+                    f"--kubelet-dir={self.kubelet.directory}",
+                    f"--helper-socket={self.helper_socket}",
+                    f"--uevents=unix:{self.kernel.uevents_path}",
+                    f"--metrics-address=127.0.0.1:{self.metrics_port}",
+                    *self._server_options,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+
+    async def stop_server(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """End the server and wait for it: its exit status."""
+        server, self.server = self.server, None
+        return await _ended("server", server, how)
+
+    async def stop_helper(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """End the helper and wait for it: its exit status."""
+        helper, self.helper = self.helper, None
+        return await _ended("helper", helper, how)
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """GET from the server's HTTP endpoint: status and body. Raises OSError when it does not listen."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.metrics_port)
+        try:
+            client = h11.Connection(h11.CLIENT)
+            request = h11.Request(method="GET", target=path, headers=[("Host", "node"), ("Connection", "close")])
+            writer.write((client.send(request) or b"") + (client.send(h11.EndOfMessage()) or b""))
+            status, body = 0, b""
+            while True:
+                event = client.next_event()
+                if event is h11.NEED_DATA:
+                    client.receive_data(await reader.read(65536))
+                elif isinstance(event, h11.Response):
+                    status = event.status_code
+                elif isinstance(event, h11.Data):
+                    body += bytes(event.data)
+                else:
+                    return status, body
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def status(self) -> Status:
+        """What the server says of itself. Raises OSError when it does not listen."""
+        _, body = await self.get("/status")
+        return msgspec.json.decode(body, type=Status)
+
+    async def until(self, what: str, condition: Callable[[], _T], seconds: float = START_TIMEOUT) -> _T:
+        """Wait until `condition()` is true and return it. Raises NodeError that says `what` did not come."""
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise NodeError(f"{what}: not within {seconds:g} s\n{self.tails()}")
+            await asyncio.sleep(0.005)
+        return value
+
+    async def until_status(
+        self, what: str, condition: Callable[[Status], object], seconds: float = START_TIMEOUT
+    ) -> Status:
+        """Wait until the server's status satisfies `condition` and return it. Raises NodeError."""
+        deadline = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(OSError):
+                status = await self.status()
+                if condition(status):
+                    return status
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise NodeError(f"{what}: not within {seconds:g} s\n{self.tails()}")
+            await asyncio.sleep(0.02)
+
+    def check_alive(self) -> None:
+        """Raises NodeError when one of the processes has ended by itself."""
+        for name, process in (("helper", self.helper), ("server", self.server)):
+            if process is not None and process.poll() is not None:
+                raise NodeError(f"the {name} ended with status {process.returncode}\n{self.tails()}")
+
+    def tails(self, lines: int = 15) -> str:
+        """The last lines of both logs."""
+        parts = []
+        for name in ("helper", "server"):
+            with contextlib.suppress(OSError):
+                parts += [f"--- {name}", *self.log(name).splitlines()[-lines:]]
+        return "\n".join(parts)
+
+    def _open_log(self, name: str) -> BinaryIO:
+        return open(self.directory / "run" / f"{name}.log", "ab")
+
+
+@asynccontextmanager
+async def running_node(
+    node: Node, server_options: Sequence[str] = (), directory: Path | None = None
+) -> AsyncIterator[RunningNode]:
+    """A node whose processes are started by the caller; all ends and, without `directory`, is removed with the context."""
+    with contextlib.ExitStack() as stack:
+        if directory is None:
+            # Short: a Unix socket's path has 107 bytes.
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qat-", dir=_short_tmp())))
+        (directory / "run").mkdir(mode=0o770)
+        kernel = stack.enter_context(contextlib.closing(Kernel(directory, node)))
+        kubelet = Kubelet(directory / "kubelet")
+        await kubelet.start()
+        running = RunningNode(directory, kernel, kubelet, server_options)
+        try:
+            yield running
+        finally:
+            for stop in (running.stop_server, running.stop_helper):
+                with contextlib.suppress(NodeError):
+                    await stop()
+            await kubelet.stop()
+
+
+async def _ended(name: str, process: "subprocess.Popen[bytes] | None", how: signal.Signals) -> int:
+    if process is None:
+        raise NodeError(f"the {name} is not running")
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(how)
+    try:
+        return await asyncio.to_thread(process.wait, 10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise NodeError(f"the {name} did not end within 10 s of {how.name}") from None
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _short_tmp() -> str:
+    return "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()  # noqa: S108

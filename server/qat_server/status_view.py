@@ -1,0 +1,104 @@
+"""`qat-plugin status` on a terminal: tables of a Status. What came from elsewhere is shown as text, never as markup."""
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qat_server.status import Status, VfStatus
+
+_USE = {True: "in use", False: "idle", None: "?"}
+
+
+def show(status: Status, console: Console) -> None:
+    """Print one screen."""
+    _line(console, f"qat-plugin {status.version}: ", "ready" if status.ready else "not ready", good=status.ready)
+    for reason in status.not_ready:
+        console.print(_text(f"  {reason}"))
+    helper = status.helper
+    if helper.connected:
+        detail = f"connected, version {helper.version}, audit log at {helper.audit_sequence} ({helper.audit_hash[:12]})"
+    else:
+        detail = f"not connected: {helper.error}" if helper.error else "not connected"
+    _line(console, "helper: ", detail, good=helper.connected)
+    console.print(
+        _table(
+            "resources",
+            ("resource", "capacity", "allocatable", "registered", "last error"),
+            (
+                (each.name, str(each.capacity), str(each.allocatable), _yes(each.registered), each.error)
+                for each in status.resources
+            ),
+        ),
+        _table(
+            "physical functions",
+            ("PF", "device", "driver", "NUMA", "state", "services", "VFs", "health"),
+            (
+                (
+                    pf.address,
+                    pf.device,
+                    pf.driver or "none",
+                    _number(pf.numa_node),
+                    pf.state or "-",
+                    pf.services or "-",
+                    f"{pf.vfs}/{pf.total_vfs}",
+                    pf.reason or "ok",
+                )
+                for pf in status.pfs
+            ),
+        ),
+        _table(
+            "virtual functions",
+            ("VF", "PF", "driver", "NUMA", "resource", "use", "pod", "health"),
+            (
+                (
+                    vf.address,
+                    vf.pf or "-",
+                    vf.driver or "none",
+                    _number(vf.numa_node),
+                    vf.resource if vf.listed else f"({vf.resource or '-'})",
+                    _USE[vf.in_use],
+                    vf.pod or "-",
+                    _health(vf),
+                )
+                for vf in status.vfs
+            ),
+        ),
+    )
+    for problem in status.problems:
+        console.print(_text(f"problem: {problem}"))
+    if status.cut:
+        console.print(_text(f"left alone (--max-num-devices): {', '.join(status.cut)}"))
+
+
+def _health(vf: VfStatus) -> str:
+    return vf.reason or ("ok" if vf.listed else "not listed")
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold", header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    return table
+
+
+def _line(console: Console, label: str, text: str, *, good: bool) -> None:
+    line = Text(label)
+    line.append_text(_text(text, "green" if good else "red"))
+    console.print(line)
+
+
+def _text(text: str, style: str = "") -> Text:
+    # The status is another process's: no control characters to the terminal.
+    return Text("".join(letter if letter.isprintable() else "\ufffd" for letter in text), style)
+
+
+def _number(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"

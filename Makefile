@@ -50,7 +50,7 @@ format: $(READY) ## format the sources and apply the safe lint fixes
 .PHONY: bench
 bench: $(READY) ## measure side by side with a plain grpc.aio service (minutes; not a test)
 	@echo "==> bench: ratios to a plain grpc.aio no-op in the same run"
-	@$(BIN)/python -m tests.bench
+	@$(BIN)/python tests/bench
 
 .PHONY: protos
 protos: $(READY) ## generate server/qat_server/generated from protos/

@@ -91,8 +91,8 @@ def _help(flag: Flag) -> str:
 def server(**_: str | bool | None) -> None:
     """Serve the QAT devices of this node to its kubelet. Without a command, the server runs.
 
-    Flags are written -name value, -name=value, --name value or --name=value; a boolean alone is true. Each may be given as
-    an environment variable too (QAT_PLUGIN_MAX_NUM_DEVICES=32); the flag wins. Defaults stand in brackets.
+    Flags are written -name value, -name=value, --name value or --name=value; a boolean alone is true. Each may be given
+    as an environment variable too (QAT_PLUGIN_MAX_NUM_DEVICES=32); the flag wins. Defaults stand in brackets.
     """
 
 

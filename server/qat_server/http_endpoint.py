@@ -13,6 +13,7 @@ While nobody is connected nothing runs: no timer, no task but the one that waits
 
 import asyncio
 import contextlib
+import errno
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ MAX_CONNECTIONS: Final = 16
 HEAD_SECONDS: Final = 5.0
 IDLE_SECONDS: Final = 75.0  # more than Prometheus' usual minute between scrapes
 ANSWER_SECONDS: Final = 5.0
+_CLOSE: Final = ("Connection", "close")
 TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
 
@@ -63,9 +65,18 @@ def listen(address: HostPort) -> list[socket.socket]:
             return [socket.create_server(("", address.port), family=socket.AF_INET6, dualstack_ipv6=True)]
         return [socket.create_server(("", address.port))]
     with contextlib.ExitStack() as opened:
-        sockets = []
+        sockets: list[socket.socket] = []
+        absent = OSError(errno.EADDRNOTAVAIL, f"{address.host!r} stands for no address")
         for family, place in _resolved(address):
-            sockets.append(opened.enter_context(socket.create_server(place[:2], family=family)))
+            try:
+                sockets.append(opened.enter_context(socket.create_server(place, family=family)))
+            except OSError as error:
+                # localhost may stand for ::1 on a node without IPv6.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                absent = error
+        if not sockets:
+            raise absent
         opened.pop_all()
     return sockets
 
@@ -122,19 +133,24 @@ class _Endpoint:
                 if not isinstance(event, h11.Request):
                     return
                 response, extra = self._answer(event)
-                # A body is not waited for: with one, h11 says "close" and the loop ends below.
-                has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in event.headers)
-                await self._send(conn, writer, response, [*extra, *([("Connection", "close")] if has_body else [])])
-                if has_body or conn.next_event() is h11.PAUSED or conn.our_state is not h11.DONE:
+                # A body is not waited for: the answer is the last.
+                if any(name in (b"content-length", b"transfer-encoding") for name, _ in event.headers):
+                    extra.append(_CLOSE)
+                await self._send(conn, writer, response, extra, head_only=event.method == b"HEAD")
+                if conn.our_state is not h11.DONE:
                     return
+                conn.next_event()  # the end of the request
                 conn.start_next_cycle()
-                seconds = self._limits.idle_seconds
+                # What follows may have begun already, in the same packet.
+                seconds = self._limits.head_seconds if conn.trailing_data[0] else self._limits.idle_seconds
         except h11.RemoteProtocolError as error:
             with contextlib.suppress(h11.LocalProtocolError, OSError, TimeoutError):
                 bad = Response(error.error_status_hint, f"{error}\n".encode("ascii", "backslashreplace"))
-                await self._send(conn, writer, bad, [("Connection", "close")])
+                await self._send(conn, writer, bad, [_CLOSE])
         except (OSError, TimeoutError):
             pass  # the client went away, or took too long
+        except Exception:  # the outermost edge of a connection, which must not end the process that serves devices
+            log.exception("connection failed")
         finally:
             self._forget(writer)
             await self._close(writer)
@@ -156,6 +172,8 @@ class _Endpoint:
     def _answer(self, request: h11.Request) -> tuple[Response, list[tuple[str, str]]]:
         path = request.target.partition(b"?")[0].decode("ascii", "replace")
         handler = self._handlers.get(path)
+        if request.http_version not in (b"1.0", b"1.1"):
+            return Response(505, b"HTTP/1.1 is spoken here\n"), [_CLOSE]
         if handler is None:
             return Response(404, f"not found; there are {', '.join(sorted(self._handlers))}\n".encode()), []
         if request.method not in (b"GET", b"HEAD"):
@@ -167,7 +185,13 @@ class _Endpoint:
             return Response(500, b"internal error, see the log\n"), []
 
     async def _send(
-        self, conn: h11.Connection, writer: asyncio.StreamWriter, response: Response, extra: list[tuple[str, str]]
+        self,
+        conn: h11.Connection,
+        writer: asyncio.StreamWriter,
+        response: Response,
+        extra: list[tuple[str, str]],
+        *,
+        head_only: bool = False,
     ) -> None:
         headers = [
             ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
@@ -177,7 +201,7 @@ class _Endpoint:
             *extra,
         ]
         head = conn.send(h11.Response(status_code=response.status, headers=headers))
-        body = conn.send(h11.Data(data=response.body))  # h11 leaves it out when HEAD was asked
+        body = b"" if head_only else conn.send(h11.Data(data=response.body))
         end = conn.send(h11.EndOfMessage())
         writer.write((head or b"") + (body or b"") + (end or b""))
         async with asyncio.timeout(self._limits.answer_seconds):

@@ -85,7 +85,7 @@ def host_port(text: str) -> HostPort | None:
             return HostPort(str(IPv6Address(host[1:-1])), int(port))
         except ValueError:
             raise ValueError(f"{_shown(host)} is not an IPv6 address") from None
-    if ":" in host:
+    if ":" in host and "/" not in host:
         raise ValueError(f"{_shown(text)}: an IPv6 address stands in brackets, as in [::1]:9090")
     if host and not _HOST.fullmatch(host):
         raise ValueError(f"{_shown(host)} is not a host name or address")

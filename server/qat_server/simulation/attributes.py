@@ -1,4 +1,4 @@
-"""What each attribute of a PCI device shows, and which a device has. After the kernel's pci-sysfs.c, iov.c, adf_sysfs.c.
+"""What each attribute of a PCI device shows, and which a device has. After pci-sysfs.c, iov.c and adf_sysfs.c.
 
 A change of state is followed by `refresh` of the attributes that show it: nothing else writes them.
 """
@@ -8,7 +8,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.simulation.bus import Device, Qat, Sriov
+from qat_server.simulation.model import Device, Qat, Sriov
 from qat_server.simulation.tree import Entry, Tree
 
 NUM_RPS: Final = 64
@@ -73,12 +73,23 @@ def _first(sriov: Sriov) -> int:
 def entries(device: Device) -> list[Entry]:
     """The files of a new device. qat/ comes with its driver."""
     table = COMMON if device.sriov is None else COMMON | SRIOV
-    return [(name, attribute.show(device) if attribute.show else "", attribute.mode) for name, attribute in table.items()]
+    device.shown.clear()
+    return [
+        (name, attribute.show(device) if attribute.show else "", attribute.mode) for name, attribute in table.items()
+    ]
 
 
 def refresh(tree: Tree, device: Device, *names: str) -> None:
     """Show the device's state as it is now in these attributes."""
     for name in names:
         attribute = ALL[name]
-        if attribute.show is not None:
-            tree.put(f"{device.path}/{name}", attribute.show(device), attribute.mode)
+        if attribute.show is None:
+            continue
+        text, before = attribute.show(device), device.shown.get(name, "")
+        if text == before:
+            continue
+        if len(text) == len(before) == len("0\n"):
+            tree.overwrite(f"{device.path}/{name}", text)
+        else:
+            tree.put(f"{device.path}/{name}", text, attribute.mode)
+        device.shown[name] = text

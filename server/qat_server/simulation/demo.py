@@ -21,25 +21,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from qat_server.allocation import AllocationPolicy
-from qat_server.inventory import Device
 from qat_server.plugin import NAMESPACE
 from qat_server.simulation.interception import InterceptionError
 from qat_server.simulation.kubelet import AdmissionError, Allocation
-from qat_server.simulation.node import Node, NodeDescriptionError, default_node, read_node
-from qat_server.simulation.running_node import NodeError, RunningNode, running_node
+from qat_server.simulation.node import Node, NodeError, demo_node, parse_node
+from qat_server.simulation.running_node import RunningNode, SimulationError, running_node
 from qat_server.status import Status
-from qat_shared.pci import PciAddress
+from qat_shared.devices import VIRTUAL
 
 _HEALTH_INTERVAL: Final = 0.25  # seconds, so that the heartbeat's failure is soon seen
 
 
-def run(node_file: Path | None, policy: AllocationPolicy, keep: bool, console: Console | None = None) -> int:
-    """Run the demo; the exit status. `node_file` is a node description (JSON), None the default node."""
-    console = console or Console(highlight=False, soft_wrap=False)
+def run(node: Path | None, policy: AllocationPolicy, keep: bool, console: Console | None = None) -> int:
+    """Run the demo; the exit status. `node` is a file with a node description (JSON), None the default node."""
+    console = console or Console(highlight=False, soft_wrap=True)
     try:
-        node = default_node() if node_file is None else read_node(node_file)
-        return asyncio.run(Demo(console, node, policy, keep).run())
-    except (NodeError, NodeDescriptionError, InterceptionError, AdmissionError) as error:
+        described = demo_node() if node is None else parse_node(node.read_bytes())
+        return asyncio.run(Demo(console, described, policy, keep).run())
+    except (SimulationError, NodeError, InterceptionError, AdmissionError) as error:
         console.print(f"[red]demo failed:[/red] {escape(str(error))}")
         return 1
     except KeyboardInterrupt:
@@ -71,7 +70,9 @@ class Demo:
             await self._restart_kubelet(node, allocations)
             self._show_audit(node)
             seconds = time.monotonic() - began
-            self.console.print(f"\n[bold green]All {self._steps} steps were seen to happen[/bold green] in {seconds:.1f} s.")
+            self.console.print(
+                f"\n[bold green]All {self._steps} steps were seen to happen[/bold green] in {seconds:.1f} s."
+            )
             if self.keep:
                 await self._explore(node)
         return 0
@@ -82,27 +83,33 @@ class Demo:
         with self.console.status(f"{title} ..."):
             yield
         self._steps += 1
-        self.console.print(f"\n[green]✓[/green] [bold]{title}[/bold] [dim]({(time.monotonic() - began) * 1000:.0f} ms)[/dim]")
+        self.console.print(
+            f"\n[green]✓[/green] [bold]{title}[/bold] [dim]({(time.monotonic() - began) * 1000:.0f} ms)[/dim]"
+        )
 
     def _show_node(self, node: RunningNode) -> None:
         self.console.print(
             f"A node without hardware in {node.directory}: its kernel and its kubelet are emulated;"
             f" [bold]qat-helper[/bold] and [bold]qat-plugin[/bold] are the real processes (here both as uid {os.geteuid()})."
         )
-        table = Table("PF", "device", "driver", "NUMA", "state", "services", "VFs", "VFs' driver", box=None, pad_edge=False)
-        for pf in node.kernel.pfs():
-            vfs = node.kernel.vfs_of(pf.address)
-            drivers = sorted({node.kernel.driver(vf) or "none" for vf in vfs})
+        table = Table(
+            "PF", "device", "driver", "NUMA", "state", "services", "VFs", "VFs' driver", box=None, pad_edge=False
+        )
+        devices = node.kernel.snapshot()
+        for pf in self.node.pfs:
+            vfs = [device for device in devices.values() if device.pf == pf.pci_address]
             table.add_row(
-                str(pf.address),
-                f"8086:{pf.device_id:04x}",
-                pf.driver or "none",
+                pf.address,
+                f"8086:{pf.device}",
+                pf.bound_to or "none",
                 "-" if pf.numa_node is None else str(pf.numa_node),
-                pf.state or "-",
+                pf.state if pf.has_qat_attributes else "-",
                 pf.services or "-",
                 f"{len(vfs)} of {pf.total_vfs}",
-                ", ".join(drivers) or "-",
+                ", ".join(sorted({vf.driver or "none" for vf in vfs})) or "-",
             )
+        for vf in self.node.vfs:
+            table.add_row("(VF alone)", f"8086:{vf.device}", "", "", "", "", vf.address, vf.driver or "")
         self.console.print(table)
 
     async def _start(self, node: RunningNode) -> None:
@@ -125,7 +132,7 @@ class Demo:
             )
         table = Table("PF", "VFs on vfio-pci", box=None, pad_edge=False, show_header=False)
         for pf in status.pfs:
-            vfs = [str(vf.address) for vf in status.vfs if vf.pf == pf.address]
+            vfs = [vf.address for vf in status.vfs if vf.pf == pf.address]
             table.add_row(f"  PF {pf.address}", f"{len(vfs)}: {vfs[0]} .. {vfs[-1]}" if vfs else "none")
         self.console.print(table)
         return status
@@ -145,7 +152,7 @@ class Demo:
                 allocations[pod] = await node.kubelet.allocate(pod, [("main", resource, count)])
             self._show_allocation(allocations[pod])
         first = next(iter(allocations.values()))
-        vf = PciAddress.parse(sorted(first.devices)[0])
+        vf = sorted(first.devices)[0]
         async with self._step(f"pod crypto-a opened {vf}: seen as in use"):
             closer = node.kernel.open_vfio(vf)
             await node.until_status("the VF is in use", lambda status: _in_use(status, vf) is True)
@@ -177,17 +184,19 @@ class Demo:
             await node.until("allocatable is as before", lambda: node.kubelet.allocatable() == before)
             for pod, allocation in allocations.items():
                 if node.kubelet.devices_of(pod) != set(allocation.devices):
-                    raise NodeError(f"pod {pod} lost devices over the kubelet's restart")
+                    raise SimulationError(f"pod {pod} lost devices over the kubelet's restart")
 
     def _show_audit(self, node: RunningNode) -> None:
         lines = node.audit_log.read_bytes().splitlines()
         self._steps += 1
-        self.console.print(f"\n[green]✓[/green] [bold]the audit log of what root did: {len(lines)} lines, chain intact[/bold]")
+        self.console.print(
+            f"\n[green]✓[/green] [bold]the audit log of what root did: {len(lines)} lines, chain intact[/bold]"
+        )
         previous = None
         for number, line in enumerate(lines, 1):
             record = json.loads(line)
             if previous is not None and record["previous"] != previous:
-                raise NodeError(f"line {number} of {node.audit_log} does not continue the line before")
+                raise SimulationError(f"line {number} of {node.audit_log} does not continue the line before")
             previous = hashlib.sha256(line).hexdigest()
         table = Table("sequence", "event", "operation", "arguments", "verdict", "ms", box=None, pad_edge=False)
         shown = [json.loads(line) for line in lines]
@@ -237,9 +246,10 @@ class Demo:
             self.console.print(f"    mounts: {', '.join(allocation.mounts)}")
 
 
-def _in_use(status: Status, vf: PciAddress) -> bool | None:
+def _in_use(status: Status, vf: str) -> bool | None:
     return next((seen.in_use for seen in status.vfs if seen.address == vf), None)
 
 
 def _vf_drivers(node: Node) -> str:
-    return ",".join(sorted(node.vf_drivers())) or "4xxxvf"
+    ids = {pf.vf_device_id for pf in node.pfs} | {int(vf.device, 16) for vf in node.vfs}
+    return ",".join(sorted({VIRTUAL[number].driver for number in ids})) or "4xxxvf"

@@ -4,11 +4,12 @@ The QAT PF driver follows the kernel's qat_common/{adf_sriov,adf_sysfs,adf_init}
 """
 
 import errno
+from collections.abc import Callable
 from typing import Final
 
+from qat_server.simulation.bus import Bus
+from qat_server.simulation.model import Device, Driver, failure
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
-
-from qat_server.simulation.bus import Bus, Device, Driver, failure
 
 QAT_ATTRIBUTES: Final = ("qat/state", "qat/cfg_services", "qat/auto_reset", "qat/num_rps")
 # Modules whose name is not qat_<driver>.
@@ -102,6 +103,8 @@ class QatPf(Driver):
             raise failure(errno.ENODEV)
         qat.up, qat.services, qat.auto_reset = True, qat.pf.services or "", qat.pf.auto_reset
         if qat.pf.has_qat_attributes:
+            for name in QAT_ATTRIBUTES:
+                device.shown.pop(name, None)
             bus.tree.folder(f"{device.path}/qat")
             bus.refresh(device, *QAT_ATTRIBUTES)
         folder = debugfs(device)
@@ -164,8 +167,10 @@ def _dev_cfg(text: str | None, services: str) -> str:
     return f"[KERNEL]\nNumberCyInstances = 0\nNumberDcInstances = 0\n[GENERAL]\n{general}"
 
 
-def enable_sriov(bus: Bus, pf: Device, number: int | None = None) -> None:
-    """sriov_enable: make the VFs one by one, each offered to the drivers at once. `number`: all."""
+def enable_sriov(
+    bus: Bus, pf: Device, number: int | None = None, place: Callable[[Device], None] | None = None
+) -> None:
+    """sriov_enable: make the VFs (by default all) one by one, each offered to the drivers at once, or to `place`."""
     assert pf.sriov is not None  # noqa: S101 - for the type checker
     number = pf.sriov.pf.total_vfs if number is None else number
     for index in range(number):
@@ -183,8 +188,10 @@ def enable_sriov(bus: Bus, pf: Device, number: int | None = None) -> None:
         bus.tree.link(f"{pf.path}/virtfn{index}", vf.path)
         bus.tree.link(f"{vf.path}/physfn", pf.path)
         bus.event("change", vf)
-        with bus.locked(vf):
-            if bus.autoprobe:
+        if place is not None:
+            place(vf)
+        elif bus.autoprobe:
+            with bus.locked(vf):
                 bus.attach(vf)
     pf.sriov.number = number
     bus.refresh(pf, "sriov_numvfs")

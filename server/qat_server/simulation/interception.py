@@ -110,7 +110,9 @@ class Supervisor:
         else:
             self._answer(notification, result)
 
-    def _decide(self, notification: int, pid: int, descriptor: int, address: int, count: int) -> "int | Future[int] | None":
+    def _decide(
+        self, notification: int, pid: int, descriptor: int, address: int, count: int
+    ) -> "int | Future[int] | None":
         """What the write returns; None: let it happen."""
         try:
             # The kernel looks at the lower half of the register only.

@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     sock.sendmsg([b"listener"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [listener]))])
     os.close(listener)
     try:
-        os.execvp(command[0], command)
+        os.execvp(command[0], command)  # noqa: S606
     except OSError as error:
         sock.send(b"exec %d" % (error.errno or 0))
     return 127

@@ -10,10 +10,10 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
-from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
-from qat_shared.pci import PciAddress
 
 from qat_server.simulation.services import SERVICES, services_allowed
+from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.pci import PciAddress
 
 GEN4: Final = frozenset({0x4940, 0x4942, 0x4944, 0x4946, 0x4948})
 """PFs whose driver has the qat/ attributes. Older ones have their configuration in debugfs only."""
@@ -224,7 +224,7 @@ def _address(text: str, name: str) -> PciAddress:
 
 
 def demo_node() -> Node:
-    """Two Gen4 devices in two NUMA nodes, one for crypto and one for compression, and an older one in another domain."""
+    """Two Gen4 devices in two NUMA nodes, one for crypto, one for compression, and an older one in another domain."""
     return Node(
         pfs=(
             Pf(address="0000:6b:00.0", device="4940", numa_node=0, services="sym;asym", total_vfs=8),

@@ -33,7 +33,7 @@ START_TIMEOUT: Final = 20.0
 """Seconds that a process has until it serves: generous, since a busy machine is slow."""
 
 
-class NodeError(Exception):
+class SimulationError(Exception):
     """The node did not do what it should have: one sentence, with the end of the processes' logs where that helps."""
 
 
@@ -41,7 +41,9 @@ def command(name: str) -> list[str]:
     """How to start one of our programs (qat-helper, qat-plugin): from beside this Python, else from PATH."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
-        raise NodeError(f"{name} is not installed beside {sys.executable} nor on PATH: install the {name} distribution")
+        raise SimulationError(
+            f"{name} is not installed beside {sys.executable} nor on PATH: install the {name} distribution"
+        )
     return [found]
 
 
@@ -144,19 +146,19 @@ class RunningNode:
         return msgspec.json.decode(body, type=Status)
 
     async def until(self, what: str, condition: Callable[[], _T], seconds: float = START_TIMEOUT) -> _T:
-        """Wait until `condition()` is true and return it. Raises NodeError that says `what` did not come."""
+        """Wait until `condition()` is true and return it. Raises SimulationError that says `what` did not come."""
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             self.check_alive()
             if time.monotonic() > deadline:
-                raise NodeError(f"{what}: not within {seconds:g} s\n{self.tails()}")
+                raise SimulationError(f"{what}: not within {seconds:g} s\n{self.tails()}")
             await asyncio.sleep(0.005)
         return value
 
     async def until_status(
         self, what: str, condition: Callable[[Status], object], seconds: float = START_TIMEOUT
     ) -> Status:
-        """Wait until the server's status satisfies `condition` and return it. Raises NodeError."""
+        """Wait until the server's status satisfies `condition` and return it. Raises SimulationError."""
         deadline = time.monotonic() + seconds
         while True:
             with contextlib.suppress(OSError):
@@ -165,14 +167,14 @@ class RunningNode:
                     return status
             self.check_alive()
             if time.monotonic() > deadline:
-                raise NodeError(f"{what}: not within {seconds:g} s\n{self.tails()}")
+                raise SimulationError(f"{what}: not within {seconds:g} s\n{self.tails()}")
             await asyncio.sleep(0.02)
 
     def check_alive(self) -> None:
-        """Raises NodeError when one of the processes has ended by itself."""
+        """Raises SimulationError when one of the processes has ended by itself."""
         for name, process in (("helper", self.helper), ("server", self.server)):
             if process is not None and process.poll() is not None:
-                raise NodeError(f"the {name} ended with status {process.returncode}\n{self.tails()}")
+                raise SimulationError(f"the {name} ended with status {process.returncode}\n{self.tails()}")
 
     def tails(self, lines: int = 15) -> str:
         """The last lines of both logs."""
@@ -204,14 +206,14 @@ async def running_node(
             yield running
         finally:
             for stop in (running.stop_server, running.stop_helper):
-                with contextlib.suppress(NodeError):
+                with contextlib.suppress(SimulationError):
                     await stop()
             await kubelet.stop()
 
 
 async def _ended(name: str, process: "subprocess.Popen[bytes] | None", how: signal.Signals) -> int:
     if process is None:
-        raise NodeError(f"the {name} is not running")
+        raise SimulationError(f"the {name} is not running")
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(how)
     try:
@@ -219,7 +221,7 @@ async def _ended(name: str, process: "subprocess.Popen[bytes] | None", how: sign
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        raise NodeError(f"the {name} did not end within 10 s of {how.name}") from None
+        raise SimulationError(f"the {name} did not end within 10 s of {how.name}") from None
 
 
 def _free_port() -> int:

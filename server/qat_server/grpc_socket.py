@@ -1,0 +1,99 @@
+"""A gRPC server at a path: bound under a private name, then renamed, so that the path is never half-made nor lost.
+
+gRPC unlinks the path that it was bound to, at some time after the server has stopped. If that were the real path, the
+end of one server could remove the socket of the next. With the rename it finds nothing to remove; a stale socket is
+replaced in one step; and nobody can connect before the mode is right.
+"""
+
+import contextlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import grpc.aio
+from msgspec import Struct
+
+_PRIVATE: Final = ".qat-"
+
+
+class BoundSocket(Struct, frozen=True):
+    """A socket file that is ours: its path, and the inode by which it is known."""
+
+    path: Path
+    device: int
+    inode: int
+
+    def exists(self) -> bool:
+        """Whether the path still leads to this socket."""
+        try:
+            found = os.lstat(self.path)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (self.device, self.inode)
+
+    def remove(self) -> None:
+        """Remove it; a socket that another has put in its place stays."""
+        if self.exists():
+            with contextlib.suppress(OSError):  # the directory may have gone too
+                os.unlink(self.path)
+
+
+@contextlib.contextmanager
+def short(directory: Path) -> Iterator[str]:
+    """A name of `directory` for this process that leaves room for a socket's (107 bytes in all). Raises OSError."""
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+async def start(server: grpc.aio.Server, path: Path, mode: int) -> BoundSocket:
+    """Start `server` at `path`, in place of whatever socket was there. Raises OSError."""
+    private = f"{_PRIVATE}{secrets.token_hex(4)}"
+    with short(path.parent) as directory:
+        bound = f"{directory}/{private}"
+        try:
+            server.add_insecure_port(f"unix:{bound}")
+        except RuntimeError as error:  # gRPC keeps the errno to itself
+            why = "no write permission" if not os.access(directory, os.W_OK | os.X_OK) else str(error)
+            raise OSError(f"cannot make a socket in {path.parent}: {why}") from error
+        try:
+            os.chmod(bound, mode)
+            await server.start()
+            found = os.lstat(bound)
+            os.rename(bound, f"{directory}/{path.name}")
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(bound)
+            raise
+    return BoundSocket(path, found.st_dev, found.st_ino)
+
+
+@contextlib.contextmanager
+def private_directory(directory: Path) -> Iterator[Path]:
+    """A fresh 0700 directory in `directory`, removed at the end. Raises OSError."""
+    made = Path(tempfile.mkdtemp(prefix=_PRIVATE, dir=directory))
+    try:
+        yield made
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(made)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed process left: call it only where no other process works in `directory`."""
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if not entry.name.startswith(_PRIVATE):
+                continue
+            with contextlib.suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    for inner in os.listdir(entry.path):
+                        os.unlink(f"{entry.path}/{inner}")
+                    os.rmdir(entry.path)
+                else:
+                    os.unlink(entry.path)

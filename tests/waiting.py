@@ -7,5 +7,5 @@ from collections.abc import Callable
 async def until(condition: Callable[[], object], seconds: float = 20) -> None:
     """Return once `condition()` is true; TimeoutError when it is not within a generous limit."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110  what is waited for is often not ours to signal
+        while not condition():
             await asyncio.sleep(0.002)

@@ -21,7 +21,8 @@ from qat_shared.messages import BindDriver, Bound, ErrorCode, ReleaseDriver
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import MissingError, PciDevice, open_device
 
-from qat_helper.node import UNSIGNED, Node, OperationError, Outcome
+from qat_helper.errors import UNSIGNED, OperationError
+from qat_helper.node import Node, Outcome
 from qat_helper.policy import check_own_driver
 
 SETTLE: Final = 1.0
@@ -32,7 +33,7 @@ _DENYLIST: Final = frozenset({0x0443, 0x19E3, 0x37C9})
 
 
 def bind_driver(node: Node, request: BindDriver) -> Outcome:
-    """Bind a VF to a DPDK driver; it is bound when this returns. Raises OperationError, DeniedError, SysfsError."""
+    """Bind a VF to a DPDK driver; it is bound when this returns. Raises OperationError, SysfsError."""
     wanted = request.driver.value
     with _hold(node, request.address) as vf:
         before = vf.driver()
@@ -52,7 +53,7 @@ def bind_driver(node: Node, request: BindDriver) -> Outcome:
 
 
 def release_driver(node: Node, request: ReleaseDriver) -> Outcome:
-    """Give a VF to whichever driver the kernel chooses. Raises OperationError, DeniedError, SysfsError."""
+    """Give a VF to whichever driver the kernel chooses. Raises OperationError, SysfsError."""
     with _hold(node, request.address) as vf:
         before = vf.driver()
         override = vf.override()
@@ -89,7 +90,7 @@ class _Vf:
         return None if text in ("", "(null)") else text
 
     def check_free(self, current: str | None) -> None:
-        """It may be taken from its driver, and that will not block. Raises DeniedError, OperationError."""
+        """It may be taken from its driver, and that will not block. Raises OperationError."""
         check_own_driver(self._device.address, current, self._kernel_driver)
         if current == "vfio-pci" and self._device.read_optional("enable") != "0":
             raise OperationError(
@@ -120,7 +121,6 @@ class _Vf:
     def unbind(self, current: str | None) -> None:
         """Take it from its driver. The kernel refuses when that is no longer `current`."""
         if current is not None:
-            check_own_driver(self._device.address, current, self._kernel_driver)
             name = f"bus/pci/drivers/{current}/unbind"
             self._write(self._root, name, self._address, f"unbind it from {current}")
 
@@ -171,7 +171,7 @@ class _Vf:
 
 @contextmanager
 def _hold(node: Node, address: PciAddress) -> Iterator[_Vf]:
-    """Raises DeniedError, SysfsError."""
+    """Raises OperationError, SysfsError."""
     with open_device(node.sysfs_root, address) as device:
         kernel_driver = node.policy.check_virtual(device)
         root = os.open(node.sysfs_root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

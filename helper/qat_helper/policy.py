@@ -12,26 +12,17 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
-from qat_shared.messages import DpdkDriver, ErrorCode
+from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice
+
+from qat_helper.errors import denied
 
 FILE_LIMIT: Final = 64 * 1024
 
 
 class PolicyError(Exception):
     """The policy file cannot be used: one sentence."""
-
-
-class DeniedError(Exception):
-    """A rule forbids it; `rule` is its name."""
-
-    code: Final = ErrorCode.DENIED
-
-    def __init__(self, rule: str, message: str) -> None:
-        super().__init__(message)
-        self.rule = rule
-        self.message = message
 
 
 class Policy(Struct, frozen=True):
@@ -47,41 +38,41 @@ class Policy(Struct, frozen=True):
     extra_virtual_ids: frozenset[tuple[int, int]] = frozenset()
 
     def check_operation(self, name: str) -> None:
-        """Raises DeniedError."""
+        """Raises OperationError."""
         if name not in self.operations:
-            raise DeniedError("operations", f"{name} is not among the operations of the helper's policy file")
+            raise denied("operations", f"{name} is not among the operations of the helper's policy file")
 
     def check_address(self, address: PciAddress) -> None:
-        """Raises DeniedError."""
+        """Raises OperationError."""
         if self.addresses is not None and address not in self.addresses:
-            raise DeniedError("addresses", f"{address} is not among the addresses of the helper's policy file")
+            raise denied("addresses", f"{address} is not among the addresses of the helper's policy file")
 
     def check_driver(self, driver: DpdkDriver) -> None:
-        """Raises DeniedError."""
+        """Raises OperationError."""
         if driver not in self.drivers:
-            raise DeniedError("drivers", f"{driver} is not among the drivers of the helper's policy file")
+            raise denied("drivers", f"{driver} is not among the drivers of the helper's policy file")
 
     def check_virtual(self, device: PciDevice) -> str | None:
-        """The kernel VF driver of a VF that may be bound (None: it has none). Raises DeniedError, SysfsError."""
+        """The kernel VF driver of a VF that may be bound (None: it has none). Raises OperationError, SysfsError."""
         vendor, number = device.read_int("vendor", 16), device.read_int("device", 16)
         if (vendor, number) in self.extra_virtual_ids:
             return None
         if vendor == VENDOR_INTEL and number in VIRTUAL:
             return VIRTUAL[number].driver
         if vendor == VENDOR_INTEL and number in PHYSICAL:
-            raise DeniedError("virtual-functions-only", f"{device.address} is a PF: ask for one of its VFs")
-        raise DeniedError(
+            raise denied("virtual-functions-only", f"{device.address} is a PF: ask for one of its VFs")
+        raise denied(
             "device-table", f"{device.address} ({vendor:04x}:{number:04x}) is not a QAT device and is never touched"
         )
 
     def check_physical(self, device: PciDevice) -> str:
-        """The PF driver of a PF that may be read. Raises DeniedError, SysfsError."""
+        """The PF driver of a PF that may be read. Raises OperationError, SysfsError."""
         vendor, number = device.read_int("vendor", 16), device.read_int("device", 16)
         if vendor == VENDOR_INTEL and number in PHYSICAL:
             return PHYSICAL[number].driver
         if vendor == VENDOR_INTEL and number in VIRTUAL:
-            raise DeniedError("physical-functions-only", f"{device.address} is a VF: ask for its PF")
-        raise DeniedError(
+            raise denied("physical-functions-only", f"{device.address} is a VF: ask for its PF")
+        raise denied(
             "device-table", f"{device.address} ({vendor:04x}:{number:04x}) is not a QAT device and is never read"
         )
 
@@ -89,7 +80,7 @@ class Policy(Struct, frozen=True):
 def check_own_driver(address: PciAddress, current: str | None, kernel_driver: str | None) -> None:
     """A VF is taken only from its kernel VF driver or a DPDK driver: any other was somebody's decision."""
     if current not in (None, kernel_driver, *DPDK_DRIVERS):
-        raise DeniedError(
+        raise denied(
             "foreign-driver", f"{address} was bound to {current} by somebody else: unbind it there, if that is no mistake"
         )
 

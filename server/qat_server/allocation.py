@@ -1,25 +1,29 @@
-"""Which devices a container had best get (GetPreferredAllocation), and the environment that names them. Pure.
-
-All policies honour the devices that must be included, and count them. PFs are compared by address.
+"""Which devices a container should get (GetPreferredAllocation), and the environment that tells it (Allocate).
 
     none      the first in address order
-    packed    one PF after the other: those already begun first, then in address order
-    balanced  one from the PF with the least in use at a time; in use is what is healthy, listed and not available
+    packed    one PF after the other: first PFs that must-include devices belong to, then PFs that have devices in use (the
+              one with the fewest free first, so that few PFs stay partly used), then untouched ones; ties by address
+    balanced  again and again the PF with the fewest devices in use, counting those chosen so far; ties by address
+
+A device is in use when it is listed as healthy and not offered as available: the kubelet offers all that are free. Where
+no PF is known (inside a VM), all devices on one bus count as one PF. Answers are in address order.
 """
 
-import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from heapq import heapify, heappop, heapreplace
+from typing import Final
 
 from qat_server.inventory import Device
 from qat_shared.pci import PciAddress
 
-_Pf = tuple[int, ...]
+_UNCOUNTED: Final = -1
+"""Stands for the PF of a device that is not healthy, and so is not in use whether it is offered or not."""
 
 
 class AllocationPolicy(StrEnum):
-    """How devices are chosen."""
+    """How a container's devices are chosen."""
 
     NONE = "none"
     PACKED = "packed"
@@ -27,7 +31,91 @@ class AllocationPolicy(StrEnum):
 
 
 class AllocationError(Exception):
-    """The kubelet asked for what cannot be: one sentence with the numbers."""
+    """The request cannot be met; the message is one sentence for the pod's events."""
+
+
+class AllocationIndex:
+    """The devices of one resource, prepared for many requests: made once for each snapshot, never changed.
+
+    In here a device is its rank in address order, and a PF a number: they are cheap to sort and to count.
+    """
+
+    def __init__(self, devices: Iterable[Device]) -> None:
+        self._devices = {device.address: device for device in devices}
+        listed = sorted(self._devices.values(), key=lambda device: device.address)
+        self._ids = [str(device.address) for device in listed]
+        self._ranks = {device_id: rank for rank, device_id in enumerate(self._ids)}
+        numbers: dict[PciAddress, int] = {}
+        self._pfs = [numbers.setdefault(_pf_of(device), len(numbers)) for device in listed]
+        self._counted = [pf if device.healthy else _UNCOUNTED for pf, device in zip(self._pfs, listed, strict=True)]
+        self._healthy_of = Counter(self._counted)
+
+    def preferred(
+        self, policy: AllocationPolicy, available: Sequence[str], must_include: Sequence[str], size: int
+    ) -> list[str]:
+        """Choose `size` of the `available` ids, all of `must_include` among them. Raises AllocationError."""
+        _check(available, must_include, size)
+        try:
+            ranks = [self._ranks[device_id] for device_id in available]
+        except KeyError:
+            return self._with_unlisted(available).preferred(policy, available, must_include, size)
+        must = [self._ranks[device_id] for device_id in must_include]
+        free = sorted(set(ranks).difference(must))
+        wanted = size - len(must)
+        if policy is AllocationPolicy.NONE or wanted in (0, len(free)):
+            chosen = free[:wanted]
+        else:
+            in_use = self._healthy_of - Counter(map(self._counted.__getitem__, ranks))
+            choose = self._packed if policy is AllocationPolicy.PACKED else self._balanced
+            chosen = choose(free, wanted, in_use, [self._pfs[rank] for rank in must])
+        return [self._ids[rank] for rank in sorted(must + chosen)]
+
+    def _packed(self, free: list[int], wanted: int, in_use: Counter[int], must_pfs: list[int]) -> list[int]:
+        def order(item: tuple[int, list[int]]) -> tuple[bool, bool, int, int]:
+            pf, ranks = item
+            untouched = pf not in must_pfs and not in_use[pf]
+            return pf not in must_pfs, untouched, 0 if untouched else len(ranks), ranks[0]
+
+        chosen: list[int] = []
+        for _, ranks in sorted(self._by_pf(free).items(), key=order):
+            chosen += ranks[: wanted - len(chosen)]
+            if len(chosen) == wanted:
+                break
+        return chosen
+
+    def _balanced(self, free: list[int], wanted: int, in_use: Counter[int], must_pfs: list[int]) -> list[int]:
+        load = in_use + Counter(must_pfs)
+        # (devices in use, rank of the next candidate, the candidates after it in reverse order) for each PF
+        heap = [(load[pf], ranks[0], ranks[:0:-1]) for pf, ranks in self._by_pf(free).items()]
+        heapify(heap)
+        chosen: list[int] = []
+        while len(chosen) < wanted:
+            used, rank, later = heap[0]
+            chosen.append(rank)
+            if later:
+                heapreplace(heap, (used + 1, later.pop(), later))
+            else:
+                heappop(heap)
+        return chosen
+
+    def _by_pf(self, ranks: list[int]) -> dict[int, list[int]]:
+        pfs = self._pfs
+        groups: defaultdict[int, list[int]] = defaultdict(list)
+        for rank in ranks:
+            groups[pfs[rank]].append(rank)
+        return groups
+
+    def _with_unlisted(self, available: Sequence[str]) -> "AllocationIndex":
+        """For the moment in which the kubelet's list is newer or older than ours: the PF is told by the address."""
+        unlisted = []
+        for device_id in available:
+            if device_id not in self._ranks:
+                try:
+                    address = PciAddress.parse(device_id)
+                except ValueError as error:
+                    raise AllocationError(f"an available device's id is no device's: {error}") from None
+                unlisted.append(Device(address, None, None, (), (), reason="not listed"))
+        return AllocationIndex([*self._devices.values(), *unlisted])
 
 
 def preferred(
@@ -37,84 +125,38 @@ def preferred(
     size: int,
     devices: Mapping[PciAddress, Device],
 ) -> list[PciAddress]:
-    """`size` of the `available` addresses, `must_include` among them, in address order. Raises AllocationError.
-
-    `devices` are all of the resource: they tell each one's PF and what is in use.
-    """
-    _check(available, must_include, size)
-    chosen = list(must_include)
-    taken = set(must_include)
-    free = sorted((address for address in available if address not in taken), key=_key)
-    missing = size - len(chosen)
-    if policy is AllocationPolicy.NONE or missing == 0 or missing == len(free):
-        chosen += free[:missing]
-    else:
-        by_pf: defaultdict[_Pf, list[PciAddress]] = defaultdict(list)
-        for address in free:
-            by_pf[_pf(address, devices)].append(address)
-        used = _used(available, must_include, devices)
-        pick = _packed if policy is AllocationPolicy.PACKED else _balanced
-        chosen += pick(by_pf, used, missing)
-    return sorted(chosen, key=_key)
+    """`AllocationIndex.preferred` for addresses, once. `devices` are those listed. Raises AllocationError."""
+    chosen = AllocationIndex(devices.values()).preferred(
+        policy, list(map(str, available)), list(map(str, must_include)), size
+    )
+    return [PciAddress.parse(device_id) for device_id in chosen]
 
 
 def environment(addresses: Iterable[PciAddress]) -> dict[str, str]:
-    """QAT0 to QATn-1: the addresses in address order."""
-    return {f"QAT{number}": str(address) for number, address in enumerate(sorted(addresses, key=_key))}
+    """QAT0, QAT1, ...: the addresses of one container's devices, in address order."""
+    return {f"QAT{number}": str(address) for number, address in enumerate(sorted(addresses))}
 
 
-def _packed(by_pf: Mapping[_Pf, list[PciAddress]], used: Counter[_Pf], missing: int) -> list[PciAddress]:
-    chosen: list[PciAddress] = []
-    for pf in sorted(by_pf, key=lambda pf: (not used[pf], pf)):
-        chosen += by_pf[pf][: missing - len(chosen)]
-        if len(chosen) == missing:
-            break
-    return chosen
+def _pf_of(device: Device) -> PciAddress:
+    # A QAT PF is function 00.0 of its VFs' bus wherever VFs have no bus of their own, so this joins what belongs together.
+    return device.pf or PciAddress(device.address.domain, device.address.bus, 0, 0)
 
 
-def _balanced(by_pf: Mapping[_Pf, list[PciAddress]], used: Counter[_Pf], missing: int) -> list[PciAddress]:
-    heap = [(used[pf], pf, 0) for pf in by_pf]
-    heapq.heapify(heap)
-    chosen: list[PciAddress] = []
-    while len(chosen) < missing:
-        load, pf, position = heap[0]
-        chosen.append(by_pf[pf][position])
-        if position + 1 < len(by_pf[pf]):
-            heapq.heapreplace(heap, (load + 1, pf, position + 1))
-        else:
-            heapq.heappop(heap)
-    return chosen
-
-
-def _used(
-    available: Sequence[PciAddress], must_include: Sequence[PciAddress], devices: Mapping[PciAddress, Device]
-) -> Counter[_Pf]:
-    free = set(available)
-    used = Counter(_pf(a, devices) for a, device in devices.items() if device.healthy and a not in free)
-    used.update(_pf(address, devices) for address in must_include)
-    return used
-
-
-def _check(available: Sequence[PciAddress], must_include: Sequence[PciAddress], size: int) -> None:
+def _check(available: Sequence[str], must_include: Sequence[str], size: int) -> None:
     if size < 1:
-        raise AllocationError(f"{size} devices were asked for: at least 1 is needed")
-    if len(set(available)) != len(available) or len(set(must_include)) != len(must_include):
-        raise AllocationError("a device is named twice")
+        raise AllocationError(f"{size} devices are asked for: at least 1 must be")
+    offered = set(available)
+    for what, ids in (("available", available), ("must-include", must_include)):
+        if len(ids) != (len(offered) if ids is available else len(set(ids))):
+            twice, times = Counter(ids).most_common(1)[0]
+            raise AllocationError(f"device {twice} is named {times} times among the {len(ids)} {what} devices")
+    missing = [device_id for device_id in must_include if device_id not in offered]
+    if missing:
+        raise AllocationError(
+            f"{len(missing)} of {len(must_include)} must-include devices are not among the {len(available)} "
+            f"available: {', '.join(missing[:4])}"
+        )
+    if size < len(must_include):
+        raise AllocationError(f"{size} devices are asked for, fewer than the {len(must_include)} to be included")
     if size > len(available):
-        raise AllocationError(f"{size} devices were asked for, but only {len(available)} are available")
-    if len(must_include) > size:
-        raise AllocationError(f"{len(must_include)} devices must be included in {size}")
-    if not set(must_include) <= set(available):
-        raise AllocationError("a device that must be included is not available")
-
-
-def _pf(address: PciAddress, devices: Mapping[PciAddress, Device]) -> _Pf:
-    """The key of a device's PF; where none is known (inside a VM), its bus stands for it."""
-    device = devices.get(address)
-    if device is None or device.pf is None:
-        return (address.domain, address.bus)
-    return _key(device.pf)
-
-
-def _key(address: PciAddress) -> tuple[int, int, int, int]:
-    return (address.domain, address.bus, address.device, address.function)
+        raise AllocationError(f"{size} devices are asked for, but only {len(available)} are available")

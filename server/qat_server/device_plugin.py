@@ -5,10 +5,12 @@ kubelet waits for Allocate without a time-out and forgets the devices of an empt
 a full answer or an error with a sentence that ends up in the pod's status.
 """
 
+# ruff: noqa: N802 - the RPCs' names are the protocol's
+
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
@@ -27,7 +29,7 @@ HEALTHY: Final = "Healthy"
 UNHEALTHY: Final = "Unhealthy"
 OPTIONS: Final = pb.DevicePluginOptions(pre_start_required=False, get_preferred_allocation_available=True)
 
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
 
 class RefusedError(Exception):

@@ -1,16 +1,23 @@
-"""What QAT functions the node has: a sysfs tree in, an immutable Inventory out. Nothing is kept, nothing is written.
+"""Discovery: a sysfs tree in, an immutable Inventory out. Only reads; decides nothing about what is found.
 
-PFs are the devices on the PF driver beside each selected kernel VF driver; their VFs are their virtfnN. Where no such
-PF is (inside a VM), the VFs are all devices with a selected VF id. A device that cannot be read, or vanishes while it is
-read, becomes a Problem or is left out; only a root without a PCI bus is an error.
+On a host, the PFs are the devices on the PF driver beside each selected VF driver, and their VFs are what their virtfnN
+links name. Where no such driver has a device (inside a VM), every PCI device with a selected VF id is a VF without PF.
+
+A look at some devices only takes the same path as a look at all: it differs in what it may carry over from the inventory
+before (`_Known`), each piece of which depends on nothing but the files of one device that was not named as changed.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from msgspec import Struct
+
 from qat_server.inventory import Inventory, PhysicalFunction, Problem, VirtualFunction
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL, pf_driver_of
+from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import (
     MalformedError,
@@ -23,7 +30,24 @@ from qat_shared.sysfs import (
     pci_directory,
 )
 
-_NOIOMMU: Final = "vfio-noiommu"  # drivers/vfio: the group's name where there is no IOMMU
+_NOIOMMU: Final = "vfio-noiommu"
+_MOST: Final = 2**31 - 1  # the kernel's numbers (NUMA nodes, groups) are ints; protobuf refuses larger ones
+_DRIVER_NAME: Final = re.compile(r"[A-Za-z0-9_.+-]+", re.ASCII)
+_UIO_NAME: Final = re.compile(r"uio[0-9]+", re.ASCII)
+_UNREADABLE: Final = (SysfsError, OSError)
+
+_Found = list[tuple[PciAddress, PciAddress | None]]
+"""VFs in address order, each with its PF."""
+
+
+class _Known(Struct, frozen=True):
+    """What is carried over from the inventory before. `others_skipped`: all other lone devices are known not to be ours."""
+
+    pfs: dict[PciAddress, PhysicalFunction] = {}
+    vfs: dict[PciAddress, VirtualFunction] = {}
+    unread: frozenset[PciAddress] = frozenset()
+    stale: frozenset[PciAddress] = frozenset()
+    others_skipped: bool = False
 
 
 def discover(
@@ -33,145 +57,228 @@ def discover(
     previous: Inventory | None = None,
     changed: Collection[PciAddress] | None = None,
 ) -> Inventory:
-    """Look at the node. Raises SysfsError when `sysfs_root` is no sysfs tree with a PCI bus.
+    """Find all PFs and VFs of the selected kernel VF drivers, the first `max_devices` usable VFs in address order.
 
-    `vf_drivers` are kernel VF drivers of the device table; `max_devices` cuts the VFs in address order. With `previous`
-    and `changed`, VFs that are not named in `changed` are taken from `previous` when their PF is as it was.
+    With `previous` (of the same root and drivers) and `changed`, only the devices named, their PFs, and what had a problem
+    are read again; whatever else has changed since is not seen. A device that cannot be read, or is not what its place
+    says, becomes a Problem. Raises SysfsError when sysfs_root has no readable PCI bus.
     """
     pci_directory(sysfs_root)
-    look = _Look(sysfs_root, frozenset(vf_drivers), previous, changed)
-    pfs = tuple(look.physical_functions())
-    wanted = sorted({vf for pf in pfs for vf in pf.vfs}) if pfs else look.lone_virtual_functions()
-    parents = {vf: pf.address for pf in pfs for vf in pf.vfs}
-    vfs = tuple(vf for address in wanted[:max_devices] if (vf := look.virtual_function(address, parents.get(address))))
-    return Inventory(pfs, vfs, tuple(wanted[max_devices:]), tuple(look.problems))
-
-
-class _Look:
-    """One look at one tree; collects the problems."""
-
-    def __init__(
-        self,
-        root: Path,
-        drivers: frozenset[str],
-        previous: Inventory | None,
-        changed: Collection[PciAddress] | None,
-    ) -> None:
-        self._root = root
-        self._drivers = drivers
-        self._known: dict[PciAddress, VirtualFunction] = {}
-        if previous is not None and changed is not None:
-            self._known = {vf.address: vf for vf in previous.vfs if vf.address not in changed and vf.pf not in changed}
-        self.problems: list[Problem] = []
-
-    def physical_functions(self) -> Iterable[PhysicalFunction]:
-        drivers = sorted({pf_driver_of(driver) for driver in self._drivers})
-        for address in sorted({address for driver in drivers for address in driver_addresses(self._root, driver)}):
+    known = _Known()
+    if previous is not None and changed is not None:
+        known = _known(sysfs_root, previous, frozenset(changed))
+    problems: list[Problem] = []
+    places = list(_pf_places(sysfs_root, vf_drivers, problems))
+    pfs: list[PhysicalFunction] = []
+    if places:
+        pfs = _pfs(sysfs_root, places, known, problems)
+        found = _vfs_of(pfs, problems)
+    else:
+        found = _lone_vfs(sysfs_root, frozenset(vf_drivers), known, problems)
+    vfs: list[VirtualFunction] = []
+    cut: list[PciAddress] = []
+    for address, pf in found:
+        if len(vfs) >= max_devices:
+            cut.append(address)
+            continue
+        vf = known.vfs.get(address)
+        if vf is None or vf.pf != pf:
             try:
-                with open_device(self._root, address) as device:
-                    pf = self._physical_function(device)
-            except MissingError:
-                continue  # it went away since the listing
-            except SysfsError as error:
-                self._problem(address, error)
+                vf = _read_vf(sysfs_root, address, pf, vf_drivers)
+            except _UNREADABLE as error:
+                problems.append(Problem(address, _sentence(error)))
                 continue
-            if pf is not None:
-                yield pf
-
-    def lone_virtual_functions(self) -> list[PciAddress]:
-        found = []
-        for address in pci_addresses(self._root):
-            try:
-                with open_device(self._root, address) as device:
-                    kind = VIRTUAL.get(device.read_int("device", 16))
-                    if kind is not None and kind.driver in self._drivers and _is_intel(device):
-                        found.append(address)
-            except SysfsError:
-                continue  # not known to be one of ours, so not ours to complain of
-        return found
-
-    def virtual_function(self, address: PciAddress, pf: PciAddress | None) -> VirtualFunction | None:
-        if (known := self._known.get(address)) is not None and known.pf == pf:
-            return known
-        try:
-            with open_device(self._root, address) as device:
-                return _virtual_function(device, pf)
-        except MissingError:
-            return None
-        except SysfsError as error:
-            self._problem(address, error)
-            return None
-
-    def _physical_function(self, device: PciDevice) -> PhysicalFunction | None:
-        device_id = device.read_int("device", 16)
-        driver = device.link("driver")
-        if device_id not in PHYSICAL or PHYSICAL[device_id].driver != driver or not _is_intel(device):
-            raise MalformedError(str(device.address), "device", f"{device_id:04x} is no QAT PF of driver {driver}")
-        vfs = []
-        for name, target in device.virtual_functions():
-            if isinstance(target, PciAddress):
-                vfs.append(target)
-            else:
-                self.problems.append(Problem(device.address, f"{name}: {target.why}"))
-        return PhysicalFunction(
-            address=device.address,
-            device_id=device_id,
-            driver=driver,
-            numa_node=_numa_node(device),
-            state=self._optional(device, "qat/state"),
-            services=self._optional(device, "qat/cfg_services"),
-            total_vfs=int(self._optional(device, "sriov_totalvfs") or 0),
-            vfs=tuple(sorted(vfs)),
-        )
-
-    def _optional(self, device: PciDevice, name: str) -> str | None:
-        try:
-            return device.read_optional(name)
-        except SysfsError as error:
-            self._problem(device.address, error)
-            return None
-
-    def _problem(self, address: PciAddress, error: SysfsError) -> None:
-        self.problems.append(Problem(address, f"{error.path}: {error.why}"))
+        vfs.append(vf)
+    problems.sort(key=lambda problem: (str(problem.address), problem.text))
+    return Inventory(tuple(pfs), tuple(vfs), tuple(cut), tuple(problems))
 
 
-def _virtual_function(device: PciDevice, pf: PciAddress | None) -> VirtualFunction:
-    device_id = device.read_int("device", 16)
-    if device_id not in VIRTUAL or not _is_intel(device):
-        raise MalformedError(str(device.address), "device", f"{device_id:04x} is not the id of a QAT VF")
-    driver = device.link("driver")
-    return VirtualFunction(
-        address=device.address,
-        device_id=device_id,
-        driver=driver,
-        pf=pf,
-        numa_node=_numa_node(device),
-        iommu_group=_iommu_group(device),
-        noiommu=device.read_optional("iommu_group/name") == _NOIOMMU,
-        uio=next(iter(device.names("uio")), None) if driver == "igb_uio" else None,
-        in_use=device.read("enable") != "0" if driver == "vfio-pci" else None,
+def _known(root: Path, previous: Inventory, changed: frozenset[PciAddress]) -> _Known:
+    stale = changed | {problem.address for problem in previous.problems if problem.address is not None}
+    members = {pf.address for pf in previous.pfs}.union(*(pf.vfs for pf in previous.pfs))
+    # A VF that no PF was known to have: its PF's links are newer than what we have of it.
+    pfs_of_new = {_physfn(root, address) for address in changed - members}
+    return _Known(
+        pfs={
+            pf.address: pf
+            for pf in previous.pfs
+            if pf.address not in stale and pf.address not in pfs_of_new and stale.isdisjoint(pf.vfs)
+        },
+        vfs={vf.address: vf for vf in previous.vfs if vf.address not in stale},
+        unread=frozenset(previous.cut) - stale,
+        stale=stale,
+        # Lone VFs in the inventory prove that all devices have been looked at to find them.
+        others_skipped=not previous.pfs and bool(previous.vfs),
     )
 
 
-def _is_intel(device: PciDevice) -> bool:
-    return device.read_int("vendor", 16) == VENDOR_INTEL
+def _physfn(root: Path, address: PciAddress) -> PciAddress | None:
+    try:
+        with open_device(root, address) as device:
+            return device.linked_address("physfn")
+    except _UNREADABLE:
+        return None  # whatever is wrong with it, no PF's links lead to it, or their reader finds out
+
+
+def _pf_places(
+    root: Path, vf_drivers: Sequence[str], problems: list[Problem]
+) -> Iterator[tuple[str, PciAddress | None]]:
+    """The PF drivers' devices; a driver whose devices cannot be listed has None, for the host is no VM because of it."""
+    for driver in dict.fromkeys(map(pf_driver_of, vf_drivers)):
+        try:
+            for address in driver_addresses(root, driver):
+                yield driver, address
+        except OSError as error:
+            problems.append(Problem(None, f"bus/pci/drivers/{driver}: {_sentence(error)}"))
+            yield driver, None
+
+
+def _pfs(
+    root: Path, places: list[tuple[str, PciAddress | None]], known: _Known, problems: list[Problem]
+) -> list[PhysicalFunction]:
+    pfs = []
+    for driver, address in places:
+        if address is None:
+            continue
+        pf = known.pfs.get(address)
+        if pf is None or pf.driver != driver:
+            try:
+                pf = _read_pf(root, address, driver, problems)
+            except _UNREADABLE as error:
+                problems.append(Problem(address, _sentence(error)))
+                continue
+        pfs.append(pf)
+    return sorted(pfs, key=lambda pf: pf.address)
+
+
+def _vfs_of(pfs: list[PhysicalFunction], problems: list[Problem]) -> _Found:
+    owners: dict[PciAddress, PciAddress | None] = {}
+    for pf in pfs:
+        for address in pf.vfs:
+            if owners.setdefault(address, pf.address) != pf.address:
+                problems.append(Problem(pf.address, f"its virtfn links name {address}, which is a VF of another PF"))
+    return sorted(owners.items())
+
+
+def _lone_vfs(root: Path, vf_drivers: frozenset[str], known: _Known, problems: list[Problem]) -> _Found:
+    found: _Found = []
+    try:
+        addresses = pci_addresses(root)
+    except OSError as error:
+        raise SysfsError(str(root), "bus/pci/devices", _sentence(error)) from error
+    for address in addresses:
+        if address in known.vfs or address in known.unread:
+            found.append((address, None))
+        elif not known.others_skipped or address in known.stale:
+            try:
+                with open_device(root, address) as device:
+                    ours = device.read_int("vendor", 16) == VENDOR_INTEL and _is_selected_vf(device, vf_drivers)
+            except _UNREADABLE as error:
+                problems.append(Problem(address, _sentence(error)))
+                continue
+            if ours:
+                found.append((address, None))
+    return found
+
+
+def _is_selected_vf(device: PciDevice, vf_drivers: Collection[str]) -> bool:
+    kind = VIRTUAL.get(device.read_int("device", 16))
+    return kind is not None and kind.driver in vf_drivers
+
+
+def _read_pf(root: Path, address: PciAddress, driver: str, problems: list[Problem]) -> PhysicalFunction:
+    with open_device(root, address) as device:
+        device_id = _intel_device_id(device)
+        kind = PHYSICAL.get(device_id)
+        if kind is None or kind.driver != driver:
+            raise MalformedError(str(address), "device", f"0x{device_id:04x} is not a QAT PF of driver {driver}")
+        vfs = []
+        for name, vf in device.virtual_functions():
+            if isinstance(vf, PciAddress):
+                vfs.append(vf)
+            else:
+                problems.append(Problem(address, f"{name}: {vf.why}"))
+        return PhysicalFunction(
+            address=address,
+            device_id=device_id,
+            driver=driver,
+            numa_node=_numa_node(device),
+            state=_qat_attribute(device, "qat/state", problems),
+            services=_qat_attribute(device, "qat/cfg_services", problems),
+            total_vfs=_total_vfs(device),
+            vfs=tuple(sorted(set(vfs))),
+        )
+
+
+def _qat_attribute(device: PciDevice, name: str, problems: list[Problem]) -> str | None:
+    try:
+        return device.read_optional(name)
+    except SysfsError as error:
+        problems.append(Problem(device.address, _sentence(error)))
+        return None
+
+
+def _total_vfs(device: PciDevice) -> int:
+    try:
+        return _number(device, "sriov_totalvfs", device.read("sriov_totalvfs"))
+    except MissingError:
+        return 0  # a PF without SR-IOV, or with it turned off in the firmware
+
+
+def _read_vf(root: Path, address: PciAddress, pf: PciAddress | None, vf_drivers: Sequence[str]) -> VirtualFunction:
+    with open_device(root, address) as device:
+        device_id = _intel_device_id(device)
+        kind = VIRTUAL.get(device_id)
+        if kind is None or kind.driver not in vf_drivers:
+            raise MalformedError(str(address), "device", f"0x{device_id:04x} is not a VF of a selected driver")
+        driver = _driver(device)
+        on_vfio = driver == DpdkDriver.VFIO_PCI
+        group = device.link("iommu_group")
+        return VirtualFunction(
+            address=address,
+            device_id=device_id,
+            driver=driver,
+            pf=pf,
+            numa_node=_numa_node(device),
+            iommu_group=None if group is None else _number(device, "iommu_group", group),
+            # Only vfio itself makes groups without an IOMMU, when it binds a device.
+            noiommu=on_vfio and group is not None and device.read_optional("iommu_group/name") == _NOIOMMU,
+            uio=_uio(device) if driver == DpdkDriver.IGB_UIO else None,
+            # vfio-pci enables a device when it is opened; other drivers when they bind, so it says nothing there.
+            in_use=device.read("enable") != "0" if on_vfio else None,
+        )
+
+
+def _intel_device_id(device: PciDevice) -> int:
+    vendor = device.read_int("vendor", 16)
+    if vendor != VENDOR_INTEL:
+        raise MalformedError(str(device.address), "vendor", f"0x{vendor:04x} is not Intel")
+    return device.read_int("device", 16)
+
+
+def _driver(device: PciDevice) -> str | None:
+    name = device.link("driver")
+    if name is not None and not _DRIVER_NAME.fullmatch(name):
+        raise MalformedError(str(device.address), "driver", "not a link to a driver")
+    return name
 
 
 def _numa_node(device: PciDevice) -> int | None:
-    text = device.read_optional("numa_node")
-    if text is None:
-        return None
-    try:
-        node = int(text)
-    except ValueError:
-        raise MalformedError(str(device.address), "numa_node", f"{text[:40]!r} is not a number") from None
-    return node if node >= 0 else None  # -1: the firmware does not say
+    text = device.read_optional("numa_node")  # a kernel without NUMA has no such file
+    return None if text is None or text == "-1" else _number(device, "numa_node", text)
 
 
-def _iommu_group(device: PciDevice) -> int | None:
-    name = device.link("iommu_group")
-    if name is None:
-        return None
-    if not name.isdecimal():
-        raise MalformedError(str(device.address), "iommu_group", f"{name[:40]!r} is not a group's number")
-    return int(name)
+def _uio(device: PciDevice) -> str | None:
+    return next((name for name in device.names("uio") if _UIO_NAME.fullmatch(name)), None)
+
+
+def _number(device: PciDevice, name: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) > _MOST:
+        raise MalformedError(str(device.address), name, f"{text[:40]!r} is not a number")
+    return int(text)
+
+
+def _sentence(error: SysfsError | OSError) -> str:
+    if isinstance(error, SysfsError):
+        return f"{error.path}: {error.why}"
+    return os.strerror(error.errno or 0)

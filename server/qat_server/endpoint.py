@@ -8,6 +8,7 @@ that fails, or ends streams at once, is asked again after a growing pause.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ class Endpoint:
         self._withdrawing = asyncio.Event()
         self._ended = asyncio.Event()
         self._running = False
-        self._flapping = False
+        self._short_lived = 0  # streams in a row that ended before they had settled
 
     @property
     def resource(self) -> str:
@@ -145,14 +146,27 @@ class Endpoint:
                 pause = timing.first if waited else self._longer(pause, timing.after_failure)
                 continue
             patience = timing.stream_first
-            watched = loop.time()
-            while self._plugin.streams.ended == ended:
-                await self._plugin.streams.change()
-            settled = loop.time() - watched >= timing.settled
-            self._lost(settled)
+            if await self._watched(ended):
+                self._short_lived = 0
+            else:
+                self._short_lived += 1
+            self._lost()
             # The first end is answered at once: mostly it is a kubelet's restart.
-            pause = 0.0 if settled or not self._flapping else self._longer(pause, timing.after_stream)
-            self._flapping = not settled
+            pause = 0.0 if self._short_lived < 2 else self._longer(pause, timing.after_stream)
+
+    async def _watched(self, ended: int) -> bool:
+        """Until a stream ends: whether the streams had lived for a while."""
+        streams = self._plugin.streams
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timing.settled):
+                while streams.ended == ended:
+                    await streams.change()
+            return False
+        if self._short_lived >= 2:
+            self._say_registered()
+        while streams.ended == ended:
+            await streams.change()
+        return True
 
     def _longer(self, pause: float, most: float) -> float:
         return min(max(pause * 2, self._timing.first), most)
@@ -220,16 +234,20 @@ class Endpoint:
             why = f"the kubelet accepted the registration but did not ask for the devices within {patience:g} s"
             raise CannotRegisterError(why) from None
         self.state = replace(self.state, registered=True, registrations=self.state.registrations + 1, error="")
-        if not self._flapping:
-            log.info("resource registered", resource=self.resource, registrations=self.state.registrations)
+        if self._short_lived < 2:
+            self._say_registered()
+
+    def _say_registered(self) -> None:
+        log.info("resource registered", resource=self.resource, registrations=self.state.registrations)
 
     def _failed(self, why: str) -> None:
         if why != self.state.error:
             log.warning("cannot register with the kubelet", resource=self.resource, why=why)
         self.state = replace(self.state, registered=False, error=why)
 
-    def _lost(self, settled: bool) -> None:
-        why = "the kubelet ended the ListAndWatch stream"
-        self.state = replace(self.state, registered=False, error=why)
-        if settled or not self._flapping:
+    def _lost(self) -> None:
+        self.state = replace(self.state, registered=False, error="the kubelet ended the ListAndWatch stream")
+        if self._short_lived < 2:
             log.info("kubelet ended the stream, registering again", resource=self.resource)
+        elif self._short_lived == 2:
+            log.warning("kubelet ends streams at once, registering again with pauses", resource=self.resource)

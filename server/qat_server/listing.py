@@ -1,19 +1,24 @@
-"""What the kubelet is told: each resource's devices, from what there is now and what the kubelet was told before. Pure.
+"""What the kubelet is told: from what it was told before, what there is now, and what may be dropped.
 
-The rule that shapes it: a device that was listed stays listed, as Unhealthy with a reason, until it cannot be in use.
-The kubelet can crash over a device that it has allocated, or is about to, and that is no longer listed.
+A VF is served when it is on the wanted driver and has the device nodes that a pod needs. Once listed it stays listed: when
+it goes away or bad it is Unhealthy, with a reason and its last nodes, until `releasable` says that nobody can have it.
+
+Two VFs in one IOMMU group: a group has one user (VFIO refuses a second), and whoever has the group reaches all devices in
+it. So one VF of a group is served, the one that is listed already, or else the first in address order; and only while the
+kernel lets the group be used at all, which it does not while another of its devices is on another driver.
 """
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
-import msgspec
+from msgspec.structs import replace
 
 from qat_server.inventory import Device, Inventory, Listing, VirtualFunction
 from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
 
-_VFIO: Final = "/dev/vfio"
+_VFIO_CONTAINER: Final = "/dev/vfio/vfio"
 
 
 def advance(
@@ -23,60 +28,99 @@ def advance(
     unhealthy: Mapping[PciAddress, str],
     driver: DpdkDriver,
     releasable: Callable[[str, PciAddress], bool],
+    held: Callable[[str, PciAddress], bool] | None = None,
 ) -> Listing:
-    """The next listing. `names`: resource by VF; `unhealthy`: reason by PF; `releasable(resource, VF)`: may it leave."""
-    listing: dict[str, dict[PciAddress, Device]] = {}
-    vfs = {vf.address: vf for vf in inventory.vfs}
+    """The next Listing. `names`: VF to resource, a VF without one is not served. `unhealthy`: PF to why it is.
+
+    `releasable(resource, address)`: nobody has the device through this resource, nor is about to.
+    A VF whose resource has changed is Unhealthy in the old one. In the new one it is healthy once nobody has it through
+    the old one: when it is not `held(old, address)`; without `held`, when it is releasable there.
+    """
+    before = {name: {device.address: device for device in devices} for name, devices in previous.items()}
+    refused = refusals(inventory, driver, {address for devices in before.values() for address in devices})
+    after: defaultdict[str, dict[PciAddress, Device]] = defaultdict(dict)
     for vf in inventory.vfs:
-        device = _device(vf, driver, unhealthy.get(vf.pf, "") if vf.pf else "")
-        if device is not None:
-            listing.setdefault(names[vf.address], {})[vf.address] = device
-    for resource, devices in previous.items():
-        current = listing.setdefault(resource, {})
-        for device in devices:
-            if device.address in current or releasable(resource, device.address):
+        name = names.get(vf.address)
+        if name is None or vf.address in refused:
+            continue
+        reason = unhealthy.get(vf.pf, "") if vf.pf is not None else ""
+        for other, devices in before.items():
+            if reason or other == name or vf.address not in devices:
                 continue
-            reason = _why_gone(device, vfs.get(device.address), inventory, names, driver)
-            current[device.address] = msgspec.structs.replace(device, reason=reason)
+            if held(other, vf.address) if held is not None else not releasable(other, vf.address):
+                reason = f"a pod may have it as {other}"
+        after[name][vf.address] = _device(vf, driver, reason)
+    reasons: dict[PciAddress, str] | None = None
+    for name, devices in before.items():
+        for address, device in devices.items():
+            if address in after[name] or releasable(name, address):
+                continue
+            if reasons is None:
+                reasons = _reasons(inventory, names, refused)
+            after[name][address] = replace(device, reason=reasons.get(address, "it is gone"))
     return {
-        resource: tuple(device for _, device in sorted(devices.items()))
-        for resource, devices in sorted(listing.items())
+        name: tuple(device for _, device in sorted(devices.items()))
+        for name, devices in sorted(after.items())
         if devices
     }
 
 
-def _device(vf: VirtualFunction, driver: DpdkDriver, reason: str) -> Device | None:
-    if vf.driver != driver:
-        return None
-    nodes: tuple[str, ...]
-    mounts: tuple[str, ...] = ()
-    if driver is DpdkDriver.VFIO_PCI:
-        if vf.iommu_group is None:
-            return None
-        group = f"noiommu-{vf.iommu_group}" if vf.noiommu else str(vf.iommu_group)
-        nodes = (f"{_VFIO}/{group}", f"{_VFIO}/vfio")
+def refusals(inventory: Inventory, driver: DpdkDriver, listed: Collection[PciAddress] = ()) -> dict[PciAddress, str]:
+    """The VFs that cannot be served as they are, each with the reason. `listed`: those that are listed already."""
+    groups: defaultdict[int | None, list[VirtualFunction]] = defaultdict(list)
+    for vf in inventory.vfs:
+        groups[vf.iommu_group].append(vf)
+    reasons = {}
+    for vf in inventory.vfs:
+        if vf.driver is None:
+            reason = "it is on no driver"
+        elif vf.driver != driver:
+            reason = f"it is on driver {vf.driver}, not on {driver}"
+        elif driver == DpdkDriver.IGB_UIO:
+            reason = "it has no uio device" if vf.uio is None else ""
+        elif vf.iommu_group is None:
+            reason = "it has no IOMMU group"
+        else:
+            reason = _sharing(vf, groups[vf.iommu_group], listed)
+        if reason:
+            reasons[vf.address] = reason
+    return reasons
+
+
+def _sharing(vf: VirtualFunction, group: Sequence[VirtualFunction], listed: Collection[PciAddress]) -> str:
+    if len(group) == 1:
+        return ""
+    for other in group:
+        if other.driver not in (None, vf.driver):
+            return (
+                f"its IOMMU group {vf.iommu_group} is also that of {other.address}, which is on driver {other.driver}"
+            )
+    user = min(
+        (other.address for other in group if other.driver == vf.driver),
+        key=lambda address: (address not in listed, address),
+    )
+    if user == vf.address:
+        return ""
+    return f"its IOMMU group {vf.iommu_group} is also that of {user}, and can have one user only"
+
+
+def _device(vf: VirtualFunction, driver: DpdkDriver, reason: str) -> Device:
+    if driver == DpdkDriver.IGB_UIO:
+        nodes, mounts = (f"/dev/{vf.uio}",), (f"/sys/class/uio/{vf.uio}/device",)
     else:
-        if vf.uio is None:
-            return None
-        nodes = (f"/dev/{vf.uio}",)
-        mounts = (f"/sys/class/uio/{vf.uio}/device",)
+        nodes, mounts = (f"/dev/vfio/{'noiommu-' if vf.noiommu else ''}{vf.iommu_group}", _VFIO_CONTAINER), ()
     return Device(vf.address, vf.pf, vf.numa_node, nodes, mounts, reason)
 
 
-def _why_gone(
-    device: Device,
-    vf: VirtualFunction | None,
-    inventory: Inventory,
-    names: Mapping[PciAddress, str],
-    driver: DpdkDriver,
-) -> str:
-    if vf is None:
-        if device.address in inventory.cut:
-            return "beyond --max-num-devices now"
-        return "it is gone or cannot be read"
-    if vf.driver is None:
-        return f"not bound to {driver} any more"
-    if vf.driver != driver:
-        return f"bound to {vf.driver} now"
-    name = names[vf.address]
-    return f"it is {name} now" if vf.iommu_group is not None or vf.uio else "it has no device file to give"
+def _reasons(
+    inventory: Inventory, names: Mapping[PciAddress, str], refused: Mapping[PciAddress, str]
+) -> dict[PciAddress, str]:
+    """Why a VF is not (or no more) in the resource where it was listed."""
+    reasons = {problem.address: problem.text for problem in inventory.problems if problem.address is not None}
+    reasons.update(dict.fromkeys(inventory.cut, "it is beyond the largest number of devices"))
+    for vf in inventory.vfs:
+        name = names.get(vf.address)
+        reasons[vf.address] = refused.get(vf.address) or (
+            f"it is served as {name} now" if name is not None else "its PF's services are not known"
+        )
+    return reasons

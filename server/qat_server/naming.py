@@ -1,7 +1,7 @@
-"""The name of a VF's resource: what its PF's services make of it, or generic.
+"""The resource name of a VF, from the services that its PF is configured for.
 
-Rules: a PF that is up names its VFs by qat/cfg_services; otherwise by ServicesEnabled of [GENERAL] in dev_cfg (debugfs,
-drivers out of the kernel's tree); otherwise, and for kinds of VF whose services cannot differ, the name is generic.
+Services are words joined by `;`, as in the kernel's qat/cfg_services (Documentation/ABI/testing/sysfs-driver-qat); their
+order does not count, in the device as in the name. What cannot be understood is `generic`, never an error.
 """
 
 import configparser
@@ -11,40 +11,54 @@ from qat_server.inventory import PhysicalFunction, VirtualFunction
 from qat_shared.devices import VIRTUAL
 
 GENERIC: Final = "generic"
-# The kernel's own order (adf_cfg_services.c); the order in which a user wrote them does not count.
-_ORDER: Final = ("asym", "sym", "dc", "decomp", "dcc")
+
+SERVICES: Final = ("asym", "sym", "dc", "decomp", "dcc")
+"""All services, in the order of the kernel's adf_cfg_services.c, which is the order of the words in a name."""
+
+_NAMED_PFS: Final = frozenset(kind.physical for kind in VIRTUAL.values() if kind.named_by_services)
 
 
 def resource_name(vf: VirtualFunction, pf: PhysicalFunction | None, config: str | None) -> str:
-    """The resource's name without its namespace. `config` is the text of the PF's dev_cfg, None when there is none."""
+    """cy, dc, sym-dc, ... or generic. `config` is the PF's debugfs dev_cfg, None where it is not known."""
     kind = VIRTUAL.get(vf.device_id)
     if kind is None or not kind.named_by_services or pf is None:
         return GENERIC
-    if not needs_config(pf):
-        return name_of_services(pf.services or "")
-    return name_of_services(_services_enabled(config or ""))
+    if _says_services(pf):
+        return _name(pf.services)
+    return _name(_enabled_services(config)) if config else GENERIC
 
 
 def needs_config(pf: PhysicalFunction) -> bool:
-    """Whether sysfs does not tell this PF's services, so that dev_cfg has to be asked for."""
-    named = any(kind.physical == pf.device_id and kind.named_by_services for kind in VIRTUAL.values())
-    return named and not (pf.state == "up" and pf.services)
+    """Whether the names of a PF's VFs depend on its dev_cfg, which only the helper can read."""
+    return pf.device_id in _NAMED_PFS and bool(pf.vfs) and not _says_services(pf)
 
 
-def name_of_services(services: str) -> str:
-    """`sym;asym` is cy, `dc;sym` is sym-dc; what is not understood is generic."""
-    words = [word.strip() for word in services.split(";")]
-    if len(set(words)) != len(words) or not set(words) <= set(_ORDER):
+def _says_services(pf: PhysicalFunction) -> bool:
+    return pf.state == "up" and pf.services is not None
+
+
+def _name(services: str | None) -> str:
+    words = [word.strip() for word in (services or "").split(";")]
+    if len(set(words)) != len(words) or not set(words) <= set(SERVICES):
         return GENERIC
-    if set(words) == {"sym", "asym"}:
-        return "cy"
-    return "-".join(sorted(words, key=_ORDER.index))
+    ordered = [service for service in SERVICES if service in words]
+    return "cy" if ordered == ["asym", "sym"] else "-".join(ordered)
 
 
-def _services_enabled(config: str) -> str:
-    parser = configparser.RawConfigParser(strict=False, allow_no_value=True, inline_comment_prefixes=None)
+def _enabled_services(config: str) -> str | None:
+    """[GENERAL] ServicesEnabled of a dev_cfg: `[section]` and `key = value` lines (the kernel's adf_cfg.c)."""
+    parser = configparser.RawConfigParser(
+        delimiters=("=",),
+        comment_prefixes=("#", ";"),
+        inline_comment_prefixes=("#",),  # not `;`, which stands between services
+        strict=False,
+        allow_no_value=True,
+        default_section="",
+    )
+    parser.optionxform = str  # type: ignore[assignment, method-assign]  # keys are as the kernel spells them
     try:
-        parser.read_string(config)
-        return parser.get("GENERAL", "ServicesEnabled", fallback="") or ""
+        # Without the lines' indentation, which would join a line to the value before it.
+        parser.read_string("\n".join(line.strip() for line in config.splitlines()))
     except configparser.Error:
-        return ""
+        return None
+    return parser.get("GENERAL", "ServicesEnabled", fallback=None)

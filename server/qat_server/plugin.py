@@ -24,7 +24,7 @@ from qat_server import http_endpoint, listing, logs, naming, reconcile
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.discovery import discover
-from qat_server.endpoint import Endpoint
+from qat_server.endpoint import NAMESPACE, Endpoint
 from qat_server.events import Changes, UeventListener, resync
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
@@ -41,19 +41,19 @@ from qat_shared.sysfs import SysfsError
 
 log = logs.get(__name__)
 
-NAMESPACE: Final = "qat.intel.com"
 _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
 
 def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT: the exit status."""
+    failed: list[BaseException] = []
     try:
         uvloop.run(_serve(settings))
     except* OSError as group:
-        for error in _leaves(group):
-            log.error("cannot go on", why=str(error))
-        return 1
-    return 0
+        failed = list(_leaves(group))
+    for error in failed:
+        log.error("cannot go on", why=str(error))
+    return 1 if failed else 0
 
 
 async def _serve(settings: Settings) -> None:
@@ -237,7 +237,13 @@ class Plugin:
             self._say_once("VF left alone: somebody bound it to another driver", address=address, driver=driver)
         self.binder.wanted(plan.bind, work)
         self.listing = listing.advance(
-            self.listing, inventory, self.names, self.health.unhealthy(), settings.dpdk_driver, self.usage.releasable
+            self.listing,
+            inventory,
+            self.names,
+            self.health.unhealthy(),
+            settings.dpdk_driver,
+            self.usage.releasable,
+            self._held,
         )
         self.usage.observe(self.listing)
         self._publish(work)
@@ -245,6 +251,10 @@ class Plugin:
         if changed is None:
             self.counters.resync()
         self.counters.rescan(self._clock() - began)
+
+    def _held(self, resource: str, address: PciAddress) -> bool:
+        endpoint = self.endpoints.get(resource)
+        return self.usage.held(resource, address, endpoint.handed_out.get(address) if endpoint else None)
 
     def _tell(self, inventory: Inventory) -> None:
         for problem in inventory.problems:
@@ -288,7 +298,15 @@ class Plugin:
             work.create_task(self.endpoints.pop(name).withdraw())
 
     def _endpoint(self, name: str) -> Endpoint:
-        raise NotImplementedError
+        return Endpoint(
+            name,
+            self.socket_directory,
+            self.helper,
+            self.settings.allocation_policy,
+            self.counters,
+            self.usage.allocated,
+            self._clock,
+        )
 
     def _say_once(self, message: str, **fields: object) -> None:
         """A warning for a fact that each look finds again: one line for each fact."""

@@ -26,7 +26,7 @@ class PodResourcesError(Exception):
 
 
 async def held_devices(
-    helper: KubeletDialer, directory: Path, timeout: float = TIMEOUT
+    helper: KubeletDialer, directory: Path, seconds: float = TIMEOUT
 ) -> dict[str, dict[PciAddress, str]]:
     """Resource name without its namespace, to device, to "namespace/pod/container".
 
@@ -38,7 +38,7 @@ async def held_devices(
         raise PodResourcesError(error.message) from error
     try:
         async with kubelet_channel.over(connected, directory) as channel:
-            answer = await PodResourcesListerStub(channel).List(pb.ListPodResourcesRequest(), timeout=timeout)
+            answer = await PodResourcesListerStub(channel).List(pb.ListPodResourcesRequest(), timeout=seconds)
     except OSError as error:
         raise PodResourcesError(f"cannot speak to the kubelet's PodResources service: {error}") from error
     except grpc.aio.AioRpcError as error:

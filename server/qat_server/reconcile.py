@@ -1,6 +1,9 @@
-"""What must be done so that the VFs are as wanted, and when a failed one is tried again. Pure."""
+"""What is to be done so that the VFs are on the wanted driver, and when to try again what failed.
 
-from collections.abc import Collection
+Pure: an Inventory in, a Plan out; the clock's time is passed in. Who carries it out is binder.py.
+"""
+
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from msgspec import Struct
@@ -10,54 +13,64 @@ from qat_shared.devices import VIRTUAL
 from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
 
-_FIRST_DELAY: Final = 0.5
-_LAST_DELAY: Final = 60.0
+FIRST_DELAY: Final = 0.5
+LONGEST_DELAY: Final = 60.0
+_DOUBLINGS: Final = 7  # 0.5 s doubled so often is over the longest delay
 
 
 class Plan(Struct, frozen=True):
-    """`bind`: VFs to bind. `foreign`: VFs that somebody bound to another driver, which are left alone."""
+    """`bind`: VFs to be bound now. `foreign`: VFs that somebody gave to another driver, with its name: left alone."""
 
     bind: tuple[PciAddress, ...]
     foreign: tuple[tuple[PciAddress, str], ...]
 
 
 def plan(inventory: Inventory, driver: DpdkDriver) -> Plan:
-    """Bind what has no driver or the kernel's own VF driver; whatever else has the VF was somebody's decision."""
-    bind, foreign = [], []
+    """Bind what has no driver or its own kernel VF driver. The other DPDK driver is somebody's choice too: foreign."""
+    bind = []
+    foreign = []
     for vf in inventory.vfs:
-        if vf.driver == driver:
-            continue
-        if vf.driver is None or vf.driver == VIRTUAL[vf.device_id].driver:
+        kind = VIRTUAL.get(vf.device_id)
+        if vf.driver is None or (kind is not None and vf.driver == kind.driver):
             bind.append(vf.address)
-        else:
+        elif vf.driver != driver:
             foreign.append((vf.address, vf.driver))
     return Plan(tuple(bind), tuple(foreign))
 
 
-class _Failure(Struct, frozen=True):
-    times: int
-    retry_at: float
+class Failures(Struct, frozen=True):
+    """How often one VF could not be bound in a row, and the earliest time for the next attempt."""
+
+    count: int
+    next_at: float
 
 
 class Attempts(Struct, frozen=True):
-    """The failures so far, as an immutable value; times are those of the caller's clock, in seconds."""
+    """What failed and waits: 0.5 s after the first failure, twice as long after each further one, 60 s at most.
 
-    failures: dict[PciAddress, _Failure] = {}
+    Each method that changes something answers with a new Attempts. Times are seconds of one monotonic clock.
+    """
+
+    failures: Mapping[PciAddress, Failures] = {}
 
     def failed(self, address: PciAddress, now: float) -> "Attempts":
-        """With one failure more: tried again after 0.5 s, then twice as long each time, 60 s at most."""
-        times = self.failures[address].times + 1 if address in self.failures else 1
-        delay = min(_LAST_DELAY, _FIRST_DELAY * 2 ** min(times - 1, 10))
-        return Attempts({**self.failures, address: _Failure(times, now + delay)})
+        """After one more failure."""
+        before = self.failures.get(address)
+        count = before.count + 1 if before else 1
+        delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** min(count - 1, _DOUBLINGS))
+        return Attempts({**self.failures, address: Failures(count, now + delay)})
 
-    def keep(self, addresses: Collection[PciAddress]) -> "Attempts":
-        """Without those that are no longer wanted."""
-        return Attempts({address: failure for address, failure in self.failures.items() if address in addresses})
+    def keep(self, wanted: Collection[PciAddress]) -> "Attempts":
+        """Without the VFs that are not to be bound any more: they are bound, vanished, or somebody else's by now."""
+        if all(address in wanted for address in self.failures):
+            return self
+        return Attempts({address: failures for address, failures in self.failures.items() if address in wanted})
 
     def due(self, address: PciAddress, now: float) -> bool:
         """Whether it may be tried now."""
-        return address not in self.failures or self.failures[address].retry_at <= now
+        failures = self.failures.get(address)
+        return failures is None or failures.next_at <= now
 
     def next_due(self, now: float) -> float | None:
-        """When the next one that has to wait may be tried, None when none has to."""
-        return min((f.retry_at for f in self.failures.values() if f.retry_at > now), default=None)
+        """The earliest time after `now` at which something becomes due, None when nothing waits."""
+        return min((failures.next_at for failures in self.failures.values() if failures.next_at > now), default=None)

@@ -7,6 +7,7 @@ PodResources nothing ever leaves a list while this server lives.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
@@ -35,11 +36,13 @@ class Usage:
         on_change: Callable[[], None],
         interval: float,
         settle: float = SETTLE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._query = query
         self._on_change = on_change
         self._interval = interval
         self._settle = settle
+        self._clock = clock
         self._unhealthy_since: dict[tuple[str, PciAddress], float] = {}
         self._answer_asked_at = float("-inf")
         self._due = asyncio.Event()
@@ -49,7 +52,7 @@ class Usage:
 
     def observe(self, listing: Listing) -> None:
         """Take note of the devices that are listed as unhealthy now."""
-        now = asyncio.get_running_loop().time()
+        now = self._clock()
         unhealthy = {(name, d.address) for name, devices in listing.items() for d in devices if not d.healthy}
         self._unhealthy_since = {key: self._unhealthy_since.get(key, now) for key in unhealthy}
         waiting = [since + self._settle for since in self._unhealthy_since.values()]
@@ -59,7 +62,7 @@ class Usage:
 
     def allocated(self) -> None:
         """Take note that devices were handed out just now."""
-        self._ask_at(asyncio.get_running_loop().time() + _AFTER_ALLOCATION)
+        self._ask_at(self._clock() + _AFTER_ALLOCATION)
 
     def releasable(self, resource: str, address: PciAddress) -> bool:
         """Whether a device of a list cannot be in use, nor be about to be."""
@@ -67,6 +70,12 @@ class Usage:
         if since is None or self.holders is None or self._answer_asked_at < since + self._settle:
             return False
         return address not in self.holders.get(resource, {})
+
+    def held(self, resource: str, address: PciAddress, handed_out_at: float | None) -> bool:
+        """Whether a pod has a device of a resource, or may: `handed_out_at` is when it was last allocated."""
+        if handed_out_at is not None and handed_out_at > self._answer_asked_at - self._settle:
+            return True  # the answer may be from before the kubelet knew
+        return self.holders is None or address in self.holders.get(resource, {})
 
     def holder(self, address: PciAddress) -> str:
         """The pod that holds a device, "" when none is known to."""
@@ -77,21 +86,20 @@ class Usage:
 
     async def run(self) -> None:
         """Until cancelled."""
-        loop = asyncio.get_running_loop()
-        self._due_at = loop.time()
+        self._due_at = self._clock()
         while True:
-            while (wait := self._due_at - loop.time()) > 0:
+            while (wait := self._due_at - self._clock()) > 0:
                 self._due.clear()
                 try:
                     async with asyncio.timeout(wait):
                         await self._due.wait()  # an earlier time may be set meanwhile
                 except TimeoutError:
                     break
-            self._due_at = loop.time() + self._interval
+            self._due_at = self._clock() + self._interval
             await self._ask()
 
     async def _ask(self) -> None:
-        asked_at = asyncio.get_running_loop().time()
+        asked_at = self._clock()
         try:
             holders = await self._query()
         except PodResourcesError as error:

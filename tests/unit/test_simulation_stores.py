@@ -181,9 +181,8 @@ def test_store(kernel: Kernel, case: Case) -> None:
     for path, data in case.first:
         kernel.write(path, data)
     if case.error:
-        with pytest.raises(OSError, match=".") as caught:
+        with pytest.raises(OSError, match=rf"^\[Errno {case.error}\]"):
             kernel.write(case.path, case.data)
-        assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[case.error]
     else:
         assert kernel.write(case.path, case.data) == len(case.data)
     if case.shows:

@@ -59,9 +59,7 @@ class Supervisor:
     def stop(self) -> None:
         """End. Writes of programs that are still running then fail with ENOSYS, so end those first."""
         with self._lock:
-            if self._wake >= 0:
-                os.close(self._wake)
-                self._wake = -1
+            self._close_wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -88,7 +86,13 @@ class Supervisor:
             with self._lock:
                 os.close(self._listener)
                 os.close(self._wake_end)
+                self._close_wake()
                 self._listener = -1
+
+    def _close_wake(self) -> None:
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
 
     def _receive(self) -> None:
         buffer = bytearray(256)  # longer than the kernel's struct, should it grow

@@ -145,6 +145,7 @@ class Kernel:
         """
         roots = (self.sysfs_root, self._tree.aside)
         process, supervisor = interception.spawn(argv, roots, self._intercepted, **popen)
+        self._processes = [known for known in self._processes if known[0].returncode is None or not known[1].ended]
         self._processes.append((process, supervisor))
         return process
 

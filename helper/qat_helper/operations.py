@@ -1,0 +1,152 @@
+"""The table of operations: everything that root will do for a client, one row each. What is not in it cannot be asked for.
+
+To audit the helper, read this table, then the functions that it names (each module says what it touches), then
+policy.py. dispatch.py takes every request through the same steps: operation allowed, the row's rule, no earlier
+operation on the same device, the audit log, the function (in a short-lived child), the audit log.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, Generic, TypeVar
+
+from msgspec import Struct
+from qat_shared import VERSION
+from qat_shared.messages import (
+    PROTOCOL,
+    AnyRequest,
+    BindDriver,
+    ErrorCode,
+    Hello,
+    OpenKubeletSocket,
+    PrepareSocketDirectory,
+    ReadDeviceConfig,
+    ReadHeartbeat,
+    ReleaseDriver,
+    Request,
+    Welcome,
+)
+
+from qat_helper.binding import bind_driver, release_driver
+from qat_helper.errors import UNSIGNED, OperationError
+from qat_helper.kubelet import open_kubelet_socket, prepare_socket_directory
+from qat_helper.node import Node, Outcome
+from qat_helper.policy import Policy
+from qat_helper.reading import read_device_config, read_heartbeat
+
+R = TypeVar("R", bound=Request)
+
+DEADLINE: Final = 5.0
+"""Seconds after which the client is told that an operation has timed out."""
+
+
+class Operation(Struct, Generic[R], frozen=True, kw_only=True):
+    """One row.
+
+    `rule` raises OperationError when policy forbids the request; what can be known only from the device itself, the
+    function checks. `alone`: what must not run twice at a time (None: it may). `audited`: a line before and after, or
+    else counted. `deadline`: in seconds, None for what runs in the serving loop itself, and so must never wait.
+    """
+
+    request: type[R]
+    rule: Callable[[Policy, R], None]
+    function: Callable[[Node, R], Outcome]
+    alone: Callable[[R], tuple[object, ...] | None]
+    audited: bool
+    deadline: Callable[[R], float] | None
+
+    @property
+    def name(self) -> str:
+        """The request's name, as in the audit log and the policy file."""
+        return self.request.__name__
+
+
+def _hello(node: Node, request: Hello) -> Outcome:
+    if request.protocol != PROTOCOL:
+        raise OperationError(
+            ErrorCode.PROTOCOL,
+            f"the helper speaks protocol {PROTOCOL} (version {VERSION}), the server protocol {request.protocol} "
+            f"(version {request.version}): install the same version of both",
+        )
+    operations = tuple(sorted(node.policy.operations))
+    return Outcome(Welcome(id=request.id, audit=UNSIGNED, protocol=PROTOCOL, version=VERSION, operations=operations))
+
+
+def _address(policy: Policy, request: ReleaseDriver | ReadHeartbeat | ReadDeviceConfig) -> None:
+    policy.check_address(request.address)
+
+
+def _address_and_driver(policy: Policy, request: BindDriver) -> None:
+    policy.check_address(request.address)
+    policy.check_driver(request.driver)
+
+
+def _no_rule(policy: Policy, request: Request) -> None:
+    """Nothing that a client could choose wrongly."""
+
+
+def _five_seconds(request: Request) -> float:
+    return DEADLINE
+
+
+_TABLE: Final[tuple[Operation[Any], ...]] = (
+    Operation(
+        request=Hello,
+        rule=_no_rule,
+        function=_hello,
+        alone=lambda request: None,
+        audited=False,
+        deadline=None,
+    ),
+    Operation(
+        request=BindDriver,
+        rule=_address_and_driver,
+        function=bind_driver,
+        alone=lambda request: ("driver", request.address),
+        audited=True,
+        deadline=_five_seconds,
+    ),
+    Operation(
+        request=ReleaseDriver,
+        rule=_address,
+        function=release_driver,
+        alone=lambda request: ("driver", request.address),
+        audited=True,
+        deadline=_five_seconds,
+    ),
+    Operation(
+        request=ReadHeartbeat,
+        rule=_address,
+        function=read_heartbeat,
+        alone=lambda request: ("heartbeat", request.address),
+        audited=False,
+        deadline=_five_seconds,
+    ),
+    Operation(
+        request=ReadDeviceConfig,
+        rule=_address,
+        function=read_device_config,
+        alone=lambda request: ("dev_cfg", request.address),
+        audited=True,
+        deadline=_five_seconds,
+    ),
+    Operation(
+        request=PrepareSocketDirectory,
+        rule=_no_rule,
+        function=prepare_socket_directory,
+        alone=lambda request: ("directory",),
+        audited=True,
+        deadline=_five_seconds,
+    ),
+    Operation(
+        request=OpenKubeletSocket,
+        rule=_no_rule,
+        function=open_kubelet_socket,
+        alone=lambda request: None,
+        audited=True,
+        deadline=lambda request: request.wait_ms / 1000 + DEADLINE,
+    ),
+)
+
+OPERATIONS: Final[Mapping[type[AnyRequest], Operation[Any]]] = MappingProxyType({row.request: row for row in _TABLE})
+NAMES: Final = frozenset(row.name for row in _TABLE if row.request is not Hello)
+"""What a policy may allow. Hello always is."""

@@ -36,23 +36,22 @@ from qat_helper.reading import read_device_config, read_heartbeat
 R = TypeVar("R", bound=Request)
 
 DEADLINE: Final = 5.0
-"""Seconds after which the client is told that an operation has timed out."""
 
 
-class Operation(Struct, Generic[R], frozen=True, kw_only=True):
+class Operation(Struct, Generic[R], frozen=True):
     """One row.
 
     `rule` raises OperationError when policy forbids the request; what can be known only from the device itself, the
-    function checks. `alone`: what must not run twice at a time (None: it may). `audited`: a line before and after, or
-    else counted. `deadline`: in seconds, None for what runs in the serving loop itself, and so must never wait.
+    function checks. `alone` names what must not be done twice at a time to one device (None: it may be). `audited`: a
+    line before and one after, otherwise counted. `child`: runs in a child, since it may have to wait.
     """
 
     request: type[R]
     rule: Callable[[Policy, R], None]
     function: Callable[[Node, R], Outcome]
-    alone: Callable[[R], tuple[object, ...] | None]
+    alone: str | None
     audited: bool
-    deadline: Callable[[R], float] | None
+    child: bool = True
 
     @property
     def name(self) -> str:
@@ -84,69 +83,24 @@ def _no_rule(policy: Policy, request: Request) -> None:
     """Nothing that a client could choose wrongly."""
 
 
-def _five_seconds(request: Request) -> float:
-    return DEADLINE
-
-
+# fmt: off
 _TABLE: Final[tuple[Operation[Any], ...]] = (
-    Operation(
-        request=Hello,
-        rule=_no_rule,
-        function=_hello,
-        alone=lambda request: None,
-        audited=False,
-        deadline=None,
-    ),
-    Operation(
-        request=BindDriver,
-        rule=_address_and_driver,
-        function=bind_driver,
-        alone=lambda request: ("driver", request.address),
-        audited=True,
-        deadline=_five_seconds,
-    ),
-    Operation(
-        request=ReleaseDriver,
-        rule=_address,
-        function=release_driver,
-        alone=lambda request: ("driver", request.address),
-        audited=True,
-        deadline=_five_seconds,
-    ),
-    Operation(
-        request=ReadHeartbeat,
-        rule=_address,
-        function=read_heartbeat,
-        alone=lambda request: ("heartbeat", request.address),
-        audited=False,
-        deadline=_five_seconds,
-    ),
-    Operation(
-        request=ReadDeviceConfig,
-        rule=_address,
-        function=read_device_config,
-        alone=lambda request: ("dev_cfg", request.address),
-        audited=True,
-        deadline=_five_seconds,
-    ),
-    Operation(
-        request=PrepareSocketDirectory,
-        rule=_no_rule,
-        function=prepare_socket_directory,
-        alone=lambda request: ("directory",),
-        audited=True,
-        deadline=_five_seconds,
-    ),
-    Operation(
-        request=OpenKubeletSocket,
-        rule=_no_rule,
-        function=open_kubelet_socket,
-        alone=lambda request: None,
-        audited=True,
-        deadline=lambda request: request.wait_ms / 1000 + DEADLINE,
-    ),
+    #         request                 rule                 function                  alone        audited
+    Operation(Hello,                  _no_rule,            _hello,                   None,        False, child=False),
+    Operation(BindDriver,             _address_and_driver, bind_driver,              "driver",    True),
+    Operation(ReleaseDriver,          _address,            release_driver,           "driver",    True),
+    Operation(ReadHeartbeat,          _address,            read_heartbeat,           "heartbeat", False),
+    Operation(ReadDeviceConfig,       _address,            read_device_config,       "dev_cfg",   False),
+    Operation(PrepareSocketDirectory, _no_rule,            prepare_socket_directory, "directory", True),
+    Operation(OpenKubeletSocket,      _no_rule,            open_kubelet_socket,      None,        True),
 )
+# fmt: on
 
 OPERATIONS: Final[Mapping[type[AnyRequest], Operation[Any]]] = MappingProxyType({row.request: row for row in _TABLE})
 NAMES: Final = frozenset(row.name for row in _TABLE if row.request is not Hello)
 """What a policy may allow. Hello always is."""
+
+
+def deadline_of(request: AnyRequest) -> float:
+    """Seconds after which the client is told that the operation has timed out."""
+    return DEADLINE + (request.wait_ms / 1000 if isinstance(request, OpenKubeletSocket) else 0)

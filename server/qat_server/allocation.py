@@ -1,12 +1,12 @@
 """Which devices a container should get (GetPreferredAllocation), and the environment that tells it (Allocate).
 
     none      the first in address order
-    packed    one PF after the other: first PFs that must-include devices belong to, then PFs that have devices in use (the
-              one with the fewest free first, so that few PFs stay partly used), then untouched ones; ties by address
+    packed    one PF after the other: first those of must-include devices, then those with devices in use (the one with
+              the fewest free first, so that few PFs stay partly used), then untouched ones; ties by address
     balanced  again and again the PF with the fewest devices in use, counting those chosen so far; ties by address
 
-A device is in use when it is listed as healthy and not offered as available: the kubelet offers all that are free. Where
-no PF is known (inside a VM), all devices on one bus count as one PF. Answers are in address order.
+A device is in use when it is listed as healthy and not offered as available: the kubelet offers all that are free.
+Where no PF is known (inside a VM), all devices on one bus count as one PF. Answers are in address order.
 """
 
 from collections import Counter, defaultdict
@@ -138,19 +138,19 @@ def environment(addresses: Iterable[PciAddress]) -> dict[str, str]:
 
 
 def _pf_of(device: Device) -> PciAddress:
-    # A QAT PF is function 00.0 of its VFs' bus wherever VFs have no bus of their own, so this joins what belongs together.
+    # On most devices the PF is 00.0 of its VFs' bus, so this also joins an unlisted VF to its listed neighbours.
     return device.pf or PciAddress(device.address.domain, device.address.bus, 0, 0)
 
 
 def _check(available: Sequence[str], must_include: Sequence[str], size: int) -> None:
     if size < 1:
         raise AllocationError(f"{size} devices are asked for: at least 1 must be")
-    offered = set(available)
-    for what, ids in (("available", available), ("must-include", must_include)):
-        if len(ids) != (len(offered) if ids is available else len(set(ids))):
+    offered, included = set(available), set(must_include)
+    for what, ids, different in (("available", available, offered), ("must-include", must_include, included)):
+        if len(ids) != len(different):
             twice, times = Counter(ids).most_common(1)[0]
             raise AllocationError(f"device {twice} is named {times} times among the {len(ids)} {what} devices")
-    missing = [device_id for device_id in must_include if device_id not in offered]
+    missing = sorted(included - offered)
     if missing:
         raise AllocationError(
             f"{len(missing)} of {len(must_include)} must-include devices are not among the {len(available)} "

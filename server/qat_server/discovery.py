@@ -1,10 +1,11 @@
 """Discovery: a sysfs tree in, an immutable Inventory out. Only reads; decides nothing about what is found.
 
-On a host, the PFs are the devices on the PF driver beside each selected VF driver, and their VFs are what their virtfnN
-links name. Where no such driver has a device (inside a VM), every PCI device with a selected VF id is a VF without PF.
+On a host, the PFs are the devices on the PF driver beside each selected VF driver, and their VFs are what their
+virtfnN links name. Where no such driver has a device (inside a VM), every PCI device with a selected VF id is a VF
+without PF.
 
-A look at some devices only takes the same path as a look at all: it differs in what it may carry over from the inventory
-before (`_Known`), each piece of which depends on nothing but the files of one device that was not named as changed.
+A look at some devices only takes the same path as a look at all. It differs in what it carries over from the inventory
+before (`_Known`): pieces that depend on nothing but the files of one device which was not named as changed.
 """
 
 import os
@@ -41,7 +42,10 @@ _Found = list[tuple[PciAddress, PciAddress | None]]
 
 
 class _Known(Struct, frozen=True):
-    """What is carried over from the inventory before. `others_skipped`: all other lone devices are known not to be ours."""
+    """What is carried over from the inventory before, without the devices that are `stale`.
+
+    `unread` are lone VFs that were cut; `others_skipped` says that all other devices are known not to be ours.
+    """
 
     pfs: dict[PciAddress, PhysicalFunction] = {}
     vfs: dict[PciAddress, VirtualFunction] = {}
@@ -59,9 +63,9 @@ def discover(
 ) -> Inventory:
     """Find all PFs and VFs of the selected kernel VF drivers, the first `max_devices` usable VFs in address order.
 
-    With `previous` (of the same root and drivers) and `changed`, only the devices named, their PFs, and what had a problem
-    are read again; whatever else has changed since is not seen. A device that cannot be read, or is not what its place
-    says, becomes a Problem. Raises SysfsError when sysfs_root has no readable PCI bus.
+    With `previous` (of the same root and drivers) and `changed`, only the devices named, their PFs, and what had a
+    problem are read again; whatever else has changed since is not seen. A device that cannot be read, or is not what
+    its place says, becomes a Problem. Raises SysfsError when sysfs_root has no readable PCI bus.
     """
     pci_directory(sysfs_root)
     known = _Known()
@@ -96,6 +100,7 @@ def discover(
 def _known(root: Path, previous: Inventory, changed: frozenset[PciAddress]) -> _Known:
     stale = changed | {problem.address for problem in previous.problems if problem.address is not None}
     members = {pf.address for pf in previous.pfs}.union(*(pf.vfs for pf in previous.pfs))
+    lone = not previous.pfs and bool(previous.vfs)  # so all devices were looked at to find them
     # A VF that no PF was known to have: its PF's links are newer than what we have of it.
     pfs_of_new = {_physfn(root, address) for address in changed - members}
     return _Known(
@@ -105,10 +110,9 @@ def _known(root: Path, previous: Inventory, changed: frozenset[PciAddress]) -> _
             if pf.address not in stale and pf.address not in pfs_of_new and stale.isdisjoint(pf.vfs)
         },
         vfs={vf.address: vf for vf in previous.vfs if vf.address not in stale},
-        unread=frozenset(previous.cut) - stale,
+        unread=frozenset(previous.cut) - stale if lone else frozenset(),
         stale=stale,
-        # Lone VFs in the inventory prove that all devices have been looked at to find them.
-        others_skipped=not previous.pfs and bool(previous.vfs),
+        others_skipped=lone,
     )
 
 
@@ -123,7 +127,7 @@ def _physfn(root: Path, address: PciAddress) -> PciAddress | None:
 def _pf_places(
     root: Path, vf_drivers: Sequence[str], problems: list[Problem]
 ) -> Iterator[tuple[str, PciAddress | None]]:
-    """The PF drivers' devices; a driver whose devices cannot be listed has None, for the host is no VM because of it."""
+    """The PF drivers' devices. A driver that cannot be listed has None: it is there, so this is not a VM."""
     for driver in dict.fromkeys(map(pf_driver_of, vf_drivers)):
         try:
             for address in driver_addresses(root, driver):

@@ -1,11 +1,12 @@
 """What the kubelet is told: from what it was told before, what there is now, and what may be dropped.
 
-A VF is served when it is on the wanted driver and has the device nodes that a pod needs. Once listed it stays listed: when
-it goes away or bad it is Unhealthy, with a reason and its last nodes, until `releasable` says that nobody can have it.
+A VF is served when it is on the wanted driver and has the device nodes that a pod needs. Once listed it stays listed:
+when it goes away or bad it is Unhealthy, with a reason and its last nodes, until `releasable` says that nobody can have
+it.
 
-Two VFs in one IOMMU group: a group has one user (VFIO refuses a second), and whoever has the group reaches all devices in
-it. So one VF of a group is served, the one that is listed already, or else the first in address order; and only while the
-kernel lets the group be used at all, which it does not while another of its devices is on another driver.
+Two VFs in one IOMMU group: a group has one user (VFIO refuses a second), and whoever has the group reaches all devices
+in it. So one VF of a group is served: the one that is listed already, or else the first in address order. And only
+while the kernel lets the group be used at all, which it does not while another of its devices is on another driver.
 """
 
 from collections import defaultdict
@@ -106,10 +107,10 @@ def _sharing(vf: VirtualFunction, group: Sequence[VirtualFunction], listed: Coll
 
 def _device(vf: VirtualFunction, driver: DpdkDriver, reason: str) -> Device:
     if driver == DpdkDriver.IGB_UIO:
-        nodes, mounts = (f"/dev/{vf.uio}",), (f"/sys/class/uio/{vf.uio}/device",)
-    else:
-        nodes, mounts = (f"/dev/vfio/{'noiommu-' if vf.noiommu else ''}{vf.iommu_group}", _VFIO_CONTAINER), ()
-    return Device(vf.address, vf.pf, vf.numa_node, nodes, mounts, reason)
+        mounts = (f"/sys/class/uio/{vf.uio}/device",)
+        return Device(vf.address, vf.pf, vf.numa_node, (f"/dev/{vf.uio}",), mounts, reason)
+    group = f"/dev/vfio/{'noiommu-' if vf.noiommu else ''}{vf.iommu_group}"
+    return Device(vf.address, vf.pf, vf.numa_node, (group, _VFIO_CONTAINER), (), reason)
 
 
 def _reasons(

@@ -1,7 +1,8 @@
 """The resource name of a VF, from the services that its PF is configured for.
 
-Services are words joined by `;`, as in the kernel's qat/cfg_services (Documentation/ABI/testing/sysfs-driver-qat); their
-order does not count, in the device as in the name. What cannot be understood is `generic`, never an error.
+Services are words joined by `;`, as in the kernel's qat/cfg_services (Documentation/ABI/testing/sysfs-driver-qat).
+Their order does not count, neither for the device nor for the name. What cannot be understood is `generic`, never an
+error.
 """
 
 import configparser

@@ -72,10 +72,13 @@ class Usage:
         return address not in self.holders.get(resource, {})
 
     def held(self, resource: str, address: PciAddress, handed_out_at: float | None) -> bool:
-        """Whether a pod has a device of a resource, or may: `handed_out_at` is when it was last allocated."""
-        if handed_out_at is not None and handed_out_at > self._answer_asked_at - self._settle:
+        """Whether a pod has a device of a resource, or may. `handed_out_at`: when this server last allocated it.
+
+        Without PodResources, whatever this server has ever allocated counts as held.
+        """
+        if handed_out_at is not None and (self.holders is None or handed_out_at > self._answer_asked_at - self._settle):
             return True  # the answer may be from before the kubelet knew
-        return self.holders is None or address in self.holders.get(resource, {})
+        return address in (self.holders or {}).get(resource, {})
 
     def holder(self, address: PciAddress) -> str:
         """The pod that holds a device, "" when none is known to."""

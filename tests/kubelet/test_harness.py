@@ -15,12 +15,14 @@ from kubelet import real_kubelet
 from kubelet.answers import AdmissionError, KubeletDiedError, KubeletError
 from kubelet.real_kubelet import Damage, RealKubelet
 from qat_server.generated import deviceplugin_v1beta1_pb2 as api
+from qat_server.generated import pluginregistration_v1_pb2 as watcher
 from qat_server.generated import podresources_v1_pb2 as pod_resources
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import (
     DevicePluginServicer,
     RegistrationStub,
     add_DevicePluginServicer_to_server,
 )
+from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
 from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
 
 CY = "qat.intel.com/cy"
@@ -258,6 +260,37 @@ async def test_pod_resources_tells_who_holds_what(kubelet: RealKubelet) -> None:
         )
         known = (await lister.GetAllocatableResources(pod_resources.AllocatableResourcesRequest())).devices
         assert sorted(id_ for device in known for id_ in device.device_ids) == sorted(four())
+
+
+@dataclass
+class WatchedPlugin(Plugin, RegistrationServicer):
+    """Waits in plugins_registry to be asked for its endpoint: the registration socket itself, since none is named."""
+
+    verdict: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    async def GetInfo(self, request: watcher.InfoRequest, context: object) -> watcher.PluginInfo:
+        return watcher.PluginInfo(type="DevicePlugin", name=CY, supported_versions=["v1beta1"])
+
+    async def NotifyRegistrationStatus(
+        self, request: watcher.RegistrationStatus, context: object
+    ) -> watcher.RegistrationStatusResponse:
+        self.verdict.set_result(request.plugin_registered)
+        return watcher.RegistrationStatusResponse()
+
+
+async def test_the_plugin_watcher_finds_a_socket(kubelet: RealKubelet) -> None:
+    plugin = WatchedPlugin(four())
+    server = grpc.aio.server()
+    add_DevicePluginServicer_to_server(plugin, server)
+    add_RegistrationServicer_to_server(plugin, server)
+    (kubelet.registry_directory / "qat.intel.com").mkdir()
+    server.add_insecure_port(f"unix:{kubelet.registry_directory / 'qat.intel.com' / 'cy.sock'}")
+    await server.start()
+    try:
+        await kubelet.wait_for(allocatable={CY: 4})
+        assert await plugin.verdict
+    finally:
+        await server.stop(None)
 
 
 async def test_health_of_a_pods_device(kubelet: RealKubelet) -> None:

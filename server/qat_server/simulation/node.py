@@ -65,7 +65,7 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def vf_device_id(self) -> int:
         """The PCI device id of its VFs."""
-        return next(number for number, kind in sorted(VIRTUAL.items()) if kind.physical == self.device_id)
+        return max(number for number, kind in VIRTUAL.items() if kind.physical == self.device_id)  # 0443, not 0442
 
     @property
     def has_qat_attributes(self) -> bool:

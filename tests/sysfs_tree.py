@@ -13,7 +13,7 @@ def address(text: str) -> PciAddress:
 
 
 class SysfsTree:
-    """Devices are named by their address as text, with or without the domain. Every method may be called at any time."""
+    """Devices are named by their address as text, with or without the domain. Call the methods in any order."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

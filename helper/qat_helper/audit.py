@@ -48,13 +48,14 @@ class Entry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     uid: int | None = None
     gid: int | None = None
     operation: str = ""
-    arguments: dict[str, str | int] = {}
+    arguments: dict[str, str | int | None] = {}
     reason: str = ""
     verdict: str = ""
     code: str = ""
     rule: str = ""
     errno: int = 0
     message: str = ""
+    result: dict[str, str | int | None] = {}
     duration_ms: float | None = None
     asked: int = 0
     torn: bool = False

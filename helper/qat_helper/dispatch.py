@@ -10,6 +10,8 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -19,7 +21,7 @@ from qat_shared.sysfs import MissingError, SysfsError
 
 from qat_helper.audit import AuditError, AuditLog, Entry, printable
 from qat_helper.child import Child
-from qat_helper.errors import OperationError
+from qat_helper.errors import OperationError, denied
 from qat_helper.node import Node, Outcome
 from qat_helper.operations import OPERATIONS, Operation, deadline_of
 
@@ -40,13 +42,14 @@ Answer = Callable[[Outcome], None]
 class Job:
     """A request on its way. Its times are of the monotonic clock."""
 
-    def __init__(self, caller: Caller, request: AnyRequest, answer: Answer, began: float) -> None:
+    def __init__(self, caller: Caller, request: AnyRequest, answer: Answer, clock: Callable[[], float]) -> None:
         self.caller = caller
         self.request = request
         self.operation: Operation[AnyRequest] = OPERATIONS[type(request)]
         self.answer = answer
-        self.began = began
-        self.deadline = began + deadline_of(request)
+        self._clock = clock
+        self.began = clock()
+        self.deadline = self.began + deadline_of(request)
         self.asked = 0
         """The sequence number of its line in the audit log."""
         self.timed_out = False
@@ -57,23 +60,196 @@ class Job:
         alone = self.operation.alone
         return None if alone is None else (alone, getattr(self.request, "address", None))
 
-    def entry(self, event: str, reply: AnyReply | None = None) -> Entry:
-        """Its line in the audit log, with how it ended once it has."""
-        fields = msgspec.structs.asdict(self.request)
+    def entry(self, event: str, verdict: str = "", reply: AnyReply | None = None) -> Entry:
+        """A line about it for the audit log; `reply` as it ended."""
         entry = Entry(
             event=event,
+            verdict=verdict,
             pid=self.caller.pid,
             uid=self.caller.uid,
             gid=self.caller.gid,
             operation=self.operation.name,
-            arguments={
-                name: value if isinstance(value, int) else printable(str(value))
-                for name, value in fields.items()
-                if name not in ("id", "reason")
-            },
-            reason=printable(fields["reason"]),
+            arguments=_facts(self.request),
+            reason=printable(self.request.reason),
             asked=self.asked,
         )
-        if isinstance(reply, Failure):
-            ...
-        return entry
+        if reply is None:
+            return entry
+        duration = round((self._clock() - self.began) * 1000, 3)
+        if not isinstance(reply, Failure):
+            return msgspec.structs.replace(entry, duration_ms=duration, result=_facts(reply))
+        return msgspec.structs.replace(
+            entry,
+            duration_ms=duration,
+            code=reply.code.value,
+            message=reply.message,
+            errno=reply.errno,
+            rule=reply.rule,
+        )
+
+
+def _facts(message: AnyRequest | AnyReply) -> dict[str, str | int | None]:
+    return {
+        name: value if value is None or isinstance(value, int) else printable(str(value))
+        for name, value in msgspec.structs.asdict(message).items()
+        if name not in ("id", "reason", "audit")
+    }
+
+
+class Dispatcher:
+    """`watch(descriptor, call)` has the serving loop call when the descriptor is readable; `unwatch` ends that."""
+
+    def __init__(
+        self,
+        node: Node,
+        audit: AuditLog,
+        watch: Callable[[int, Callable[[], None]], None],
+        unwatch: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._node = node
+        self._audit = audit
+        self._watch = watch
+        self._unwatch = unwatch
+        self._clock = clock
+        self._waiting: deque[Job] = deque()
+        self._running: dict[int, tuple[Job, Child]] = {}  # by the child's pidfd
+        self._at_work: set[tuple[str, object]] = set()
+        self._counted: Counter[str] = Counter()
+
+    def ask(self, caller: Caller, request: AnyRequest, answer: Answer) -> None:
+        """Have a request done or refused; `answer` is called once, now or later."""
+        job = Job(caller, request, answer, self._clock)
+        operation = job.operation
+        try:
+            if operation.child:
+                self._node.policy.check_operation(operation.name)
+            operation.rule(self._node.policy, request)
+            if job.key in self._at_work:
+                raise OperationError(ErrorCode.BUSY, "an earlier operation on this device has not ended: try again later")
+        except OperationError as error:
+            answer(Outcome(self._refused(job, error)))
+            return
+        if not operation.child:
+            answer(perform(self._node, request))
+            return
+        if operation.audited:
+            try:
+                job.asked = self._audit.append(job.entry("asked"))
+            except AuditError as error:
+                answer(Outcome(OperationError(ErrorCode.AUDIT, str(error)).reply(request.id)))
+                return
+        else:
+            self._counted[operation.name] += 1
+        if job.key is not None:
+            self._at_work.add(job.key)
+        self._waiting.append(job)
+        self._start()
+
+    def turn_away(self, caller: Caller) -> OperationError:
+        """A process connected whose uid is not admitted: what to answer to whatever it asks."""
+        error = denied("server-uid", f"uid {caller.uid} may not use this helper: see its option --server-uid")
+        entry = Entry(
+            event="refused",
+            verdict="denied",
+            pid=caller.pid,
+            uid=caller.uid,
+            gid=caller.gid,
+            code=error.code.value,
+            rule=error.rule,
+            message=error.message,
+        )
+        with suppress(AuditError):  # it is turned away either way, and the log's trouble has been said
+            self._audit.append(entry)
+        return error
+
+    def timeout(self) -> float | None:
+        """Seconds until `expire` has something to do, None for never."""
+        deadlines = [job.deadline for job in self._unanswered()]
+        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+
+    def expire(self) -> None:
+        """Answer what has outlasted its deadline."""
+        now = self._clock()
+        for job in [job for job in self._unanswered() if job.deadline <= now]:
+            error = OperationError(
+                ErrorCode.TIMED_OUT, f"{job.operation.name} did not end in time: it may still come to pass"
+            )
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._end(job, Outcome(error.reply(job.request.id)))
+            else:
+                job.timed_out = True
+                job.answer(Outcome(error.reply(job.request.id)))
+
+    def stop(self) -> None:
+        """The last line of the audit log. Children still at work are left to end by themselves."""
+        unfinished = [*self._waiting, *(job for job, _ in self._running.values())]
+        facts: dict[str, str | int | None] = dict(self._counted)
+        if unfinished:
+            facts["unfinished"] = ", ".join(f"{job.operation.name} (asked {job.asked})" for job in unfinished)
+        self._audit.owe(Entry(event="stop", arguments=facts))
+
+    def _unanswered(self) -> list[Job]:
+        running = (job for job, _ in self._running.values())
+        return [job for job in (*self._waiting, *running) if not job.timed_out]
+
+    def _refused(self, job: Job, error: OperationError) -> AnyReply:
+        reply = error.reply(job.request.id)
+        if job.operation.audited or error.code is ErrorCode.DENIED:
+            try:
+                self._audit.append(job.entry("refused", error.code.value, reply))
+            except AuditError as trouble:
+                return OperationError(ErrorCode.AUDIT, str(trouble)).reply(job.request.id)
+        return reply
+
+    def _start(self) -> None:
+        while self._waiting and len(self._running) < MAX_CHILDREN:
+            job = self._waiting.popleft()
+            try:
+                child = Child(partial(perform, self._node, job.request))
+            except OSError as error:
+                why = f"no process could be started for it: {os.strerror(error.errno or 0)}"
+                self._end(job, Outcome(OperationError(ErrorCode.INTERNAL, why).reply(job.request.id)))
+                continue
+            self._running[child.pidfd] = (job, child)
+            self._watch(child.pidfd, partial(self._ended, child.pidfd))
+
+    def _ended(self, pidfd: int) -> None:
+        job, child = self._running.pop(pidfd)
+        self._unwatch(pidfd)
+        try:
+            outcome = child.outcome()
+        except OperationError as error:
+            outcome = Outcome(error.reply(job.request.id))
+        self._end(job, outcome)
+        self._start()
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        self._at_work.discard(job.key or ("", None))
+        if job.operation.audited:
+            self._audit.owe(job.entry(*_ending(job, outcome.reply), outcome.reply))
+        if not job.timed_out:
+            job.answer(outcome)
+        elif outcome.descriptor is not None:
+            os.close(outcome.descriptor)
+
+
+def _ending(job: Job, reply: AnyReply) -> tuple[str, str]:
+    """The event and verdict of its last line."""
+    if job.timed_out:
+        return "late", "late"
+    if not isinstance(reply, Failure):
+        return "done", "ok"
+    return ("refused", "denied") if reply.code is ErrorCode.DENIED else ("done", "failed")
+
+
+def perform(node: Node, request: AnyRequest) -> Outcome:
+    """Do what the request's row says, now. Every foreseen error becomes a Failure."""
+    try:
+        return OPERATIONS[type(request)].function(node, request)
+    except OperationError as error:
+        return Outcome(error.reply(request.id))
+    except SysfsError as error:
+        code = ErrorCode.VANISHED if isinstance(error, MissingError) else ErrorCode.KERNEL
+        return Outcome(OperationError(code, f"the device cannot be read: {error}").reply(request.id))

@@ -82,15 +82,16 @@ class Demo:
         began = time.monotonic()
         with self.console.status(f"{title} ..."):
             yield
+        self._seen(f"{title} [dim]({(time.monotonic() - began) * 1000:.0f} ms)[/dim]")
+
+    def _seen(self, what: str) -> None:
         self._steps += 1
-        self.console.print(
-            f"\n[green]✓[/green] [bold]{title}[/bold] [dim]({(time.monotonic() - began) * 1000:.0f} ms)[/dim]"
-        )
+        self.console.print(f"\n[green]✓[/green] [bold]{what}[/bold]")
 
     def _show_node(self, node: RunningNode) -> None:
         self.console.print(
             f"A node without hardware in {node.directory}: its kernel and its kubelet are emulated;"
-            f" [bold]qat-helper[/bold] and [bold]qat-plugin[/bold] are the real processes (here both as uid {os.geteuid()})."
+            f" [bold]qat-helper[/bold] and [bold]qat-plugin[/bold] are real (here both as uid {os.geteuid()})."
         )
         table = Table(
             "PF", "device", "driver", "NUMA", "state", "services", "VFs", "VFs' driver", box=None, pad_edge=False
@@ -145,9 +146,9 @@ class Demo:
 
     async def _allocate(self, node: RunningNode) -> dict[str, Allocation]:
         allocations = {}
-        for pod, count in (("crypto-a", 2), ("crypto-b", 3)):
+        for pod, wanted in (("crypto-a", 2), ("crypto-b", 3)):
             resource, free = max(node.kubelet.allocatable_free().items(), key=lambda item: item[1])
-            count = min(count, free)
+            count = min(wanted, free)
             async with self._step(f"pod {pod} got {count} of {resource} (allocation policy {self.policy})"):
                 allocations[pod] = await node.kubelet.allocate(pod, [("main", resource, count)])
             self._show_allocation(allocations[pod])
@@ -188,16 +189,13 @@ class Demo:
 
     def _show_audit(self, node: RunningNode) -> None:
         lines = node.audit_log.read_bytes().splitlines()
-        self._steps += 1
-        self.console.print(
-            f"\n[green]✓[/green] [bold]the audit log of what root did: {len(lines)} lines, chain intact[/bold]"
-        )
         previous = None
         for number, line in enumerate(lines, 1):
             record = json.loads(line)
             if previous is not None and record["previous"] != previous:
                 raise SimulationError(f"line {number} of {node.audit_log} does not continue the line before")
             previous = hashlib.sha256(line).hexdigest()
+        self._seen(f"the audit log of what root did: {len(lines)} lines, the chain of hashes intact")
         table = Table("sequence", "event", "operation", "arguments", "verdict", "ms", box=None, pad_edge=False)
         shown = [json.loads(line) for line in lines]
         by_operation: dict[str, list[dict[str, object]]] = {}

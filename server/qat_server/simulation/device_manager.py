@@ -25,6 +25,10 @@ class AdmissionError(Exception):
     """The pod is refused; the text is what its status would show."""
 
 
+class TopologyAffinityError(AdmissionError):
+    """The topology policy refuses what the devices could give."""
+
+
 class KubeletPanicError(Exception):
     """The real kubelet would have crashed here."""
 
@@ -102,7 +106,7 @@ class DeviceManager:
             self._healthy[resource] = set()
         endpoint.stopped_at = self._clock()
 
-    def listed(self, resource: str, devices: Iterable[pb.Device]) -> None:
+    def listed(self, resource: str, devices: Sequence[pb.Device]) -> None:
         """PluginListAndWatchReceiver."""
         self._all[resource] = {device.ID: device for device in devices}
         self._healthy[resource] = set()
@@ -173,9 +177,8 @@ class DeviceManager:
             devices = await self._choose(pod, container, resource, wanted, hint)
             if not devices:
                 continue
-            client = self._client(resource)
             try:
-                answer = await client.allocate(self._unsorted(devices))
+                answer = await self._client(resource).allocate(self._unsorted(devices))
             except AdmissionError:
                 self._allocated = self._held()
                 raise
@@ -194,7 +197,7 @@ class DeviceManager:
         offered = [self._hints(pod, container, resource, wanted) for resource, wanted in requests.items()]
         hint, admitted = topology.merge(self._policy, offered, self._numa_nodes)
         if not admitted:
-            raise AdmissionError("Resources cannot be allocated with Topology locality")
+            raise TopologyAffinityError("Resources cannot be allocated with Topology locality")
         return hint
 
     def _hints(self, pod: str, container: str, resource: str, wanted: int) -> list[Hint] | None:
@@ -230,7 +233,7 @@ class DeviceManager:
             raise AdmissionError(
                 f"previously allocated devices are no longer healthy; cannot allocate unhealthy devices {resource}"
             )
-        if held:
+        if held or not wanted:
             return set()
         available = healthy - self._allocated.get(resource, set())
         if len(available) < wanted:
@@ -278,7 +281,6 @@ class DeviceManager:
     def _client(self, resource: str) -> PluginClient:
         endpoint = self._endpoints.get(resource)
         if endpoint is None:
-            self._allocated = self._held()
             raise AdmissionError(f"unknown Device Plugin {resource}")
         if endpoint.client is None or endpoint.stopped_at is not None:
             raise AdmissionError(f"endpoint {resource} has been stopped")

@@ -33,6 +33,9 @@ START_TIMEOUT: Final = 20.0
 """Seconds that a process has until it serves: generous, since a busy machine is slow."""
 
 
+_ROOM: Final = 256 * 1024 * 1024  # 1024 VFs are some 30000 files of one page each
+
+
 class SimulationError(Exception):
     """The node did not do what it should have: one sentence, with the end of the processes' logs where that helps."""
 
@@ -192,7 +195,7 @@ class RunningNode:
 async def running_node(
     node: Node, server_options: Sequence[str] = (), directory: Path | None = None
 ) -> AsyncIterator[RunningNode]:
-    """A node whose processes are started by the caller; all ends and, without `directory`, is removed with the context."""
+    """A node whose processes the caller starts; all ends with the context. Without `directory`, in a temporary one."""
     with contextlib.ExitStack() as stack:
         if directory is None:
             # Short: a Unix socket's path has 107 bytes.
@@ -231,4 +234,10 @@ def _free_port() -> int:
 
 
 def _short_tmp() -> str:
+    """A directory with a short name, in memory where there is room: sysfs is no disk either."""
+    memory = "/dev/shm"  # noqa: S108
+    with contextlib.suppress(OSError):
+        space = os.statvfs(memory)
+        if os.access(memory, os.W_OK | os.X_OK) and space.f_bavail * space.f_frsize > _ROOM:
+            return memory
     return "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()  # noqa: S108

@@ -58,7 +58,7 @@ def merge(policy: TopologyPolicy, offered: Sequence[list[Hint] | None], machine:
         if candidate.nodes and (best is None or _better(candidate, best)):
             best = candidate
     result = best or Hint(everywhere, False)
-    if policy is TopologyPolicy.SINGLE_NUMA_NODE and result.nodes == everywhere and len(everywhere) > 1:
+    if policy is TopologyPolicy.SINGLE_NUMA_NODE and result.nodes == everywhere:
         result = Hint(None, result.preferred)
     return result, policy is TopologyPolicy.BEST_EFFORT or result.preferred
 

@@ -1,0 +1,211 @@
+"""The serving loop: one thread, one epoll, peers on a SEQPACKET socket. It waits for nothing else, ever.
+
+Theory of operation: each readiness is handled alone (one packet, one new peer, one ended child), so that no peer holds
+up the others. A peer says Hello, then may ask; while as many of its requests are in flight as are allowed, it is not
+read from. Answers that do not fit into its socket wait in a short queue; a peer that lets that queue run full is
+dropped. Without requests in flight there is no time-out, so an idle helper does not wake up.
+"""
+
+import os
+import select
+import signal
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import msgspec
+from qat_shared.codec import ProtocolError, decode_request, encode
+from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, Welcome
+
+from qat_helper.audit import AuditLog
+from qat_helper.dispatch import Caller, Dispatcher
+from qat_helper.errors import OperationError
+from qat_helper.node import Node, Outcome
+
+MAX_PEERS: Final = 16
+MAX_IN_FLIGHT: Final = 64
+"""Requests of one peer that are not answered yet."""
+MAX_QUEUE: Final = 32
+"""Answers to one peer that its socket has no room for."""
+_CREDENTIALS: Final = struct.Struct("iII")
+_GONE: Final = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+
+
+class Peer:
+    """One connection. `turned_away`: what it is told instead of an answer, before the connection is closed."""
+
+    def __init__(self, sock: socket.socket, caller: Caller) -> None:
+        self.sock = sock
+        self.caller = caller
+        self.turned_away: OperationError | None = None
+        self.greeted = False
+        self.in_flight = 0
+        self.queue: deque[tuple[bytes, int | None]] = deque()
+        self.open = True
+
+
+class Server:
+    """Serves on a listening socket until SIGTERM or SIGINT."""
+
+    def __init__(self, listener: socket.socket, node: Node, audit: AuditLog) -> None:
+        self._listener = listener
+        self._node = node
+        self._audit = audit
+        self._epoll = select.epoll()
+        self._calls: dict[int, Callable[[int], None]] = {}
+        self._peers: list[Peer] = []
+        self._stopping = False
+        self._dispatcher = Dispatcher(node, audit, self._watch_child, self._unwatch)
+
+    def run(self) -> None:
+        """Until a signal asks for the end. Leaves the last line of the audit log."""
+        wake_end, wake = socket.socketpair()
+        with wake_end, wake, self._epoll:
+            wake.setblocking(False)
+            signal.set_wakeup_fd(wake.fileno())
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)
+            self._watch(wake_end.fileno(), select.EPOLLIN, self._stop)
+            self._watch(self._listener.fileno(), select.EPOLLIN, self._accept)
+            while not self._stopping:
+                # One at a time: what is handled may close descriptors that others in the same batch are about.
+                for descriptor, events in self._epoll.poll(self._dispatcher.timeout(), 1):
+                    self._calls[descriptor](events)
+                self._dispatcher.expire()
+            signal.set_wakeup_fd(-1)
+            for peer in list(self._peers):
+                self._drop(peer)
+        self._dispatcher.stop()
+
+    def _stop(self, _: int) -> None:
+        self._stopping = True
+
+    def _watch(self, descriptor: int, events: int, call: Callable[[int], None]) -> None:
+        self._calls[descriptor] = call
+        self._epoll.register(descriptor, events)
+
+    def _unwatch(self, descriptor: int) -> None:
+        del self._calls[descriptor]
+        self._epoll.unregister(descriptor)
+
+    def _watch_child(self, descriptor: int, call: Callable[[], None]) -> None:
+        self._watch(descriptor, select.EPOLLIN, lambda _: call())
+
+    def _accept(self, _: int) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        sock.setblocking(False)
+        caller = Caller(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+        peer = Peer(sock, caller)
+        if caller.uid not in self._node.policy.uids:
+            peer.turned_away = self._dispatcher.turn_away(caller)
+        elif len(self._peers) >= MAX_PEERS:
+            peer.turned_away = OperationError(ErrorCode.BUSY, f"the helper serves {MAX_PEERS} connections already")
+        self._peers.append(peer)
+        self._watch(sock.fileno(), self._events(peer), partial(self._ready, peer))
+        # Those who have not said Hello yet are expendable: the ones that wait must not lock others out.
+        silent = [other for other in self._peers if not other.greeted]
+        if len(silent) > MAX_PEERS:
+            self._drop(silent[0])
+
+    def _ready(self, peer: Peer, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._flush(peer)
+        if peer.open and events & select.EPOLLIN:
+            self._receive(peer, events)
+        elif peer.open and events & _GONE:
+            self._drop(peer)
+
+    def _receive(self, peer: Peer, events: int) -> None:
+        try:
+            # No room for control messages: the kernel closes descriptors that a peer passes.
+            packet, _, flags, _ = peer.sock.recvmsg(MAX_MESSAGE + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(peer)
+            return
+        if not packet and events & _GONE:
+            self._drop(peer)
+            return
+        try:
+            if flags & socket.MSG_TRUNC:
+                raise ProtocolError(f"the packet is longer than {MAX_MESSAGE} bytes")
+            request = decode_request(packet)
+        except ProtocolError as error:
+            self._answer(peer, Outcome(OperationError(ErrorCode.MALFORMED, str(error)).reply(0)))
+            return
+        self._request(peer, request)
+
+    def _request(self, peer: Peer, request: AnyRequest) -> None:
+        error = peer.turned_away
+        if error is None and not peer.greeted and not isinstance(request, Hello):
+            error = OperationError(ErrorCode.PROTOCOL, "say Hello first, so that both versions are known to fit")
+        if error is not None:
+            self._answer(peer, Outcome(error.reply(request.id)))
+        else:
+            peer.in_flight += 1
+            self._dispatcher.ask(peer.caller, request, partial(self._answered, peer))
+            self._update(peer)
+
+    def _answered(self, peer: Peer, outcome: Outcome) -> None:
+        peer.in_flight -= 1
+        if isinstance(outcome.reply, Welcome):
+            peer.greeted = True
+        self._answer(peer, outcome)
+
+    def _answer(self, peer: Peer, outcome: Outcome) -> None:
+        if not peer.open or len(peer.queue) >= MAX_QUEUE:
+            _close(outcome.descriptor)
+            self._drop(peer)
+            return
+        packet = encode(msgspec.structs.replace(outcome.reply, audit=self._audit.head))
+        peer.queue.append((packet, outcome.descriptor))
+        self._flush(peer)
+
+    def _flush(self, peer: Peer) -> None:
+        while peer.queue:
+            packet, descriptor = peer.queue[0]
+            try:
+                socket.send_fds(peer.sock, [packet], [] if descriptor is None else [descriptor])
+            except BlockingIOError:
+                break
+            except OSError:
+                self._drop(peer)
+                return
+            peer.queue.popleft()
+            _close(descriptor)
+        if peer.turned_away and not peer.queue:
+            self._drop(peer)
+        else:
+            self._update(peer)
+
+    def _update(self, peer: Peer) -> None:
+        if peer.open:
+            self._epoll.modify(peer.sock, self._events(peer))
+
+    def _events(self, peer: Peer) -> int:
+        reading = select.EPOLLIN | select.EPOLLRDHUP if peer.in_flight < MAX_IN_FLIGHT else 0
+        return reading | (select.EPOLLOUT if peer.queue else 0)
+
+    def _drop(self, peer: Peer) -> None:
+        """Close the connection; what it has asked for still ends, and is audited."""
+        if not peer.open:
+            return
+        peer.open = False
+        self._peers.remove(peer)
+        self._unwatch(peer.sock.fileno())
+        peer.sock.close()
+        for _, descriptor in peer.queue:
+            _close(descriptor)
+        peer.queue.clear()
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)

@@ -1,0 +1,377 @@
+"""An emulated kubelet: its sockets, registration, device manager and pod resources, as the real one behaves (v1.36).
+
+Start, stop, kill and restart it, admit and free pods, look at capacity and allocatable. All in one event loop; nothing
+runs that `stop` does not end. What a device plugin can feel is ported from the kubelet's source (device_manager.py,
+topology.py, plugin_client.py, kubelet_services.py), its traps included; the pods are only names.
+
+The trap to know: clients are kept by resource name, and whoever's stream ends drops the *newest* client of that name.
+"""
+
+import asyncio
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+import grpc.aio
+import msgspec
+from msgspec import Struct
+
+from qat_server import grpc_socket
+from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
+from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import add_RegistrationServicer_to_server
+from qat_server.generated.podresources_v1_pb2_grpc import add_PodResourcesListerServicer_to_server
+from qat_server.grpc_socket import BoundSocket
+from qat_server.simulation import kubelet_services
+from qat_server.simulation.device_manager import AdmissionError as AdmissionError
+from qat_server.simulation.device_manager import DeviceManager, KubeletPanicError, Pods, TopologyAffinityError
+from qat_server.simulation.kubelet_services import RegisterRefusedError
+from qat_server.simulation.plugin_client import DialError, PluginConnection
+from qat_server.simulation.topology import TopologyPolicy
+
+CHECKPOINT: Final = "kubelet_internal_checkpoint"
+DIAL_TIMEOUT: Final = 10.0
+
+
+class Hostility(StrEnum):
+    """Ways for a kubelet to be broken. CLOSE and GARBAGE take effect when it starts, the others at once."""
+
+    NONE = "none"
+    HANG = "hang"  # Register is never answered
+    REFUSE = "refuse"  # Register is refused as if of a wrong version
+    NO_STREAM = "no-stream"  # registers, but never asks for the devices
+    END_STREAM = "end-stream"  # registers, and ends each stream after the first list
+    CLOSE = "close"  # closes each connection at once
+    GARBAGE = "garbage"  # answers with what is no HTTP/2
+
+
+class Registration(Struct, frozen=True):
+    """A Register request that came: `error` is "" if it was accepted, `at` by the kubelet's clock."""
+
+    resource: str
+    endpoint: str
+    version: str
+    error: str
+    at: float
+
+
+class ContainerAllocation(Struct, frozen=True):
+    """What a container is started with."""
+
+    devices: tuple[str, ...]
+    envs: dict[str, str]
+    device_nodes: tuple[str, ...]
+    mounts: tuple[str, ...]
+
+
+class Allocation(Struct, frozen=True):
+    """What a pod got, by container. The properties are of all containers together."""
+
+    containers: dict[str, ContainerAllocation]
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(device for each in self.containers.values() for device in each.devices)
+
+    @property
+    def envs(self) -> dict[str, str]:
+        """The environment; of several containers, whose variables have the same names, the first one's counts."""
+        merged: dict[str, str] = {}
+        for each in self.containers.values():
+            merged = each.envs | merged
+        return merged
+
+    @property
+    def device_nodes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(node for each in self.containers.values() for node in each.device_nodes))
+
+    @property
+    def mounts(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(mount for each in self.containers.values() for mount in each.mounts))
+
+
+class _Checkpoint(Struct):
+    resources: list[str]
+    pods: Pods
+
+
+class Kubelet:
+    """One kubelet with its directory (as /var/lib/kubelet). `registrations` are all Register requests since it was made."""
+
+    def __init__(
+        self,
+        directory: Path,
+        topology_policy: TopologyPolicy = TopologyPolicy.NONE,
+        numa_nodes: Sequence[int] = (0, 1),
+        clock: Callable[[], float] = time.monotonic,
+        pod_resources: bool = True,
+        dial_timeout: float = DIAL_TIMEOUT,
+    ) -> None:
+        self.directory = directory
+        self.hostility = Hostility.NONE
+        self.registrations: list[Registration] = []
+        self._topology_policy = topology_policy
+        self._numa_nodes = tuple(numa_nodes)
+        self._clock = clock
+        self._serves_pod_resources = pod_resources
+        self._dial_timeout = dial_timeout
+        self._manager = DeviceManager(topology_policy, numa_nodes, clock)
+        self._pods: dict[str, tuple[str, ...]] = {}
+        self._clients: dict[str, PluginConnection] = {}
+        self._open: set[PluginConnection] = set()
+        self._watching: set[asyncio.Task[None]] = set()
+        self._servers: list[tuple[grpc.aio.Server, BoundSocket]] = []
+        self._raw: asyncio.Server | None = None
+        self._admission = asyncio.Lock()
+        self._change = asyncio.Event()
+
+    @property
+    def plugin_directory(self) -> Path:
+        """Where plugins register and have their sockets."""
+        return self.directory / "device-plugins"
+
+    @property
+    def running(self) -> bool:
+        """Whether it serves."""
+        return bool(self._servers) or self._raw is not None
+
+    # Its life
+
+    async def start(self) -> None:
+        """Read the checkpoint, clean the directory, serve."""
+        pod_resources = self.directory / "pod-resources"
+        for each in (self.plugin_directory, pod_resources):
+            os.makedirs(each, mode=0o750, exist_ok=True)
+        self._manager = DeviceManager(self._topology_policy, self._numa_nodes, self._clock)
+        self._read_checkpoint()
+        self._clean_up()
+        path = self.plugin_directory / "kubelet.sock"
+        if self.hostility in (Hostility.CLOSE, Hostility.GARBAGE):
+            self._raw = await asyncio.start_unix_server(self._misbehave, path)
+            return
+        server = grpc.aio.server()
+        add_RegistrationServicer_to_server(kubelet_services.Registration(self._register), server)
+        await self._serve(server, path)
+        if self._serves_pod_resources:
+            server = grpc.aio.server()
+            service = kubelet_services.PodResources(lambda: self._manager, lambda: self._pods)
+            add_PodResourcesListerServicer_to_server(service, server)
+            await self._serve(server, pod_resources / "kubelet.sock")
+        self._changed()
+
+    async def stop(self, kill: bool = False) -> None:
+        """End it. Killed, it leaves its sockets' files behind, which refuse connections."""
+        if self._raw is not None:
+            self._raw.close()
+            await self._raw.wait_closed()
+            self._raw = None
+            if not kill:
+                os.unlink(self.plugin_directory / "kubelet.sock")
+        for connection in list(self._clients.values()):
+            await self._disconnect(connection)
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
+        for connection in list(self._open):  # those that a later registration displaced
+            await self._close(connection)
+        servers, self._servers = self._servers, []
+        for server, bound in servers:
+            await server.stop(None)
+            if not kill:
+                bound.remove()
+        self._changed()
+
+    async def restart(self, kill: bool = False) -> None:
+        """A new life in the same directory; pods go on."""
+        await self.stop(kill)
+        await self.start()
+
+    # What one sees of it
+
+    def capacity(self) -> dict[str, int]:
+        """Devices by resource (with its namespace), unhealthy ones included."""
+        return self._manager.capacity()
+
+    def allocatable(self) -> dict[str, int]:
+        """Healthy devices by resource, in use or not."""
+        return self._manager.allocatable()
+
+    def allocatable_free(self) -> dict[str, int]:
+        """Healthy devices by resource that no pod holds."""
+        return self._manager.free()
+
+    def devices_of(self, pod: str) -> set[str]:
+        """The devices that a pod's containers hold."""
+        containers = self._manager.pods.get(_key(pod), {}) if _key(pod) in self._pods else {}
+        return {device for held in containers.values() for each in held.values() for device in each.devices}
+
+    async def wait_for(self, predicate: Callable[[], object], seconds: float = 10.0) -> None:
+        """Return once `predicate()` is true; it is asked at each change of the kubelet's state. Raises TimeoutError."""
+        async with asyncio.timeout(seconds):
+            while not predicate():
+                self._change.clear()
+                await self._change.wait()
+
+    # Pods
+
+    async def allocate(self, pod: str, requests: Sequence[tuple[str, str, int]]) -> Allocation:
+        """Admit a pod ("name" or "namespace/name"): (container, resource, number) in order. Raises AdmissionError.
+
+        KubeletPanicError says that the real kubelet would have crashed. A pod that is there already is admitted anew, as
+        after a restart, and keeps its devices.
+        """
+        key = _key(pod)
+        by_container: dict[str, dict[str, int]] = {}
+        for container, resource, number in requests:
+            by_container.setdefault(container, {})[resource] = number
+        async with self._admission:
+            self._pods[key] = tuple(by_container)
+            self._manager.active.add(key)
+            try:
+                for container, wanted in by_container.items():
+                    await self._manager.allocate(key, container, wanted)
+            except (AdmissionError, KubeletPanicError) as error:
+                self.free(pod)
+                if isinstance(error, AdmissionError) and not isinstance(error, TopologyAffinityError):
+                    raise AdmissionError(f"Allocate failed due to {error}, which is unexpected") from error
+                raise
+            self._write_checkpoint()
+        self._changed()
+        return Allocation({container: self._started_with(key, container) for container in by_container})
+
+    def free(self, pod: str) -> None:
+        """The pod has ended. Its devices are freed when the kubelet next looks, as in the real one."""
+        self._pods.pop(_key(pod), None)
+        self._manager.active.discard(_key(pod))
+        self._changed()
+
+    def _started_with(self, key: str, container: str) -> ContainerAllocation:
+        """deviceRunContainerOptions: of settings that resources contradict each other in, the first stays."""
+        devices: list[str] = []
+        envs: dict[str, str] = {}
+        nodes: dict[str, None] = {}
+        mounts: dict[str, None] = {}
+        for held in self._manager.pods.get(key, {}).get(container, {}).values():
+            answer = pb.ContainerAllocateResponse.FromString(held.answer)
+            devices += sorted(held.devices)
+            envs = dict(answer.envs) | envs
+            nodes |= dict.fromkeys(device.host_path for device in answer.devices)
+            mounts |= dict.fromkeys(mount.host_path for mount in answer.mounts)
+        return ContainerAllocation(tuple(devices), dict(sorted(envs.items())), tuple(nodes), tuple(mounts))
+
+    # Plugins
+
+    async def _register(self, request: pb.RegisterRequest) -> None:
+        error = ""
+        try:
+            if self.hostility is Hostility.REFUSE:
+                kubelet_services.check_request(pb.RegisterRequest(version=f"not {request.version}"))
+            kubelet_services.check_request(request)
+            if self.hostility is Hostility.HANG:
+                error = "hangs"
+                self._note(request, error)
+                await asyncio.Event().wait()
+            await self._connect(request)
+        except (RegisterRefusedError, DialError) as failure:
+            error = str(failure)
+            raise RegisterRefusedError(error) from failure
+        finally:
+            if error != "hangs":
+                self._note(request, error)
+
+    def _note(self, request: pb.RegisterRequest, error: str) -> None:
+        self.registrations.append(
+            Registration(request.resource_name, request.endpoint, request.version, error, self._clock())
+        )
+        self._changed()
+
+    async def _connect(self, request: pb.RegisterRequest) -> None:
+        """connectClient: the newest client of a name replaces the older one, which goes on unknown to it."""
+        # filepath.Join takes an absolute endpoint for a relative one too.
+        connection = PluginConnection(request.resource_name, self.plugin_directory / request.endpoint.lstrip("/"))
+        self._open.add(connection)
+        self._clients[connection.resource] = connection
+        try:
+            await connection.connect(self._dial_timeout)
+        except BaseException:
+            self._clients.pop(connection.resource, None)
+            await self._close(connection)
+            raise
+        self._manager.connected(connection.resource, connection)
+        if self.hostility is not Hostility.NO_STREAM:
+            task = asyncio.create_task(self._watch(connection))
+            self._watching.add(task)
+            task.add_done_callback(self._watching.discard)
+
+    async def _watch(self, connection: PluginConnection) -> None:
+        """runClient: at the end of the stream the client that has this name *now* is dropped."""
+        if self.hostility is Hostility.END_STREAM:
+            await connection.open_and_end_stream()
+        else:
+            await connection.watch(lambda devices: self._listed(connection.resource, devices))
+        current = self._clients.get(connection.resource)
+        if current is not None:
+            await self._disconnect(current)
+
+    def _listed(self, resource: str, devices: Sequence[pb.Device]) -> None:
+        self._manager.listed(resource, devices)
+        self._write_checkpoint()
+        self._changed()
+
+    async def _disconnect(self, connection: PluginConnection) -> None:
+        self._clients.pop(connection.resource, None)
+        await self._close(connection)
+        self._manager.disconnected(connection.resource)
+        self._changed()
+
+    async def _close(self, connection: PluginConnection) -> None:
+        self._open.discard(connection)
+        await connection.close()
+
+    # Files and sockets
+
+    async def _serve(self, server: grpc.aio.Server, path: Path) -> None:
+        try:
+            self._servers.append((server, await grpc_socket.start(server, path, 0o755)))
+        except BaseException:
+            await server.stop(None)
+            raise
+
+    async def _misbehave(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.hostility is Hostility.GARBAGE:
+            writer.write(b"\x00\xff this is no HTTP/2 at all \r\n\r\n" * 16)
+        writer.close()
+
+    def _clean_up(self) -> None:
+        """CleanupPluginDirectory: sockets at the top go, whoever's they are; subdirectories and files stay."""
+        for name in os.listdir(self.plugin_directory):
+            path = self.plugin_directory / name
+            if name != CHECKPOINT and path.exists() and stat.S_ISSOCK(os.stat(path).st_mode):
+                os.unlink(path)
+
+    def _write_checkpoint(self) -> None:
+        """Not in the real one's format: pods here have no more than their names."""
+        path = self.plugin_directory / CHECKPOINT
+        content = msgspec.json.encode(_Checkpoint(self._manager.resources(), self._manager.pods))
+        new = path.with_suffix(".new")
+        new.write_bytes(content)
+        os.replace(new, path)
+
+    def _read_checkpoint(self) -> None:
+        """A checkpoint that cannot be read is as good as none: the kubelet goes on without."""
+        try:
+            checkpoint = msgspec.json.decode((self.plugin_directory / CHECKPOINT).read_bytes(), type=_Checkpoint)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            checkpoint = _Checkpoint([], {})
+        self._manager.restore(checkpoint.resources, checkpoint.pods)
+        self._manager.active = set(self._pods)
+
+    def _changed(self) -> None:
+        self._change.set()
+
+
+def _key(pod: str) -> str:
+    return pod if "/" in pod else f"default/{pod}"

@@ -126,7 +126,9 @@ class Dispatcher:
                 self._node.policy.check_operation(operation.name)
             operation.rule(self._node.policy, request)
             if job.key in self._at_work:
-                raise OperationError(ErrorCode.BUSY, "an earlier operation on this device has not ended: try again later")
+                raise OperationError(
+                    ErrorCode.BUSY, "an earlier operation on this device has not ended: try again later"
+                )
         except OperationError as error:
             answer(Outcome(self._refused(job, error)))
             return

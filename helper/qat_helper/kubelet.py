@@ -1,8 +1,8 @@
 """PrepareSocketDirectory and OpenKubeletSocket: the kubelet's directory belongs to root; these two open it a crack.
 
-    <kubelet dir>/device-plugins/qat.intel.com     made the server's group's, so that it can serve endpoints there
-    <kubelet dir>/device-plugins/kubelet.sock      connected to, and the connection passed to the server
-    <kubelet dir>/pod-resources/kubelet.sock       the same
+<kubelet dir>/device-plugins/qat.intel.com     made the server's group's, so that it can serve endpoints there
+<kubelet dir>/device-plugins/kubelet.sock      connected to, and the connection passed to the server
+<kubelet dir>/pod-resources/kubelet.sock       the same
 """
 
 import errno

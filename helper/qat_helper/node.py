@@ -9,7 +9,6 @@ from qat_shared.messages import AnyReply
 from qat_helper.policy import Policy
 
 
-
 class Node(Struct, frozen=True):
     """The helper's own options: the only source of paths and of the group that things are given to."""
 

@@ -81,7 +81,8 @@ def check_own_driver(address: PciAddress, current: str | None, kernel_driver: st
     """A VF is taken only from its kernel VF driver or a DPDK driver: any other was somebody's decision."""
     if current not in (None, kernel_driver, *DPDK_DRIVERS):
         raise denied(
-            "foreign-driver", f"{address} was bound to {current} by somebody else: unbind it there, if that is no mistake"
+            "foreign-driver",
+            f"{address} was bound to {current} by somebody else: unbind it there, if that is no mistake",
         )
 
 

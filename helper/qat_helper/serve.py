@@ -21,6 +21,7 @@ from qat_shared.codec import ProtocolError, decode_request, encode
 from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, Welcome
 
 from qat_helper.audit import AuditLog
+from qat_helper.console import say
 from qat_helper.dispatch import Caller, Dispatcher
 from qat_helper.errors import OperationError
 from qat_helper.node import Node, Outcome
@@ -70,6 +71,7 @@ class Server:
                 signal.signal(number, lambda *_: None)
             self._watch(wake_end.fileno(), select.EPOLLIN, self._stop)
             self._watch(self._listener.fileno(), select.EPOLLIN, self._accept)
+            say(f"serving on {os.fsdecode(self._listener.getsockname())}")
             while not self._stopping:
                 # One at a time: what is handled may close descriptors that others in the same batch are about.
                 for descriptor, events in self._epoll.poll(self._dispatcher.timeout(), 1):
@@ -104,14 +106,14 @@ class Server:
         peer = Peer(sock, caller)
         if caller.uid not in self._node.policy.uids:
             peer.turned_away = self._dispatcher.turn_away(caller)
-        elif len(self._peers) >= MAX_PEERS:
+        elif sum(other.turned_away is None for other in self._peers) >= MAX_PEERS:
             peer.turned_away = OperationError(ErrorCode.BUSY, f"the helper serves {MAX_PEERS} connections already")
         self._peers.append(peer)
         self._watch(sock.fileno(), self._events(peer), partial(self._ready, peer))
-        # Those who have not said Hello yet are expendable: the ones that wait must not lock others out.
-        silent = [other for other in self._peers if not other.greeted]
-        if len(silent) > MAX_PEERS:
-            self._drop(silent[0])
+        # They stay until they have asked something, but not so many of them.
+        turned_away = [other for other in self._peers if other.turned_away]
+        if len(turned_away) > MAX_PEERS:
+            self._drop(turned_away[0])
 
     def _ready(self, peer: Peer, events: int) -> None:
         if events & select.EPOLLOUT:
@@ -138,7 +140,8 @@ class Server:
                 raise ProtocolError(f"the packet is longer than {MAX_MESSAGE} bytes")
             request = decode_request(packet)
         except ProtocolError as error:
-            self._answer(peer, Outcome(OperationError(ErrorCode.MALFORMED, str(error)).reply(0)))
+            trouble = peer.turned_away or OperationError(ErrorCode.MALFORMED, str(error))
+            self._answer(peer, Outcome(trouble.reply(0)))
             return
         self._request(peer, request)
 

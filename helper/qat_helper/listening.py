@@ -1,0 +1,79 @@
+"""The helper's socket: made for the server's group and nobody else, and removed at the end if it is still ours."""
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+PATH_LIMIT: Final = 107  # struct sockaddr_un, less the zero at its end
+_BACKLOG: Final = 16
+
+
+class ListenError(Exception):
+    """The socket cannot be made: one sentence."""
+
+
+@contextmanager
+def listening(path: Path, gid: int) -> Iterator[socket.socket]:
+    """A SEQPACKET socket that does not block, mode 0660, of group `gid`. Raises ListenError."""
+    if len(os.fsencode(path)) > PATH_LIMIT:
+        raise ListenError(f"the socket's path is longer than the {PATH_LIMIT} bytes that the system allows: {path}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.setblocking(False)
+        try:
+            _remove_stale(path)
+            _bind(listener, path, gid)
+        except OSError as error:
+            raise ListenError(f"cannot listen on {path}: {os.strerror(error.errno or 0)}") from error
+        ours = _identity(path)
+        try:
+            yield listener
+        finally:
+            with suppress(OSError):
+                if _identity(path) == ours:
+                    path.unlink()
+
+
+def _bind(listener: socket.socket, path: Path, gid: int) -> None:
+    before = os.umask(0o117)
+    try:
+        listener.bind(os.fspath(path))
+    finally:
+        os.umask(before)
+    try:
+        if path.lstat().st_gid != gid:
+            os.chown(path, -1, gid, follow_symlinks=False)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        path.unlink()
+        if error.errno == errno.EPERM:
+            raise ListenError(f"{path} cannot be given to group {gid}: run the helper in that group") from error
+        raise
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(f"{path} is there and is not a socket: remove it, or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as trial:
+        trial.setblocking(False)
+        try:
+            trial.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()  # left behind by one that was killed
+            return
+        except OSError:
+            pass  # a full backlog, or a socket of another type: somebody listens
+    raise ListenError(f"another process listens on {path}: end it, or choose another path")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino

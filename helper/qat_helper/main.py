@@ -1,0 +1,95 @@
+"""The command qat-helper: its options, the checks before it serves, and the order of starting and ending."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from qat_shared import VERSION
+from qat_shared.sysfs import SysfsError, pci_directory
+
+from qat_helper.audit import AuditError, AuditLog, Entry
+from qat_helper.console import say
+from qat_helper.listening import ListenError, listening
+from qat_helper.node import Node
+from qat_helper.operations import NAMES
+from qat_helper.policy import Policy, PolicyError, narrow
+from qat_helper.serve import Server
+
+_OPTIONS: Final[tuple[tuple[str, type[int] | type[Path], str | None, str], ...]] = (
+    ("sysfs-root", Path, "/sys", "the sysfs tree to work on"),
+    ("kubelet-dir", Path, "/var/lib/kubelet", "the kubelet's directory"),
+    ("socket", Path, "/run/qat-plugin/helper.sock", "the socket to serve on"),
+    ("server-uid", int, "65532", "the only uid that may ask"),
+    ("server-gid", int, "65532", "the group that the socket and the endpoints' directory are given to"),
+    ("audit-log", Path, "/var/log/qat-plugin/audit.jsonl", "the log of what is done"),
+    ("policy", Path, None, "a TOML file of root's that narrows what may be asked"),
+)
+
+
+class StartError(Exception):
+    """The helper cannot work here: one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT. The exit status: 0 after a clean end, 2 if it could not begin."""
+    try:
+        _serve(_parse(arguments))
+    except (StartError, SysfsError, PolicyError, AuditError, ListenError) as error:
+        say(str(error))
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="qat-helper",
+        description="Does for qat-plugin what only root may: a fixed set of audited operations.",
+        epilog="Each option may also be given in the environment: QAT_HELPER_SYSFS_ROOT for --sysfs-root, and so on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"qat-helper {VERSION}")
+    for name, kind, default, text in _OPTIONS:
+        variable = f"QAT_HELPER_{name.replace('-', '_').upper()}"
+        chosen = os.environ.get(variable, default)
+        default_text = "" if default is None else f" (default {default})"
+        parser.add_argument(
+            f"--{name}", type=kind, default=chosen, help=text + default_text, metavar=kind.__name__.upper()
+        )
+    return parser.parse_args(arguments)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    root: Path = options.sysfs_root
+    pci_directory(root)
+    if os.geteuid() != 0 and _is_real_sysfs(root):
+        raise StartError(f"on the real sysfs at {root} the helper must run as root (uid 0), not as uid {os.geteuid()}")
+    policy = Policy(uids=frozenset({options.server_uid}), operations=NAMES)
+    if options.policy is not None:
+        policy = narrow(policy, options.policy, os.geteuid())
+    node = Node(sysfs_root=root, kubelet_dir=options.kubelet_dir, server_gid=options.server_gid, policy=policy)
+    audit = AuditLog(options.audit_log)
+    with listening(options.socket, options.server_gid) as listener:
+        audit.owe(
+            Entry(event="start", pid=os.getpid(), uid=os.geteuid(), gid=os.getegid(), arguments={"version": VERSION})
+        )
+        Server(listener, node, audit).run()
+
+
+def _is_real_sysfs(root: Path) -> bool:
+    """Whether the kernel's own sysfs is mounted there, wherever that is (proc(5), mountinfo)."""
+    device = root.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise StartError(
+            f"/proc/self/mountinfo cannot be read ({os.strerror(error.errno or 0)}): mount /proc"
+        ) from error
+    return any(line.split()[2] == number and line.partition(" - ")[2].split()[:1] == ["sysfs"] for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,21 +1,20 @@
 """The audit log: one JSON line for each thing that happened, each holding the hash of the line before.
 
     event     verdict          a line is written
-    start     -                when the helper begins (arguments: version, and what was found of an unfinished line)
+    start     -                when the helper begins
     asked     -                before an operation is begun
     refused   denied, busy...  when it is not begun, or was found to be forbidden
     done      ok, failed       when it ended; `asked` is the sequence number of its first line
     late      late             the same, for one that the client was told had timed out
     stop      -                when the helper ends (arguments: what was counted only, and what has not ended)
 
-`previous` is the SHA-256 (hex) of the exact bytes of the line before, without its newline; 64 zeros in the first line. A
-line is written whole, by one write; what a failed write left of one stays, is ended with a newline, and is not a part of the
-chain: the next line's `previous` and `sequence` pass over it, its `torn` says that it is there. What clients send is
-escaped twice (Python's unicode_escape, then JSON), so it can neither end a line nor change how one is shown.
+`previous` is the SHA-256 (hex) of the exact bytes of the line before, without its newline; 64 zeros in the first line.
+A line is written whole, by one write. What a failed write left of one stays, is ended with a newline, and is no part of
+the chain: the next line's `previous` and `sequence` pass over it, its `torn` says that it is there. What clients send
+is escaped twice (Python's unicode_escape, then JSON): it can neither end a line nor change how one is shown.
 """
 
 import fcntl
-import hashlib
 import os
 import stat
 import time
@@ -26,9 +25,18 @@ from typing import Final
 
 import msgspec
 from msgspec import Struct
-from qat_shared.messages import AuditHead
 
 from qat_helper.console import say
+from qat_shared.messages import AuditHead
+
+# hashlib would map OpenSSL into this process: 3 MiB, and much code for root, for one hash that Python has built in.
+try:
+    from _sha2 import sha256  # type: ignore[import-not-found,unused-ignore]  # Python 3.12 and later
+except ImportError:
+    try:
+        from _sha256 import sha256  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        from hashlib import sha256
 
 _FIRST: Final = "0" * 64
 _TAIL: Final = 64 * 1024  # longer than several lines
@@ -163,4 +171,4 @@ class AuditLog:
 
 
 def _digest(line: bytes) -> str:
-    return hashlib.sha256(line).hexdigest()
+    return str(sha256(line).hexdigest())

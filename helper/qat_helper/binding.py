@@ -4,8 +4,8 @@
     bus/pci/drivers/<driver>/unbind     take it from its driver
     bus/pci/drivers_probe               offer it to the drivers
 
-What is written is an address or a driver's name from a fixed set. Nothing is created or truncated. No write is made that
-would block: the kernel's `enable` tells beforehand whether a process holds a VF open through vfio-pci.
+What is written is an address or a driver's name from a fixed set. Nothing is created or truncated. No write is made
+that would block: the kernel's `enable` tells beforehand whether a process holds a VF open through vfio-pci.
 Source: the kernel's Documentation/ABI/testing/sysfs-bus-pci and drivers/base/bus.c.
 """
 
@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from qat_helper.errors import UNSIGNED, OperationError
+from qat_helper.node import Node, Outcome
+from qat_helper.policy import check_own_driver
 from qat_shared.devices import DPDK_DRIVERS
 from qat_shared.messages import BindDriver, Bound, ErrorCode, ReleaseDriver
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import MissingError, PciDevice, open_device
-
-from qat_helper.errors import UNSIGNED, OperationError
-from qat_helper.node import Node, Outcome
-from qat_helper.policy import check_own_driver
 
 SETTLE: Final = 1.0
 """Seconds for the driver's link to show after drivers_probe. The kernel has it there before the write returns."""
@@ -107,7 +106,7 @@ class _Vf:
             ) from None
 
     def check_taken(self, wanted: str) -> None:
-        """Wait until it is bound to `wanted`. Raises OperationError: drivers_probe does not tell that a probe failed."""
+        """Wait until it is bound to `wanted`. Raises OperationError: the kernel says nothing of a probe that failed."""
         deadline = time.monotonic() + SETTLE
         while (now := self.driver()) != wanted:
             if now is not None or time.monotonic() > deadline:

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from qat_shared.codec import ProtocolError, decode_reply, encode
-from qat_shared.messages import MAX_MESSAGE, ErrorCode
-
 from qat_helper.errors import OperationError
 from qat_helper.node import Outcome
+from qat_shared.codec import ProtocolError, decode_reply, encode
+from qat_shared.messages import MAX_MESSAGE, ErrorCode
 
 
 class Child:
@@ -59,7 +58,7 @@ def _run(work: Callable[[], Outcome], channel: socket.socket) -> NoReturn:
         reply, descriptor = work()
         socket.send_fds(channel, [encode(reply)], [] if descriptor is None else [descriptor])
         status = 0
-    except BaseException:  # the outermost edge of this process, which must not go on as a second helper
+    except BaseException:  # noqa: BLE001  the outermost edge of this process, which must not go on as a second helper
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(status)

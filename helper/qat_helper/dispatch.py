@@ -1,9 +1,9 @@
 """From a request to its answer: every request goes through `Dispatcher.ask`, and nothing else starts an operation.
 
-    allowed? -> by the row's rule? -> no earlier one at work? -> audit "asked" -> a child does it -> audit "done" -> answer
+    allowed at all? by the row's rule? no earlier one at work?  ->  audit: asked  ->  a child does it  ->  audit: done
 
-An operation that outlasts its deadline is answered with timed-out, and left alone: what it keeps busy stays so until its
-child ends, and only then does the audit log say how it ended.
+An operation that outlasts its deadline is answered with timed-out, and left alone: what it keeps busy stays so until
+its child ends, and only then does the audit log say how it ended.
 """
 
 import os
@@ -16,14 +16,14 @@ from typing import Final
 
 import msgspec
 from msgspec import Struct
-from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure
-from qat_shared.sysfs import MissingError, SysfsError
 
 from qat_helper.audit import AuditError, AuditLog, Entry, printable
 from qat_helper.child import Child
 from qat_helper.errors import OperationError, denied
 from qat_helper.node import Node, Outcome
 from qat_helper.operations import OPERATIONS, Operation, deadline_of
+from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure
+from qat_shared.sysfs import MissingError, SysfsError
 
 MAX_CHILDREN: Final = 32
 

@@ -13,10 +13,9 @@ import time
 from contextlib import suppress
 from typing import Final
 
-from qat_shared.messages import Connected, Done, ErrorCode, KubeletService, OpenKubeletSocket, PrepareSocketDirectory
-
 from qat_helper.errors import UNSIGNED, OperationError
 from qat_helper.node import Node, Outcome
+from qat_shared.messages import Connected, Done, ErrorCode, KubeletService, OpenKubeletSocket, PrepareSocketDirectory
 
 ENDPOINTS: Final = "qat.intel.com"
 MODE: Final = 0o2770

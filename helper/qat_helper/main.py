@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from qat_shared import VERSION
-from qat_shared.sysfs import SysfsError, pci_directory
-
 from qat_helper.audit import AuditError, AuditLog, Entry
 from qat_helper.console import say
 from qat_helper.listening import ListenError, listening
@@ -17,6 +14,8 @@ from qat_helper.node import Node
 from qat_helper.operations import NAMES
 from qat_helper.policy import Policy, PolicyError, narrow
 from qat_helper.serve import Server
+from qat_shared import VERSION
+from qat_shared.sysfs import SysfsError, pci_directory
 
 _OPTIONS: Final[tuple[tuple[str, type[int] | type[Path], str | None, str], ...]] = (
     ("sysfs-root", Path, "/sys", "the sysfs tree to work on"),

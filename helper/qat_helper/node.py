@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from msgspec import Struct
-from qat_shared.messages import AnyReply
 
 from qat_helper.policy import Policy
+from qat_shared.messages import AnyReply
 
 
 class Node(Struct, frozen=True):

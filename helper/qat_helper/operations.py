@@ -1,4 +1,4 @@
-"""The table of operations: everything that root will do for a client, one row each. What is not in it cannot be asked for.
+"""The table of operations: everything that root will do for a client, one row each. Nothing else can be asked for.
 
 To audit the helper, read this table, then the functions that it names (each module says what it touches), then
 policy.py. dispatch.py takes every request through the same steps: operation allowed, the row's rule, no earlier
@@ -10,6 +10,13 @@ from types import MappingProxyType
 from typing import Any, Final, Generic, TypeVar
 
 from msgspec import Struct
+
+from qat_helper.binding import bind_driver, release_driver
+from qat_helper.errors import UNSIGNED, OperationError
+from qat_helper.kubelet import open_kubelet_socket, prepare_socket_directory
+from qat_helper.node import Node, Outcome
+from qat_helper.policy import Policy
+from qat_helper.reading import read_device_config, read_heartbeat
 from qat_shared import VERSION
 from qat_shared.messages import (
     PROTOCOL,
@@ -25,13 +32,6 @@ from qat_shared.messages import (
     Request,
     Welcome,
 )
-
-from qat_helper.binding import bind_driver, release_driver
-from qat_helper.errors import UNSIGNED, OperationError
-from qat_helper.kubelet import open_kubelet_socket, prepare_socket_directory
-from qat_helper.node import Node, Outcome
-from qat_helper.policy import Policy
-from qat_helper.reading import read_device_config, read_heartbeat
 
 R = TypeVar("R", bound=Request)
 

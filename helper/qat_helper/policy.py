@@ -11,12 +11,12 @@ from typing import Final
 
 import msgspec
 from msgspec import Struct
+
+from qat_helper.errors import denied
 from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
 from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice
-
-from qat_helper.errors import denied
 
 FILE_LIMIT: Final = 64 * 1024
 

@@ -8,12 +8,11 @@ import errno
 import os
 from typing import Final
 
+from qat_helper.errors import UNSIGNED, OperationError
+from qat_helper.node import Node, Outcome
 from qat_shared.messages import DeviceConfig, ErrorCode, Heartbeat, ReadDeviceConfig, ReadHeartbeat
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import open_device
-
-from qat_helper.errors import UNSIGNED, OperationError
-from qat_helper.node import Node, Outcome
 
 CONFIG_LIMIT: Final = 32 * 1024
 HEARTBEAT_LIMIT: Final = 4096

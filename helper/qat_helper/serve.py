@@ -17,14 +17,14 @@ from functools import partial
 from typing import Final
 
 import msgspec
-from qat_shared.codec import ProtocolError, decode_request, encode
-from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, Welcome
 
 from qat_helper.audit import AuditLog
 from qat_helper.console import say
 from qat_helper.dispatch import Caller, Dispatcher
 from qat_helper.errors import OperationError
 from qat_helper.node import Node, Outcome
+from qat_shared.codec import ProtocolError, decode_request, encode
+from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, Welcome
 
 MAX_PEERS: Final = 16
 MAX_IN_FLIGHT: Final = 64

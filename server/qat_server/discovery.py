@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qat_server.inventory import Inventory, PhysicalFunction, Problem, VirtualFunction
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL, pf_driver_of
@@ -251,6 +252,25 @@ def _read_vf(root: Path, address: PciAddress, pf: PciAddress | None, vf_drivers:
             # vfio-pci enables a device when it is opened; other drivers when they bind, so it says nothing there.
             in_use=device.read("enable") != "0" if on_vfio else None,
         )
+
+
+def with_fresh_use(sysfs_root: Path, inventory: Inventory) -> Inventory:
+    """The inventory with each `in_use` as it is now: opening and closing a device gives no uevent.
+
+    What cannot be read stays as it was.
+    """
+    vfs = []
+    for vf in inventory.vfs:
+        if vf.driver == DpdkDriver.VFIO_PCI:
+            try:
+                with open_device(sysfs_root, vf.address) as device:
+                    in_use = device.read("enable") != "0"
+            except _UNREADABLE:
+                in_use = bool(vf.in_use)
+            vfs.append(vf if in_use == vf.in_use else replace(vf, in_use=in_use))
+        else:
+            vfs.append(vf)
+    return replace(inventory, vfs=tuple(vfs))
 
 
 def _intel_device_id(device: PciDevice) -> int:

@@ -23,7 +23,7 @@ import uvloop
 from qat_server import http_endpoint, listing, logs, naming, reconcile
 from qat_server.binder import Binder
 from qat_server.counters import Counters
-from qat_server.discovery import discover
+from qat_server.discovery import discover, with_fresh_use
 from qat_server.endpoint import NAMESPACE, Endpoint
 from qat_server.events import Changes, UeventListener, resync
 from qat_server.health import HealthMonitor
@@ -107,7 +107,7 @@ class Plugin:
     def state(self) -> State:
         """What is known at this moment, for /status and /metrics."""
         return State(
-            inventory=self.inventory,
+            inventory=with_fresh_use(self.settings.sysfs_root, self.inventory),
             listing=self.listing,
             names=self.names,
             unhealthy=self.health.unhealthy(),

@@ -90,7 +90,19 @@ class PciDevice:
 
     def read(self, name: str) -> str:
         """A text attribute without the white space around it. Raises MissingError, MalformedError or SysfsError."""
-        raw = self._read_raw(name)
+        text = self.read_optional(name)
+        if text is None:
+            raise MissingError(str(self.address), name, "not there")
+        return text
+
+    def read_optional(self, name: str) -> str | None:
+        """As `read`, None when the attribute does not exist."""
+        try:
+            raw = self._read_raw(name)
+        except MissingError:
+            return None
+        if raw is None:
+            return None
         if len(raw) > ATTRIBUTE_LIMIT:
             raise MalformedError(str(self.address), name, f"longer than {ATTRIBUTE_LIMIT} bytes")
         try:
@@ -100,13 +112,6 @@ class PciDevice:
         if "\0" in text:
             raise MalformedError(str(self.address), name, "not text")
         return text
-
-    def read_optional(self, name: str) -> str | None:
-        """As `read`, None when the attribute does not exist."""
-        try:
-            return self.read(name)
-        except MissingError:
-            return None
 
     def read_int(self, name: str, base: int = 10) -> int:
         """A number: base 10, or 16 for vendor and device (0x8086). Raises as `read` does."""
@@ -163,10 +168,12 @@ class PciDevice:
             if address is not None:
                 yield name, address
 
-    def _read_raw(self, name: str) -> bytes:
+    def _read_raw(self, name: str) -> bytes | None:
         try:
             # O_NONBLOCK: should somebody have put a pipe there, this must not wait for its writer.
             descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            return None  # the usual case of the optional ones; an error with all its facts costs more than the look
         except OSError as error:
             raise self._failed(name, error) from error
         try:

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qat_server.allocation import AllocationPolicy
-from qat_server.plugin import NAMESPACE
+from qat_server.endpoint import NAMESPACE
 from qat_server.simulation.interception import InterceptionError
 from qat_server.simulation.kubelet import AdmissionError, Allocation
 from qat_server.simulation.node import Node, NodeError, demo_node, parse_node

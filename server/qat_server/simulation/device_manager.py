@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
-from msgspec import Struct
-
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.simulation import topology
+from qat_server.simulation.pods import Held, Pods
 from qat_server.simulation.topology import Hint, TopologyPolicy
 
 GRACE: Final = 300.0
@@ -45,21 +44,6 @@ class PluginClient(Protocol):
 
     async def allocate(self, devices: Sequence[str]) -> pb.AllocateResponse:
         """Allocate for one container."""
-
-
-class Held(Struct):
-    """What one container got of one resource: devices by NUMA node (-1 for none), and the plugin's answer."""
-
-    by_numa: dict[int, list[str]]
-    answer: bytes
-
-    @property
-    def devices(self) -> set[str]:
-        return {device for devices in self.by_numa.values() for device in devices}
-
-
-Pods = dict[str, dict[str, dict[str, Held]]]
-"""Pod, container, resource."""
 
 
 class _Endpoint:

@@ -9,7 +9,6 @@ The trap to know: clients are kept by resource name, and whoever's stream ends d
 
 import asyncio
 import os
-import stat
 import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Final
 
 import grpc.aio
-import msgspec
 from msgspec import Struct
 
 from qat_server import grpc_socket
@@ -25,14 +23,31 @@ from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import add_RegistrationServicer_to_server
 from qat_server.generated.podresources_v1_pb2_grpc import add_PodResourcesListerServicer_to_server
 from qat_server.grpc_socket import BoundSocket
-from qat_server.simulation import kubelet_services
-from qat_server.simulation.device_manager import AdmissionError as AdmissionError
-from qat_server.simulation.device_manager import DeviceManager, KubeletPanicError, Pods, TopologyAffinityError
+from qat_server.simulation import checkpoint, kubelet_services
+from qat_server.simulation.checkpoint import Checkpoint
+from qat_server.simulation.device_manager import (
+    AdmissionError,
+    DeviceManager,
+    KubeletPanicError,
+    TopologyAffinityError,
+)
 from qat_server.simulation.kubelet_services import RegisterRefusedError
 from qat_server.simulation.plugin_client import DialError, PluginConnection
+from qat_server.simulation.pods import Allocation, ContainerAllocation, started_with
 from qat_server.simulation.topology import TopologyPolicy
 
-CHECKPOINT: Final = "kubelet_internal_checkpoint"
+__all__ = [
+    "AdmissionError",
+    "Allocation",
+    "ContainerAllocation",
+    "Hostility",
+    "Kubelet",
+    "KubeletPanicError",
+    "Registration",
+    "TopologyAffinityError",
+    "TopologyPolicy",
+]
+
 DIAL_TIMEOUT: Final = 10.0
 
 
@@ -58,48 +73,8 @@ class Registration(Struct, frozen=True):
     at: float
 
 
-class ContainerAllocation(Struct, frozen=True):
-    """What a container is started with."""
-
-    devices: tuple[str, ...]
-    envs: dict[str, str]
-    device_nodes: tuple[str, ...]
-    mounts: tuple[str, ...]
-
-
-class Allocation(Struct, frozen=True):
-    """What a pod got, by container. The properties are of all containers together."""
-
-    containers: dict[str, ContainerAllocation]
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        return tuple(device for each in self.containers.values() for device in each.devices)
-
-    @property
-    def envs(self) -> dict[str, str]:
-        """The environment; of several containers, whose variables have the same names, the first one's counts."""
-        merged: dict[str, str] = {}
-        for each in self.containers.values():
-            merged = each.envs | merged
-        return merged
-
-    @property
-    def device_nodes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(node for each in self.containers.values() for node in each.device_nodes))
-
-    @property
-    def mounts(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(mount for each in self.containers.values() for mount in each.mounts))
-
-
-class _Checkpoint(Struct):
-    resources: list[str]
-    pods: Pods
-
-
 class Kubelet:
-    """One kubelet with its directory (as /var/lib/kubelet). `registrations` are all Register requests since it was made."""
+    """One kubelet with its directory (as /var/lib/kubelet). `registrations` are all Register requests that came."""
 
     def __init__(
         self,
@@ -147,7 +122,7 @@ class Kubelet:
             os.makedirs(each, mode=0o750, exist_ok=True)
         self._manager = DeviceManager(self._topology_policy, self._numa_nodes, self._clock)
         self._read_checkpoint()
-        self._clean_up()
+        checkpoint.clean_up(self.plugin_directory)
         path = self.plugin_directory / "kubelet.sock"
         if self.hostility in (Hostility.CLOSE, Hostility.GARBAGE):
             self._raw = await asyncio.start_unix_server(self._misbehave, path)
@@ -220,8 +195,8 @@ class Kubelet:
     async def allocate(self, pod: str, requests: Sequence[tuple[str, str, int]]) -> Allocation:
         """Admit a pod ("name" or "namespace/name"): (container, resource, number) in order. Raises AdmissionError.
 
-        KubeletPanicError says that the real kubelet would have crashed. A pod that is there already is admitted anew, as
-        after a restart, and keeps its devices.
+        KubeletPanicError says that the real kubelet would have crashed. A pod that is there already is admitted anew,
+        as after a restart, and keeps its devices.
         """
         key = _key(pod)
         by_container: dict[str, dict[str, int]] = {}
@@ -240,27 +215,14 @@ class Kubelet:
                 raise
             self._write_checkpoint()
         self._changed()
-        return Allocation({container: self._started_with(key, container) for container in by_container})
+        held = self._manager.pods.get(key, {})
+        return Allocation({container: started_with(held.get(container, {})) for container in by_container})
 
     def free(self, pod: str) -> None:
         """The pod has ended. Its devices are freed when the kubelet next looks, as in the real one."""
         self._pods.pop(_key(pod), None)
         self._manager.active.discard(_key(pod))
         self._changed()
-
-    def _started_with(self, key: str, container: str) -> ContainerAllocation:
-        """deviceRunContainerOptions: of settings that resources contradict each other in, the first stays."""
-        devices: list[str] = []
-        envs: dict[str, str] = {}
-        nodes: dict[str, None] = {}
-        mounts: dict[str, None] = {}
-        for held in self._manager.pods.get(key, {}).get(container, {}).values():
-            answer = pb.ContainerAllocateResponse.FromString(held.answer)
-            devices += sorted(held.devices)
-            envs = dict(answer.envs) | envs
-            nodes |= dict.fromkeys(device.host_path for device in answer.devices)
-            mounts |= dict.fromkeys(mount.host_path for mount in answer.mounts)
-        return ContainerAllocation(tuple(devices), dict(sorted(envs.items())), tuple(nodes), tuple(mounts))
 
     # Plugins
 
@@ -345,28 +307,12 @@ class Kubelet:
             writer.write(b"\x00\xff this is no HTTP/2 at all \r\n\r\n" * 16)
         writer.close()
 
-    def _clean_up(self) -> None:
-        """CleanupPluginDirectory: sockets at the top go, whoever's they are; subdirectories and files stay."""
-        for name in os.listdir(self.plugin_directory):
-            path = self.plugin_directory / name
-            if name != CHECKPOINT and path.exists() and stat.S_ISSOCK(os.stat(path).st_mode):
-                os.unlink(path)
-
     def _write_checkpoint(self) -> None:
-        """Not in the real one's format: pods here have no more than their names."""
-        path = self.plugin_directory / CHECKPOINT
-        content = msgspec.json.encode(_Checkpoint(self._manager.resources(), self._manager.pods))
-        new = path.with_suffix(".new")
-        new.write_bytes(content)
-        os.replace(new, path)
+        checkpoint.write(self.plugin_directory, Checkpoint(self._manager.resources(), self._manager.pods))
 
     def _read_checkpoint(self) -> None:
-        """A checkpoint that cannot be read is as good as none: the kubelet goes on without."""
-        try:
-            checkpoint = msgspec.json.decode((self.plugin_directory / CHECKPOINT).read_bytes(), type=_Checkpoint)
-        except (FileNotFoundError, msgspec.MsgspecError):
-            checkpoint = _Checkpoint([], {})
-        self._manager.restore(checkpoint.resources, checkpoint.pods)
+        kept = checkpoint.read(self.plugin_directory)
+        self._manager.restore(kept.resources, kept.pods)
         self._manager.active = set(self._pods)
 
     def _changed(self) -> None:

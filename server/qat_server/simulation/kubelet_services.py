@@ -13,7 +13,8 @@ from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated import podresources_v1_pb2 as resources_pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationServicer
 from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerServicer
-from qat_server.simulation.device_manager import NO_NUMA, DeviceManager, Held
+from qat_server.simulation.device_manager import NO_NUMA, DeviceManager
+from qat_server.simulation.pods import Held
 
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 

@@ -1,4 +1,4 @@
-"""The kubelet's connection to one device plugin (plugin/v1beta1/client.go): dialled in Register, ended by its stream."""
+"""The kubelet's connection to one device plugin (plugin/v1beta1/client.go), from Register until its stream ends."""
 
 import asyncio
 import contextlib

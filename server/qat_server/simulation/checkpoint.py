@@ -1,0 +1,41 @@
+"""The emulated kubelet's checkpoint: what it remembers over a restart. In a format of its own, under the real name."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from qat_server.simulation.pods import Pods
+
+NAME: Final = "kubelet_internal_checkpoint"
+
+
+class Checkpoint(Struct):
+    """The resources that were registered, and what pods hold."""
+
+    resources: list[str]
+    pods: Pods
+
+
+def write(directory: Path, checkpoint: Checkpoint) -> None:
+    """Replace the file in one step."""
+    new = directory / f"{NAME}.new"
+    new.write_bytes(msgspec.json.encode(checkpoint))
+    os.replace(new, directory / NAME)
+
+
+def read(directory: Path) -> Checkpoint:
+    """A checkpoint that cannot be read is as good as none: the real kubelet too goes on without."""
+    try:
+        return msgspec.json.decode((directory / NAME).read_bytes(), type=Checkpoint)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return Checkpoint([], {})
+
+
+def clean_up(directory: Path) -> None:
+    """CleanupPluginDirectory: sockets at the top go, whosever they are; subdirectories and files stay."""
+    for path in directory.iterdir():
+        if path.name != NAME and path.is_socket():
+            path.unlink()

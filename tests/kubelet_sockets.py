@@ -18,11 +18,15 @@ PATHS = {
 
 
 class DirectHelper:
-    """As the helper's OpenKubeletSocket: waits for the socket up to `wait_ms`. `error` is raised instead, when set."""
+    """As the helper's OpenKubeletSocket: waits for the socket up to `wait_ms`. `error` is raised instead, when set.
+
+    `waiting`: how many do so.
+    """
 
     def __init__(self, kubelet_directory: Path) -> None:
         self._directory = kubelet_directory
         self.asked: list[KubeletService] = []
+        self.waiting = 0
         self.error: HelperError | None = None
 
     async def open_kubelet_socket(self, service: KubeletService, wait_ms: int = 0) -> socket.socket:
@@ -39,7 +43,11 @@ class DirectHelper:
                 connected.close()
                 if asyncio.get_running_loop().time() >= deadline:
                     raise HelperError(ErrorCode.UNAVAILABLE, f"no kubelet at {path}", error.errno or 0) from error
-                await asyncio.sleep(0.002)
+                self.waiting += 1
+                try:
+                    await asyncio.sleep(0.002)
+                finally:
+                    self.waiting -= 1
             else:
                 return connected
 

@@ -46,24 +46,29 @@ class AuditError(Exception):
     """The log cannot be written, or is not one: one sentence."""
 
 
+class Caller(Struct, frozen=True):
+    """The process at the other end, as the kernel told when it connected (SO_PEERCRED)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+Facts = dict[str, str | int | None]
+
+
 class Entry(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line. What is absent does not apply."""
 
     sequence: int = 0
     time: str = ""
     event: str
-    pid: int | None = None
-    uid: int | None = None
-    gid: int | None = None
+    peer: Caller | None = None
     operation: str = ""
-    arguments: dict[str, str | int | None] = {}
+    arguments: Facts = {}
     reason: str = ""
     verdict: str = ""
-    code: str = ""
-    rule: str = ""
-    errno: int = 0
-    message: str = ""
-    result: dict[str, str | int | None] = {}
+    result: Facts = {}
     duration_ms: float | None = None
     asked: int = 0
     torn: bool = False
@@ -121,6 +126,10 @@ class AuditLog:
         except AuditError:
             # Never many: nothing new is begun until these are written.
             self._owed.append(entry)
+
+    def close(self) -> None:
+        """Let another helper write it."""
+        os.close(self._descriptor)
 
     def _continue(self, tail: bytes, *, whole: bool) -> AuditHead:
         lines = tail.split(b"\n")

@@ -15,9 +15,8 @@ from functools import partial
 from typing import Final
 
 import msgspec
-from msgspec import Struct
 
-from qat_helper.audit import AuditError, AuditLog, Entry, printable
+from qat_helper.audit import AuditError, AuditLog, Caller, Entry, Facts, printable
 from qat_helper.child import Child
 from qat_helper.errors import OperationError, denied
 from qat_helper.node import Node, Outcome
@@ -26,14 +25,6 @@ from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure
 from qat_shared.sysfs import MissingError, SysfsError
 
 MAX_CHILDREN: Final = 32
-
-
-class Caller(Struct, frozen=True):
-    """The process at the other end, as the kernel told when it connected (SO_PEERCRED)."""
-
-    pid: int
-    uid: int
-    gid: int
 
 
 Answer = Callable[[Outcome], None]
@@ -61,38 +52,25 @@ class Job:
         return None if alone is None else (alone, getattr(self.request, "address", None))
 
     def entry(self, event: str, verdict: str = "", reply: AnyReply | None = None) -> Entry:
-        """A line about it for the audit log; `reply` as it ended."""
-        entry = Entry(
+        """A line about it for the audit log; `reply` once it has ended."""
+        return Entry(
             event=event,
-            verdict=verdict,
-            pid=self.caller.pid,
-            uid=self.caller.uid,
-            gid=self.caller.gid,
+            peer=self.caller,
             operation=self.operation.name,
             arguments=_facts(self.request),
             reason=printable(self.request.reason),
+            verdict=verdict,
+            result={} if reply is None else _facts(reply),
+            duration_ms=None if reply is None else round((self._clock() - self.began) * 1000, 3),
             asked=self.asked,
         )
-        if reply is None:
-            return entry
-        duration = round((self._clock() - self.began) * 1000, 3)
-        if not isinstance(reply, Failure):
-            return msgspec.structs.replace(entry, duration_ms=duration, result=_facts(reply))
-        return msgspec.structs.replace(
-            entry,
-            duration_ms=duration,
-            code=reply.code.value,
-            message=reply.message,
-            errno=reply.errno,
-            rule=reply.rule,
-        )
 
 
-def _facts(message: AnyRequest | AnyReply) -> dict[str, str | int | None]:
+def _facts(message: AnyRequest | AnyReply) -> Facts:
     return {
         name: value if value is None or isinstance(value, int) else printable(str(value))
         for name, value in msgspec.structs.asdict(message).items()
-        if name not in ("id", "reason", "audit")
+        if name not in ("id", "reason", "audit") and value != ""
     }
 
 
@@ -151,16 +129,7 @@ class Dispatcher:
     def turn_away(self, caller: Caller) -> OperationError:
         """A process connected whose uid is not admitted: what to answer to whatever it asks."""
         error = denied("server-uid", f"uid {caller.uid} may not use this helper: see its option --server-uid")
-        entry = Entry(
-            event="refused",
-            verdict="denied",
-            pid=caller.pid,
-            uid=caller.uid,
-            gid=caller.gid,
-            code=error.code.value,
-            rule=error.rule,
-            message=error.message,
-        )
+        entry = Entry(event="refused", peer=caller, verdict="denied", result=_facts(error.reply(0)))
         with suppress(AuditError):  # it is turned away either way, and the log's trouble has been said
             self._audit.append(entry)
         return error
@@ -187,7 +156,7 @@ class Dispatcher:
     def stop(self) -> None:
         """The last line of the audit log. Children still at work are left to end by themselves."""
         unfinished = [*self._waiting, *(job for job, _ in self._running.values())]
-        facts: dict[str, str | int | None] = dict(self._counted)
+        facts: Facts = dict(self._counted)
         if unfinished:
             facts["unfinished"] = ", ".join(f"{job.operation.name} (asked {job.asked})" for job in unfinished)
         self._audit.owe(Entry(event="stop", arguments=facts))

@@ -71,10 +71,9 @@ def _serve(options: argparse.Namespace) -> None:
     node = Node(sysfs_root=root, kubelet_dir=options.kubelet_dir, server_gid=options.server_gid, policy=policy)
     audit = AuditLog(options.audit_log)
     with listening(options.socket, options.server_gid) as listener:
-        audit.owe(
-            Entry(event="start", pid=os.getpid(), uid=os.geteuid(), gid=os.getegid(), arguments={"version": VERSION})
-        )
+        audit.owe(Entry(event="start", arguments={"version": VERSION, "pid": os.getpid(), "uid": os.geteuid()}))
         Server(listener, node, audit).run()
+    audit.close()
 
 
 def _is_real_sysfs(root: Path) -> bool:

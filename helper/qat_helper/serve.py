@@ -18,9 +18,9 @@ from typing import Final
 
 import msgspec
 
-from qat_helper.audit import AuditLog
+from qat_helper.audit import AuditLog, Caller
 from qat_helper.console import say
-from qat_helper.dispatch import Caller, Dispatcher
+from qat_helper.dispatch import Dispatcher
 from qat_helper.errors import OperationError
 from qat_helper.node import Node, Outcome
 from qat_shared.codec import ProtocolError, decode_request, encode

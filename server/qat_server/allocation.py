@@ -19,7 +19,7 @@ from qat_server.inventory import Device
 from qat_shared.pci import PciAddress
 
 _UNCOUNTED: Final = -1
-"""Stands for the PF of a device that is not healthy, and so is not in use whether it is offered or not."""
+"""Stands for the PF of a device that is not healthy, and so not in use, offered or not: the last place of a list."""
 
 
 class AllocationPolicy(StrEnum):
@@ -48,7 +48,8 @@ class AllocationIndex:
         numbers: dict[PciAddress, int] = {}
         self._pfs = [numbers.setdefault(_pf_of(device), len(numbers)) for device in listed]
         self._counted = [pf if device.healthy else _UNCOUNTED for pf, device in zip(self._pfs, listed, strict=True)]
-        self._healthy_of = Counter(self._counted)
+        counts = Counter(self._counted)
+        self._healthy_of = [counts[pf] for pf in (*range(len(numbers)), _UNCOUNTED)]
 
     def preferred(
         self, policy: AllocationPolicy, available: Sequence[str], must_include: Sequence[str], size: int
@@ -60,17 +61,19 @@ class AllocationIndex:
         except KeyError:
             return self._with_unlisted(available).preferred(policy, available, must_include, size)
         must = [self._ranks[device_id] for device_id in must_include]
-        free = sorted(set(ranks).difference(must))
+        free = sorted(set(ranks).difference(must) if must else ranks)
         wanted = size - len(must)
         if policy is AllocationPolicy.NONE or wanted in (0, len(free)):
             chosen = free[:wanted]
         else:
-            in_use = self._healthy_of - Counter(map(self._counted.__getitem__, ranks))
+            in_use, counted = self._healthy_of.copy(), self._counted
+            for rank in ranks:
+                in_use[counted[rank]] -= 1
             choose = self._packed if policy is AllocationPolicy.PACKED else self._balanced
             chosen = choose(free, wanted, in_use, [self._pfs[rank] for rank in must])
         return [self._ids[rank] for rank in sorted(must + chosen)]
 
-    def _packed(self, free: list[int], wanted: int, in_use: Counter[int], must_pfs: list[int]) -> list[int]:
+    def _packed(self, free: list[int], wanted: int, in_use: list[int], must_pfs: list[int]) -> list[int]:
         def order(item: tuple[int, list[int]]) -> tuple[bool, bool, int, int]:
             pf, ranks = item
             untouched = pf not in must_pfs and not in_use[pf]
@@ -83,10 +86,11 @@ class AllocationIndex:
                 break
         return chosen
 
-    def _balanced(self, free: list[int], wanted: int, in_use: Counter[int], must_pfs: list[int]) -> list[int]:
-        load = in_use + Counter(must_pfs)
+    def _balanced(self, free: list[int], wanted: int, in_use: list[int], must_pfs: list[int]) -> list[int]:
+        for pf in must_pfs:
+            in_use[pf] += 1
         # (devices in use, rank of the next candidate, the candidates after it in reverse order) for each PF
-        heap = [(load[pf], ranks[0], ranks[:0:-1]) for pf, ranks in self._by_pf(free).items()]
+        heap = [(in_use[pf], ranks[0], ranks[:0:-1]) for pf, ranks in self._by_pf(free).items()]
         heapify(heap)
         chosen: list[int] = []
         while len(chosen) < wanted:

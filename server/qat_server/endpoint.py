@@ -231,7 +231,7 @@ class Endpoint:
                 while streams.opened == opened and streams.ended == ended:
                     await streams.change()
         except TimeoutError:
-            why = f"the kubelet accepted the registration but did not ask for the devices within {patience:g} s"
+            why = "the kubelet accepted the registration but did not ask for the devices"
             raise CannotRegisterError(why) from None
         self.state = replace(self.state, registered=True, registrations=self.state.registrations + 1, error="")
         if self._short_lived < 2:

@@ -7,7 +7,6 @@ closed.
 """
 
 import asyncio
-import contextlib
 import itertools
 import os
 import socket
@@ -51,6 +50,8 @@ CALL_TIMEOUT: Final = 20.0
 """Seconds for one call: longer than any deadline of the helper's own, so its answer is the one that is heard."""
 RECONNECT_FIRST: Final = 0.05
 RECONNECT_LAST: Final = 1.0
+
+_ENDED: Final = "the connection to the helper ended"
 
 _R = TypeVar("_R", bound=AnyReply)
 
@@ -111,7 +112,7 @@ class HelperClient:
                 await connection.ended
             finally:
                 self._connection = None
-                connection.close("the connection to the helper ended")
+                connection.close()
             self._lost(f"the helper at {self._path} closed the connection")
 
     async def bind(self, address: PciAddress, driver: DpdkDriver, reason: str) -> Bound:
@@ -201,7 +202,7 @@ class HelperClient:
                     ErrorCode.PROTOCOL, "it does not speak our protocol: install the same version of both"
                 )
         except BaseException:
-            connection.close("no welcome")
+            connection.close()
             raise
         self.version = reply.version
         self.operations = reply.operations
@@ -232,7 +233,7 @@ class _Connection:
     async def exchange(self, request: AnyRequest) -> tuple[AnyReply, int | None]:
         packet = encode(request)
         if self.ended.done():
-            raise HelperUnavailableError("the connection to the helper ended")
+            raise HelperUnavailableError(_ENDED)
         answer: asyncio.Future[tuple[AnyReply, int | None]] = self._loop.create_future()
         self._waiting[request.id] = answer
         try:
@@ -240,7 +241,7 @@ class _Connection:
                 try:
                     await self._loop.sock_sendall(self._sock, packet)
                 except OSError as error:
-                    raise HelperUnavailableError(f"the connection to the helper ended: {_sentence(error)}") from error
+                    raise HelperUnavailableError(f"{_ENDED}: {_sentence(error)}") from error
             return await answer
         except BaseException:
             if answer.done() and not answer.cancelled() and answer.exception() is None:
@@ -249,14 +250,10 @@ class _Connection:
         finally:
             self._waiting.pop(request.id, None)
 
-    def close(self, why: str) -> None:
-        self._loop.remove_reader(self._sock)
+    def close(self) -> None:
+        """Close the socket; whoever still waits is told that the connection ended."""
+        self._end()
         self._sock.close()
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(HelperUnavailableError(why))
-        if not self.ended.done():
-            self.ended.set_result(None)
 
     def _readable(self) -> None:
         while True:
@@ -289,8 +286,11 @@ class _Connection:
 
     def _end(self) -> None:
         # The reader goes at once: a socket at its end would be readable for ever.
-        with contextlib.suppress(ValueError):
+        if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock)
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(HelperUnavailableError(_ENDED))
         if not self.ended.done():
             self.ended.set_result(None)
 

@@ -48,7 +48,7 @@ def advance(
         for other, devices in before.items():
             if reason or other == name or vf.address not in devices:
                 continue
-            if held(other, vf.address) if held is not None else not releasable(other, vf.address):
+            if not releasable(other, vf.address) and (held is None or held(other, vf.address)):
                 reason = f"a pod may have it as {other}"
         after[name][vf.address] = _device(vf, driver, reason)
     reasons: dict[PciAddress, str] | None = None

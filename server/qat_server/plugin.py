@@ -122,7 +122,7 @@ class Plugin:
             ),
             foreign=self.foreign,
             failures=self.binder.failures,
-            held={vf.address: pod for vf in self.inventory.vfs if (pod := self.usage.holder(vf.address))},
+            held=self.usage.by_device(),
             not_ready=self.not_ready(),
             uevents=self.listener.received,
             uevent_overruns=self.listener.overruns,

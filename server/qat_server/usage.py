@@ -80,12 +80,9 @@ class Usage:
             return True  # the answer may be from before the kubelet knew
         return address in (self.holders or {}).get(resource, {})
 
-    def holder(self, address: PciAddress) -> str:
-        """The pod that holds a device, "" when none is known to."""
-        for devices in (self.holders or {}).values():
-            if address in devices:
-                return devices[address]
-        return ""
+    def by_device(self) -> dict[PciAddress, str]:
+        """The devices that pods are known to hold, each with its holder."""
+        return {address: pod for devices in (self.holders or {}).values() for address, pod in devices.items()}
 
     async def run(self) -> None:
         """Until cancelled."""

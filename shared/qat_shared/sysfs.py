@@ -117,6 +117,8 @@ class PciDevice:
         """A number: base 10, or 16 for vendor and device (0x8086). Raises as `read` does."""
         text = self.read(name)
         try:
+            if len(text) > 20 or "_" in text:  # no number of the kernel's, though one of Python's
+                raise ValueError
             return int(text, base)
         except ValueError:
             raise MalformedError(str(self.address), name, f"{text[:40]!r} is not a number") from None
@@ -131,6 +133,8 @@ class PciDevice:
             if error.errno == errno.EINVAL:
                 raise MalformedError(str(self.address), name, "not a link") from error
             raise self._failed(name, error) from error
+        if not target.isascii():
+            raise MalformedError(str(self.address), name, "not text")
         return target.rpartition("/")[2]
 
     def linked_address(self, name: str) -> PciAddress | None:
@@ -206,6 +210,8 @@ def open_device(root: Path, address: PciAddress) -> Iterator[PciDevice]:
         raise kind(str(address), "device", os.strerror(error.errno or 0)) from error
     try:
         real = os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2]
+        if real == f"{address} (deleted)":
+            raise MissingError(str(address), "device", "went away")
         if real != str(address):
             raise MalformedError(str(address), "device", f"leads to {real[:40]!r}, not to the device itself")
         yield PciDevice(address, descriptor)

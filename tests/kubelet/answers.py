@@ -2,6 +2,8 @@
 
 import msgspec
 
+from qat_server.simulation import kubelet as emulated
+
 
 class Mount(msgspec.Struct, frozen=True):
     host_path: str
@@ -16,30 +18,60 @@ class DeviceNode(msgspec.Struct, frozen=True):
 
 
 class ContainerAllocation(msgspec.Struct, frozen=True):
-    """What the kubelet gives to one container: device ids by resource, and what the plugin's answers add."""
+    """What one container is started with. The properties are those of the emulated kubelet's type of this name."""
 
     name: str
-    devices: dict[str, tuple[str, ...]]
+    by_resource: dict[str, tuple[str, ...]] = msgspec.field(name="devices")
     envs: dict[str, str]
-    mounts: tuple[Mount, ...]
-    device_nodes: tuple[DeviceNode, ...]
+    mounted: tuple[Mount, ...] = msgspec.field(name="mounts")
+    nodes: tuple[DeviceNode, ...] = msgspec.field(name="device_nodes")
     annotations: dict[str, str]
     cdi_devices: tuple[str, ...]
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The ids of all resources."""
+        return tuple(id_ for ids in self.by_resource.values() for id_ in ids)
+
+    @property
+    def device_nodes(self) -> tuple[str, ...]:
+        """Paths on the host."""
+        return tuple(node.host_path for node in self.nodes)
+
+    @property
+    def mounts(self) -> tuple[str, ...]:
+        """Paths on the host."""
+        return tuple(mount.host_path for mount in self.mounted)
+
 
 class Allocation(msgspec.Struct, frozen=True):
-    """An admitted pod."""
+    """An admitted pod, by container. The properties are of all containers together, as in the emulated kubelet's."""
 
     pod: str
-    containers: tuple[ContainerAllocation, ...]
-
-    def container(self, name: str) -> ContainerAllocation:
-        return next(container for container in self.containers if container.name == name)
+    containers: dict[str, ContainerAllocation]
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The ids of all the pod's devices."""
-        return tuple(sorted(id_ for container in self.containers for ids in container.devices.values() for id_ in ids))
+        """All ids, container by container."""
+        return tuple(id_ for each in self.containers.values() for id_ in each.devices)
+
+    @property
+    def envs(self) -> dict[str, str]:
+        """The environment; of several containers, whose variables have the same names, the first one's counts."""
+        merged: dict[str, str] = {}
+        for each in self.containers.values():
+            merged = each.envs | merged
+        return merged
+
+    @property
+    def device_nodes(self) -> tuple[str, ...]:
+        """Paths on the host, each once."""
+        return tuple(dict.fromkeys(path for each in self.containers.values() for path in each.device_nodes))
+
+    @property
+    def mounts(self) -> tuple[str, ...]:
+        """Paths on the host, each once."""
+        return tuple(dict.fromkeys(path for each in self.containers.values() for path in each.mounts))
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -118,7 +150,7 @@ class KubeletError(Exception):
         self.reason = reason
 
 
-class AdmissionError(KubeletError):
+class AdmissionError(KubeletError, emulated.AdmissionError):
     """The kubelet refused the pod: its `reason` and message are what `kubectl describe` would show."""
 
     def __init__(self, pod: str, reason: str, message: str) -> None:
@@ -129,10 +161,18 @@ class AdmissionError(KubeletError):
         return f"pod {self.pod} refused, {self.reason}: {self.message}"
 
 
+class TopologyAffinityError(AdmissionError, emulated.TopologyAffinityError):
+    """The topology policy refused it."""
+
+
 class KubeletDiedError(KubeletError):
-    """The kubelet's process ended, or none was started (status None). The end of its log has the trace of a crash."""
+    """The kubelet's process ended, or none was started (status None). The message has the end of its log."""
 
     def __init__(self, status: int | None, log: str) -> None:
         what = "does not answer" if status is None else f"ended with status {status}"
         super().__init__("died", f"the kubelet {what}; the end of its log:\n{log}")
         self.status = status
+
+
+class KubeletPanicError(KubeletDiedError, emulated.KubeletPanicError):
+    """It crashed: the end of its log has the trace."""

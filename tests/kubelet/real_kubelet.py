@@ -29,16 +29,18 @@ from kubelet.answers import (
     Device,
     KubeletDiedError,
     KubeletError,
+    KubeletPanicError,
     PodDevices,
     Quantities,
     RefusedPod,
+    TopologyAffinityError,
     Waited,
 )
+from qat_server.simulation.topology import TopologyPolicy
 
 HARNESS: Final = Path(__file__).parent / "harness" / "bin" / "kubelet-harness"
 CHECKPOINT: Final = "kubelet_internal_checkpoint"
 
-Policy = Literal["none", "best-effort", "restricted", "single-numa-node"]
 Damage = Literal["garbage", "checksum", "empty", "removed"]
 _T = TypeVar("_T")
 
@@ -47,6 +49,11 @@ _ANSWER_LIMIT: Final = 64 << 20  # bytes of one answer: thousands of devices fit
 
 class _Devices(msgspec.Struct):
     devices: dict[str, tuple[Device, ...]]
+
+
+class _Allocated(msgspec.Struct):
+    pod: str
+    containers: tuple[ContainerAllocation, ...]
 
 
 class _Pods(msgspec.Struct):
@@ -93,7 +100,7 @@ class RealKubelet:
     def __init__(
         self,
         directory: Path,
-        policy: Policy = "best-effort",
+        policy: TopologyPolicy = TopologyPolicy.BEST_EFFORT,
         numa: int = 2,
         harness: Path = HARNESS,
         verbosity: int = 4,
@@ -152,20 +159,21 @@ class RealKubelet:
         await self._launch()
         return (await self._ask("start", _Started, reboot=reboot)).refused
 
-    async def stop(self) -> None:
-        """Stop the kubelet in order: streams end, its sockets are removed. (A real one leaves them behind: `kill`.)"""
-        await self._ask("stop", _Nothing)
-
-    async def restart(self, *, reboot: bool = False) -> tuple[RefusedPod, ...]:
-        """`stop` and `start`, in one process: milliseconds."""
-        return (await self._ask("restart", _Started, reboot=reboot)).refused
-
-    async def kill(self) -> None:
-        """End the kubelet with SIGKILL: its sockets stay behind. `start` starts it again."""
+    async def stop(self, kill: bool = False) -> None:
+        """Stop the kubelet in order: streams end, its sockets are removed. With `kill` its process gets a SIGKILL and
+        the sockets stay behind (as always in production: the kubelet just exits). `start` starts it again."""
+        if not kill:
+            await self._ask("stop", _Nothing)
+            return
         process, self.process = self.process, None
         if process is not None:
             process.kill()
             await _reap(process)
+
+    async def restart(self, kill: bool = False, *, reboot: bool = False) -> tuple[RefusedPod, ...]:
+        """`stop` and `start`: milliseconds."""
+        await self.stop(kill)
+        return await self.start(reboot=reboot)
 
     async def close(self) -> None:
         """End the process, in order if it lets itself be ended. Raises nothing: a test has said what it had to say."""
@@ -256,6 +264,7 @@ class RealKubelet:
     async def allocate(self, pod: str, requests: Sequence[tuple[str, str, int]]) -> Allocation:
         """Create a pod that asks for `requests` (container, resource, number), admit it and start its containers.
 
+        A pod that is there already, and asked for the same, is admitted anew and keeps its devices.
         Raises AdmissionError when the kubelet refuses it: the pod is then gone. KubeletError of kind "container" when a
         container of the admitted pod cannot be started: the pod then stays.
         """
@@ -263,16 +272,18 @@ class RealKubelet:
         for container, resource, number in requests:
             containers.setdefault(container, {})[resource] = number
         try:
-            return await self._ask(
+            allocated = await self._ask(
                 "allocate",
-                Allocation,
+                _Allocated,
                 pod=pod,
                 containers=[{"name": name, "resources": resources} for name, resources in containers.items()],
             )
         except KubeletError as error:
-            if error.kind == "admission":
-                raise AdmissionError(pod, error.reason, error.message) from None
-            raise
+            if error.kind != "admission":
+                raise
+            kind = TopologyAffinityError if error.reason == "TopologyAffinityError" else AdmissionError
+            raise kind(pod, error.reason, error.message) from None
+        return Allocation(pod, {container.name: container for container in allocated.containers})
 
     async def restart_container(self, pod: str, container: str) -> ContainerAllocation:
         """Start a container of an admitted pod again, as after its crash: no admission, and no other devices."""
@@ -355,7 +366,8 @@ class RealKubelet:
             return KubeletDiedError(None, self.log_tail())
         with contextlib.suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(process.wait, 5)
-        return KubeletDiedError(process.returncode, self.log_tail())
+        crashed = process.returncode == 2  # the Go runtime's status after a panic
+        return (KubeletPanicError if crashed else KubeletDiedError)(process.returncode, self.log_tail())
 
 
 async def _reap(process: "subprocess.Popen[bytes]") -> None:

@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 
 from kubelet import real_kubelet
-from kubelet.answers import AdmissionError, KubeletDiedError, KubeletError
+from kubelet.answers import AdmissionError, KubeletDiedError, KubeletError, KubeletPanicError, TopologyAffinityError
 from kubelet.real_kubelet import Damage, RealKubelet
 from qat_server.generated import deviceplugin_v1beta1_pb2 as api
 from qat_server.generated import pluginregistration_v1_pb2 as watcher
@@ -24,6 +24,7 @@ from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import (
 )
 from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
 from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
+from qat_server.simulation.topology import TopologyPolicy
 
 CY = "qat.intel.com/cy"
 
@@ -147,16 +148,17 @@ async def test_containers_are_given_what_the_plugin_answered(kubelet: RealKubele
     async with Plugin(four()).registered(kubelet), compression.registered(kubelet, dc):
         await kubelet.wait_for(allocatable={CY: 4, dc: 1})
         allocation = await kubelet.allocate("a", [("one", CY, 2), ("two", CY, 1), ("two", dc, 1)])
-        one, two = allocation.containers
-        assert len(one.devices[CY]) == 2
+        one, two = allocation.containers["one"], allocation.containers["two"]
+        assert len(one.by_resource[CY]) == 2
         assert set(one.envs) == {"QAT0", "QAT1"}
-        assert {node.host_path for node in one.device_nodes} == {f"/dev/vfio/{id_}" for id_ in one.devices[CY]}
-        assert [(mount.host_path, mount.read_only) for mount in one.mounts] == [("/etc/qat", True)]
-        assert two.devices[dc] == ("dc0",)
-        assert len(two.devices[CY]) == 1
+        assert set(one.device_nodes) == {f"/dev/vfio/{id_}" for id_ in one.devices}
+        assert [(mount.host_path, mount.read_only) for mount in one.mounted] == [("/etc/qat", True)]
+        assert two.by_resource[dc] == ("dc0",)
+        assert len(two.by_resource[CY]) == 1
         assert set(allocation.devices) == await kubelet.devices_of("a")
         assert await kubelet.allocatable_free() == {CY: 1, dc: 0}
         assert await kubelet.restart_container("a", "one") == one
+        assert await kubelet.allocate("a", [("one", CY, 2), ("two", CY, 1), ("two", dc, 1)]) == allocation  # anew
         assert (await kubelet.check()).violations == ()
 
         with pytest.raises(AdmissionError, match="Requested: 2, Available: 1") as refused:
@@ -172,7 +174,7 @@ async def test_requests_that_make_no_sense_are_refused(kubelet: RealKubelet) -> 
         await kubelet.wait_for(allocatable={CY: 4})
         await kubelet.allocate("a", [("main", CY, 1)])
         for asked, kind in (
-            (kubelet.allocate("a", [("main", CY, 1)]), "request"),
+            (kubelet.allocate("a", [("main", CY, 2)]), "request"),
             (kubelet.allocate("b", []), "request"),
             (kubelet.free("b"), "not-found"),
             (kubelet.age(CY), "request"),
@@ -187,33 +189,29 @@ async def test_requests_that_make_no_sense_are_refused(kubelet: RealKubelet) -> 
         assert refused.value.kind == "stopped"
 
 
-@pytest.mark.parametrize("policy", ["restricted", "single-numa-node"])
-async def test_the_topology_manager_decides(directory: Path, policy: real_kubelet.Policy) -> None:
+@pytest.mark.parametrize("policy", [TopologyPolicy.RESTRICTED, TopologyPolicy.SINGLE_NUMA_NODE])
+async def test_the_topology_manager_decides(directory: Path, policy: TopologyPolicy) -> None:
     async with RealKubelet(directory, policy=policy) as kubelet, Plugin(four()).registered(kubelet):
         await kubelet.wait_for(allocatable={CY: 4})
         first = await kubelet.allocate("a", [("main", CY, 1)])
         second = await kubelet.allocate("b", [("main", CY, 2)])
         assert {node for _, node in (four()[id_] for id_ in second.devices)} != {four()[first.devices[0]][1]}
         assert len({four()[id_][1] for id_ in second.devices}) == 1
-        if policy == "single-numa-node":
+        if policy is TopologyPolicy.SINGLE_NUMA_NODE:
             await kubelet.free("b")
-            with pytest.raises(AdmissionError) as refused:
+            with pytest.raises(TopologyAffinityError):
                 await kubelet.allocate("c", [("main", CY, 3)])
-            assert refused.value.reason == "TopologyAffinityError"
 
 
-@pytest.mark.parametrize("how", ["restart", "stop", "kill"])
-async def test_pods_keep_their_devices_over_a_restart(kubelet: RealKubelet, how: str) -> None:
+@pytest.mark.parametrize("kill", [False, True])
+async def test_pods_keep_their_devices_over_a_restart(kubelet: RealKubelet, kill: bool) -> None:
     plugin = Plugin(four())
     async with plugin.registered(kubelet):
         await kubelet.wait_for(allocatable={CY: 4})
         devices = set((await kubelet.allocate("a", [("main", CY, 3)])).devices)
-        if how == "restart":
-            assert await kubelet.restart() == ()
-        else:
-            await (kubelet.stop() if how == "stop" else kubelet.kill())
-            assert kubelet.registration_socket.exists() == (how == "kill")
-            assert await kubelet.start() == ()
+        await kubelet.stop(kill)
+        assert kubelet.registration_socket.exists() == kill
+        assert await kubelet.start() == ()
         await kubelet.wait_for(allocatable={CY: 0})
         await plugin.register(kubelet)
         await kubelet.wait_for(allocatable={CY: 4})
@@ -227,7 +225,7 @@ async def test_a_damaged_checkpoint_forgets_the_pods_devices(kubelet: RealKubele
     async with plugin.registered(kubelet):
         await kubelet.wait_for(allocatable={CY: 4})
         await kubelet.allocate("a", [("main", CY, 3)])
-        await kubelet.kill()
+        await kubelet.stop(kill=True)
         kubelet.damage_checkpoint(damage)
         assert await kubelet.start() == ()
         assert await kubelet.allocatable() == {}
@@ -337,7 +335,7 @@ async def test_a_crash_of_the_kubelet_is_seen_with_its_trace(directory: Path) ->
         allocating = asyncio.create_task(kubelet.allocate("a", [("main", CY, 1)]))
         await kubelet.wait_for(capacity={CY: 0})
         plugin.gone.set()
-        with pytest.raises(KubeletDiedError, match="nil pointer dereference") as died:
+        with pytest.raises(KubeletPanicError, match="nil pointer dereference") as died:
             await allocating
         assert died.value.status == 2
         assert not kubelet.alive

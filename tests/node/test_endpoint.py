@@ -5,23 +5,37 @@ import logging
 import os
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import grpc.aio
 import pytest
+import uvloop
 
 from kubelet_sockets import DirectHelper, gone, short_directory
+from qat_server import grpc_socket, kubelet_channel
 from qat_server.allocation import AllocationPolicy
 from qat_server.counters import Counters
+from qat_server.device_plugin import DevicePlugin
 from qat_server.endpoint import Endpoint, Timing
+from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
+from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub, add_DevicePluginServicer_to_server
 from qat_server.inventory import Device
 from qat_server.simulation.kubelet import Hostility, Kubelet
+from qat_shared.messages import KubeletService
 from qat_shared.pci import PciAddress
 from waiting import until
 
 CY = "qat.intel.com/cy"
 QUICK = Timing(
-    first=0.01, after_failure=0.05, after_stream=0.05, settled=0.3, register=0.5, stream_first=0.2, kubelet=5.0
+    first=0.01,
+    after_failure=0.05,
+    after_stream=0.05,
+    settled=0.3,
+    register=0.5,
+    stream_first=0.1,
+    stream_last=0.2,
+    kubelet=5.0,
 )
 
 
@@ -117,35 +131,163 @@ async def test_a_kubelet_that_is_down_costs_one_waiting_request(kubelet: Kubelet
     helper = DirectHelper(kubelet.directory)
     async with running(kubelet, helper=helper) as endpoint:
         await kubelet.wait_for(watched(kubelet))
-        asked = len(helper.asked)
         await kubelet.stop()
-        await until(lambda: len(helper.asked) > asked)
+        await until(lambda: helper.waiting)
         assert not endpoint.state.registered
+        asked = len(helper.asked)
         await kubelet.start()
         await kubelet.wait_for(watched(kubelet))
-        assert len(helper.asked) == asked + 1
+        assert len(helper.asked) == asked
 
 
 async def test_the_end_of_an_older_stream_is_answered_too(kubelet: Kubelet) -> None:
     """The trap of a rolling update: the kubelet drops the newest client when the older one's stream ends."""
-    async with running(kubelet) as old:
+    async with another_plugin(kubelet, devices=3) as old:
+        await kubelet.wait_for(watched(kubelet, 3))
+        async with running(kubelet):
+            await kubelet.wait_for(watched(kubelet, 4))
+            before = len(kubelet.registrations)
+            old.withdraw()
+            await kubelet.wait_for(lambda: len(kubelet.registrations) > before and watched(kubelet, 4)())
+
+
+@asynccontextmanager
+async def another_plugin(kubelet: Kubelet, devices: int) -> AsyncIterator[DevicePlugin]:
+    """An older version of ours: its own socket, the same resource."""
+    plugin = DevicePlugin("cy", AllocationPolicy.NONE, Counters())
+    plugin.update([device(number) for number in range(devices)])
+    server = grpc.aio.server()
+    add_DevicePluginServicer_to_server(plugin, server)
+    await grpc_socket.start(server, kubelet.plugin_directory / "old.sock", 0o660)
+    try:
+        async with grpc.aio.insecure_channel(f"unix:{kubelet.plugin_directory}/kubelet.sock") as channel:
+            await RegistrationStub(channel).Register(
+                pb.RegisterRequest(version="v1beta1", endpoint="old.sock", resource_name=CY), timeout=10
+            )
+        yield plugin
+    finally:
+        await server.stop(None)
+
+
+async def test_a_socket_that_was_deleted_is_made_anew(kubelet: Kubelet) -> None:
+    async with running(kubelet) as endpoint:
         await kubelet.wait_for(watched(kubelet))
-        # A second server of the same resource, its socket elsewhere, as with two versions of a plugin.
-        other = kubelet.plugin_directory / "other"
-        other.mkdir()
-        new = Endpoint("cy", other, DirectHelper(kubelet.directory), AllocationPolicy.NONE, Counters(), timing=QUICK)
-        new.update([device(number) for number in range(3)])
-        # The endpoint's directory is fixed in Register: lead the name there to the other's socket once it is served.
-        task = asyncio.create_task(new.run())
-        try:
-            await until(lambda: (other / "cy.sock").exists())
-            old.socket_path.rename(other / "old.sock")
-            old.socket_path.symlink_to(other / "cy.sock")
+        endpoint.socket_path.unlink()
+        await kubelet.restart()
+        await kubelet.wait_for(watched(kubelet))
+
+
+async def test_a_directory_that_is_not_there_yet_is_waited_for(kubelet: Kubelet) -> None:
+    sockets = kubelet.plugin_directory / "qat.intel.com"
+    sockets.rmdir()
+    async with running(kubelet) as endpoint:
+        await until(lambda: "No such file or directory" in endpoint.state.error)
+        sockets.mkdir()
+        await kubelet.wait_for(watched(kubelet))
+
+
+async def test_a_lost_helper_does_not_end_what_is_registered(kubelet: Kubelet) -> None:
+    helper = DirectHelper(kubelet.directory)
+    async with running(kubelet, helper=helper) as endpoint:
+        await kubelet.wait_for(watched(kubelet))
+        helper.error = gone()
+        endpoint.update([device(0)])
+        await kubelet.wait_for(watched(kubelet, 1))
+        await kubelet.restart()
+        await until(lambda: endpoint.state.error == "there is no helper")
+        helper.error = None
+        await kubelet.wait_for(watched(kubelet, 1))
+
+
+async def test_withdrawing_ends_the_stream_and_removes_the_socket(kubelet: Kubelet) -> None:
+    async with running(kubelet) as endpoint:
+        await kubelet.wait_for(watched(kubelet))
+        async with asyncio.timeout(2):
+            await endpoint.withdraw()
+        await kubelet.wait_for(watched(kubelet, 0))
+        assert kubelet.capacity() == {CY: 4}, "until the grace is over"
+        assert not endpoint.socket_path.exists()
+        assert not endpoint.state.registered
+
+
+async def test_withdrawing_and_serving_the_same_resource_again_does_not_lose_the_socket(kubelet: Kubelet) -> None:
+    for number in range(1, 6):
+        async with running(kubelet, devices=number) as endpoint:
+            await kubelet.wait_for(watched(kubelet, number))
+            assert endpoint.socket_path.exists()
+
+
+async def test_many_resources_register_side_by_side(kubelet: Kubelet) -> None:
+    names = ("cy", "dc", "sym-dc", "generic")
+    async with AsyncExitStack() as stack:
+        sockets = kubelet.plugin_directory / "qat.intel.com"
+        endpoints = [
+            Endpoint(name, sockets, DirectHelper(kubelet.directory), AllocationPolicy.NONE, Counters(), timing=QUICK)
+            for name in names
+        ]
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        for endpoint in endpoints:
+            endpoint.update([device(1)])
+            tasks.create_task(endpoint.run())
+        for _ in range(3):
+            await kubelet.wait_for(lambda: kubelet.allocatable() == {f"qat.intel.com/{name}": 1 for name in names})
             await kubelet.restart()
-            await kubelet.wait_for(watched(kubelet, 3))
-            await old.withdraw()
-            await kubelet.wait_for(watched(kubelet, 3))
-        finally:
-            await new.withdraw()
-            await task
-            old.socket_path.unlink(missing_ok=True)
+        for endpoint in endpoints:
+            await endpoint.withdraw()
+
+
+@pytest.mark.parametrize(
+    ("hostility", "error"),
+    [
+        (Hostility.HANG, "the kubelet did not answer in time"),
+        (Hostility.REFUSE, 'the kubelet answered UNKNOWN: requested API version "not v1beta1" is not supported'),
+        (Hostility.NO_STREAM, "the kubelet accepted the registration but did not ask for the devices"),
+        (Hostility.END_STREAM, "the kubelet ended the ListAndWatch stream"),
+        (Hostility.CLOSE, "the kubelet closed the connection, or what answers there is not the kubelet"),
+        (Hostility.GARBAGE, "the kubelet closed the connection, or what answers there is not the kubelet"),
+    ],
+)
+async def test_a_hostile_kubelet_is_asked_with_growing_pauses_until_it_is_sane(
+    kubelet: Kubelet, hostility: Hostility, error: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "qat_server.endpoint")
+    kubelet.hostility = hostility
+    await kubelet.restart()
+    helper = DirectHelper(kubelet.directory)
+    loop = asyncio.get_running_loop()
+    async with running(kubelet, helper=helper) as endpoint:
+        began = loop.time()
+        await until(lambda: error in endpoint.state.error and len(helper.asked) >= 8)
+        # Pauses of 0, (0,) 10, 20, 40, 50, 50 ms at the least.
+        assert loop.time() - began > 0.15
+        changes = [record for record in caplog.records if record.levelno >= logging.INFO]
+        assert len(changes) < 8, "a line for each change, not for each attempt"
+        kubelet.hostility = Hostility.NONE
+        await kubelet.restart()
+        await kubelet.wait_for(watched(kubelet))
+        await until(lambda: endpoint.state.registered)
+
+
+async def test_the_same_on_the_default_loop_and_on_uvloop_with_a_deep_directory(directory: Path) -> None:
+    """uvloop has sockets of its own; and the relay's path may be too long for a Unix socket."""
+
+    def scenario() -> None:
+        deep = directory / "relay" / ("d" * 90)
+        deep.mkdir(parents=True, exist_ok=True)
+
+        async def work() -> None:
+            kubelet = Kubelet(directory)
+            await kubelet.start()
+            try:
+                connected = await DirectHelper(directory).open_kubelet_socket(KubeletService.REGISTRATION)
+                async with kubelet_channel.over(connected, deep) as channel:
+                    with pytest.raises(grpc.aio.AioRpcError, match="not supported by kubelet"):
+                        await RegistrationStub(channel).Register(pb.RegisterRequest(version="v0"), timeout=10)
+                    assert os.listdir(deep) == []
+            finally:
+                await kubelet.stop()
+
+        uvloop.run(work())
+        asyncio.run(work())
+
+    await asyncio.to_thread(scenario)

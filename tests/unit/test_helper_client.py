@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -159,6 +160,23 @@ async def test_a_lost_helper_fails_its_callers_and_is_found_again() -> None:
             with pytest.raises(HelperUnavailableError):
                 await call
             await until(lambda: client.connected)
+
+
+async def test_a_helper_that_ends_before_its_welcome_is_not_waited_for() -> None:
+    with tempfile.TemporaryDirectory(prefix="qat-", dir="/tmp") as directory:
+        path = Path(directory) / "h.sock"
+        client = HelperClient(path, Counters())
+        task = asyncio.create_task(client.run())
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+                listening.bind(str(path))
+                listening.listen()
+                await until(lambda: select.select([listening], [], [], 0)[0])
+            # The listener has gone with the connection that it never accepted, as when the helper is ended.
+            await until(lambda: "the connection to the helper ended" in client.error, seconds=5)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_without_a_helper_calls_fail_at_once_and_say_why() -> None:

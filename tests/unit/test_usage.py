@@ -59,13 +59,13 @@ async def test_a_held_device_stays_until_its_pod_ends() -> None:
     kubelet.holders = {"cy": {VF: "default/pod/main"}}
 
     async def scenario(usage: Usage) -> None:
-        assert usage.holder(VF) == "default/pod/main"
+        assert usage.by_device() == {VF: "default/pod/main"}
         usage.observe(GONE)
         await until(lambda: kubelet.asked >= 3)
         assert not usage.releasable("cy", VF)
         kubelet.holders = {}
         await until(lambda: usage.releasable("cy", VF))
-        assert usage.holder(VF) == ""
+        assert usage.by_device() == {}
 
     await with_usage(kubelet, 0.01, scenario, interval=0.02)
 

@@ -156,8 +156,6 @@ class DeviceManager:
         self.collect()
         hint = self._affinity(pod, container, requests)
         for resource, wanted in requests.items():
-            if resource not in self._healthy and resource not in self._allocated:
-                raise AdmissionError(f"Insufficient {resource}")  # the scheduler's word, and the admission check's
             devices = await self._choose(pod, container, resource, wanted, hint)
             if not devices:
                 continue

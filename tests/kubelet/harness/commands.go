@@ -33,12 +33,6 @@ var table = map[string]handler{
 
 	"stop":  command(func(k *kubelet, _ empty) (*empty, error) { return &empty{}, k.stop() }),
 	"start": command((*kubelet).start),
-	"restart": command(func(k *kubelet, arguments startArguments) (*startResult, error) {
-		if err := k.stop(); err != nil {
-			return nil, err
-		}
-		return k.start(arguments)
-	}),
 }
 
 type empty struct{}

@@ -32,9 +32,10 @@ class Child:
     def outcome(self) -> Outcome:
         """What it has passed back. Only once it has ended. Raises OperationError when it has passed nothing."""
         with self._channel:
-            packet, descriptors, _, _ = socket.recv_fds(
-                self._channel, MAX_MESSAGE, 1, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-            )
+            self._channel.setblocking(False)
+            packet, descriptors, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE, 1)
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # Python 3.11 does not pass MSG_CMSG_CLOEXEC on
         os.close(self.pidfd)
         _, status = os.waitpid(self.pid, 0)
         try:

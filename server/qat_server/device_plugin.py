@@ -9,14 +9,14 @@ a full answer or an error with a sentence that ends up in the pod's status.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
 
 from qat_server import allocation, logs
-from qat_server.allocation import AllocationError, AllocationPolicy
+from qat_server.allocation import AllocationError, AllocationIndex, AllocationPolicy
 from qat_server.counters import Counters
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated import deviceplugin_v1beta1_pb2_grpc as rpc
@@ -61,13 +61,14 @@ class _Entry:
 class Snapshot:
     """A list of devices and what is looked up in it. Immutable."""
 
-    __slots__ = ("devices", "entries", "ids", "message")
+    __slots__ = ("entries", "healthy", "index", "message")
 
     def __init__(self, devices: Iterable[Device], before: pb.ListAndWatchResponse | None = None) -> None:
-        self.devices: Mapping[PciAddress, Device] = {device.address: device for device in devices}
-        self.ids: Mapping[PciAddress, str] = {address: str(address) for address in self.devices}
-        self.entries = {self.ids[address]: _Entry(device) for address, device in self.devices.items()}
-        message = pb.ListAndWatchResponse(devices=[_listed(device) for device in self.devices.values()])
+        self.entries = {str(device.address): _Entry(device) for device in devices}
+        listed = [entry.device for entry in self.entries.values()]
+        self.healthy = frozenset(each for each, entry in self.entries.items() if entry.device.healthy)
+        self.index = AllocationIndex(listed)
+        message = pb.ListAndWatchResponse(devices=[_listed(device) for device in listed])
         # What the kubelet may know of has not changed: the very same message tells the streams so.
         self.message = before if message == before else message
 
@@ -200,9 +201,14 @@ class DevicePlugin(rpc.DevicePluginServicer):
             for entry in entries:
                 self.handed_out[entry.device.address] = now
             self._counters.allocation(self._name, len(entries))
+        # Telling others can wait until the answer is on its way.
+        asyncio.get_running_loop().call_soon(self._tell, chosen)
+        return answer
+
+    def _tell(self, chosen: Sequence[Sequence[_Entry]]) -> None:
+        for entries in chosen:
             log.info("devices allocated", resource=self._name, devices=[entry.device.address for entry in entries])
         self._on_allocated()
-        return answer
 
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: Context
@@ -247,25 +253,20 @@ class DevicePlugin(rpc.DevicePluginServicer):
     def _prefer(self, request: pb.ContainerPreferredAllocationRequest) -> list[str]:
         """The ids for one container. Raises RefusedError."""
         snapshot = self._snapshot
-        known = snapshot.entries
-        must = []
-        for each in request.must_include_deviceIDs:
-            entry = known.get(each)
-            if entry is None:
+        offered = list(request.available_deviceIDs)
+        must = list(request.must_include_deviceIDs)
+        for each in must:
+            if each not in snapshot.entries:
                 raise self._missing(each)
-            must.append(entry.device.address)
         # The kubelet's list may be a moment old: what has gone or is unhealthy meanwhile is not preferred.
-        offered = [known[each].device for each in request.available_deviceIDs if each in known]
-        available = [device.address for device in offered if not device.reason]
-        if must:
-            available += [address for address in must if snapshot.devices[address].reason]
+        eligible = snapshot.healthy.union(must) if must else snapshot.healthy
+        available = [each for each in offered if each in eligible]
         try:
-            chosen = allocation.preferred(self._policy, available, must, request.allocation_size, snapshot.devices)
+            return snapshot.index.preferred(self._policy, available, must, request.allocation_size)
         except AllocationError as error:
-            lost = len(request.available_deviceIDs) - len(available)
-            also = f" ({lost} of those offered are not healthy or not listed any more)" if lost > 0 else ""
+            lost = len(offered) - len(available)
+            also = f" ({lost} of those offered are not healthy or not listed any more)" if lost else ""
             raise RefusedError(grpc.StatusCode.INVALID_ARGUMENT, f"{error}{also}") from error
-        return [snapshot.ids[address] for address in chosen]
 
     def _missing(self, device_id: str) -> RefusedError:
         shown = device_id[:40]

@@ -65,8 +65,12 @@ class Changes:
             self._devices.add(address)
         self._event.set()
 
+    def mark_known(self) -> None:
+        """Ask for the known devices to be judged anew, without a look at any."""
+        self._event.set()
+
     async def wait(self) -> frozenset[PciAddress] | None:
-        """The devices to look at (None: everything), once there is something; a burst comes as one."""
+        """The devices to look at (None: everything; empty: none), once there is something; a burst comes as one."""
         await self._event.wait()
         await asyncio.sleep(_COALESCE)
         devices = None if self._everything else frozenset(self._devices)

@@ -4,6 +4,7 @@ Nobody changes one; each stage makes a new one. The order of functions and devic
 """
 
 from msgspec import Struct
+
 from qat_shared.pci import PciAddress
 
 

@@ -84,9 +84,9 @@ class Plugin:
         self.helper = HelperClient(settings.helper_socket, self.counters, self._helper_changed)
         self.listener = UeventListener(settings.uevents, self.changes)
         self.health = HealthMonitor(
-            self.helper, lambda: self.inventory.pfs, settings.health_interval, self.changes.mark
+            self.helper, lambda: self.inventory.pfs, settings.health_interval, self.changes.mark_known
         )
-        self.usage = Usage(self._query_holders, self.changes.mark, settings.resync_interval)
+        self.usage = Usage(self._query_holders, self.changes.mark_known, settings.resync_interval)
         self.binder = Binder(self.helper, settings.dpdk_driver, self.counters, self.changes.mark, clock)
         self.inventory = _EMPTY
         self.listing: Listing = {}
@@ -206,31 +206,18 @@ class Plugin:
 
     async def _look(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
         """See what there is, have done what is missing, tell the kubelet what it may have."""
-        began = self._clock()
         settings = self.settings
-        try:
-            inventory = await asyncio.to_thread(
-                discover,
-                settings.sysfs_root,
-                settings.kernel_vf_drivers,
-                settings.max_num_devices,
-                self.inventory if self.inventory is not _EMPTY else None,
-                changed,
-            )
-        except SysfsError as error:
-            self._not_ready = str(error)
-            self._say_once("the PCI bus cannot be read", why=str(error))
-            return
-        self.inventory = inventory
-        self._tell(inventory)
+        if changed is None or changed:
+            try:
+                self.inventory = await self._discover(changed)
+            except SysfsError as error:
+                self._not_ready = str(error)
+                self._say_once("the PCI bus cannot be read", why=str(error))
+                return
+            self._tell(self.inventory)
+        inventory = self.inventory
         await self._read_configs(inventory)
-        pfs = {pf.address: pf for pf in inventory.pfs}
-        self.names = {
-            vf.address: naming.resource_name(
-                vf, pfs.get(vf.pf) if vf.pf else None, self._configs.get(vf.pf) if vf.pf else None
-            )
-            for vf in inventory.vfs
-        }
+        self.names = self._names(inventory)
         plan = reconcile.plan(inventory, settings.dpdk_driver)
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
@@ -248,9 +235,19 @@ class Plugin:
         self.usage.observe(self.listing)
         self._publish(work)
         self._not_ready = ""
+
+    async def _discover(self, changed: frozenset[PciAddress] | None) -> Inventory:
+        """Raises SysfsError."""
+        began = self._clock()
+        known = None if self.inventory is _EMPTY else self.inventory
+        settings = self.settings
+        inventory = await asyncio.to_thread(
+            discover, settings.sysfs_root, settings.kernel_vf_drivers, settings.max_num_devices, known, changed
+        )
         if changed is None:
             self.counters.resync()
         self.counters.rescan(self._clock() - began)
+        return inventory
 
     def _held(self, resource: str, address: PciAddress) -> bool:
         endpoint = self.endpoints.get(resource)
@@ -268,6 +265,17 @@ class Plugin:
                 last=inventory.cut[-1],
             )
 
+    def _names(self, inventory: Inventory) -> dict[PciAddress, str]:
+        """Resource by VF; without a VF whose PF's dev_cfg is needed and cannot be read yet, as long as that is so."""
+        pfs = {pf.address: pf for pf in inventory.pfs}
+        names = {}
+        for vf in inventory.vfs:
+            pf = pfs.get(vf.pf) if vf.pf is not None else None
+            config = self._configs.get(pf.address) if pf is not None else None
+            if config is not None or pf is None or not naming.needs_config(pf):
+                names[vf.address] = naming.resource_name(vf, pf, config)
+        return names
+
     async def _read_configs(self, inventory: Inventory) -> None:
         """Ask for the dev_cfg of PFs that need one for their name and have none yet."""
         needed = {pf.address for pf in inventory.pfs if naming.needs_config(pf)}
@@ -278,8 +286,8 @@ class Plugin:
             except HelperUnavailableError:
                 return  # asked again when it is back
             except HelperError as error:
-                if error.code == ErrorCode.UNAVAILABLE:
-                    self._configs[address] = ""  # this driver has none
+                if error.code in (ErrorCode.UNAVAILABLE, ErrorCode.DENIED):
+                    self._configs[address] = ""  # this driver has none, or it is not for us to know
                 else:
                     self._say_once("services not read", address=address, why=error.message)
 

@@ -4,6 +4,8 @@ Latencies are ratios to a no-op service with the same messages, calls alternatin
 machine does meanwhile falls on both. Nothing here is a test: aims are printed beside what was measured.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import os

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
@@ -12,10 +13,21 @@ from qat_server.generated import deviceplugin_v1beta1_pb2_grpc as rpc
 
 
 class Noop(rpc.DevicePluginServicer):
-    async def Allocate(self, request: api.AllocateRequest, context: object) -> api.AllocateResponse:  # type: ignore[override]
+    async def Allocate(self, request: api.AllocateRequest, context: object) -> api.AllocateResponse:
         return api.AllocateResponse()
 
-    async def GetPreferredAllocation(  # type: ignore[override]
+    async def GetDevicePluginOptions(self, request: api.Empty, context: object) -> api.DevicePluginOptions:
+        return api.DevicePluginOptions()
+
+    async def ListAndWatch(self, request: api.Empty, context: object) -> AsyncIterator[api.ListAndWatchResponse]:
+        yield api.ListAndWatchResponse()
+
+    async def PreStartContainer(
+        self, request: api.PreStartContainerRequest, context: object
+    ) -> api.PreStartContainerResponse:
+        return api.PreStartContainerResponse()
+
+    async def GetPreferredAllocation(
         self, request: api.PreferredAllocationRequest, context: object
     ) -> api.PreferredAllocationResponse:
         return api.PreferredAllocationResponse()

@@ -44,6 +44,12 @@ def device(function: int, reason: str = "") -> Device:
     return Device(address, PciAddress(0, 0x6B, 0, 0), 0, (f"/dev/vfio/{function}", "/dev/vfio/vfio"), (), reason)
 
 
+@pytest.fixture(scope="module")
+def event_loop_policy() -> uvloop.EventLoopPolicy:
+    """The loop of production."""
+    return uvloop.EventLoopPolicy()
+
+
 @pytest.fixture
 def directory() -> Iterator[Path]:
     with short_directory() as made:

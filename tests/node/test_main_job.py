@@ -9,8 +9,8 @@ import time
 from collections import Counter
 
 import pytest
-from qat_server.simulation.kubelet import AdmissionError
 
+from qat_server.simulation.kubelet import AdmissionError
 from qat_server.simulation.node import LoneVf, Node, OtherDevice, Pf, demo_node
 from qat_server.simulation.running_node import RunningNode, running_node
 from qat_server.status import Status

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from qat_server.events import Changes, Uevent, UeventListener, parse
 from qat_shared.pci import PciAddress
 

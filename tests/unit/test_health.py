@@ -3,6 +3,7 @@
 from typing import cast
 
 import pytest
+
 from qat_server.health import HealthMonitor, verdict
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.inventory import PhysicalFunction

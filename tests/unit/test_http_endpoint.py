@@ -180,7 +180,7 @@ async def test_half_closed_client_gets_its_answer() -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE):
-        while not condition():  # noqa: ASYNC110 - the condition is of another task's making
+        while not condition():
             await asyncio.sleep(0.001)
 
 

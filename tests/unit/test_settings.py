@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from qat_server.allocation import AllocationPolicy
 
+from qat_server.allocation import AllocationPolicy
 from qat_server.main import settings_from
 from qat_server.settings import SettingsError, check_sysfs_root, parse
 from qat_server.values import HostPort

@@ -16,6 +16,8 @@ from msgspec import Struct
 from qat_server.naming import SERVICES
 from qat_server.values import listed
 
+FILE: Final = "qat.conf"
+
 Services = tuple[str, ...]
 """Services in the kernel's order, each once: two that are equal are the same configuration of a device."""
 
@@ -45,7 +47,7 @@ class QatConf(Struct, frozen=True):
     services_line: int | None = None
 
 
-def parse(text: str, file: str = "qat.conf") -> QatConf:
+def parse(text: str, file: str = FILE) -> QatConf:
     """Read a qat.conf; an empty one wants nothing. Raises ConfigurationError."""
     services: Services | None = None
     auto_reset: bool | None = None

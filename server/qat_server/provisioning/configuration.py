@@ -1,0 +1,184 @@
+"""The provisioning configuration of a node: reads its directory, and says what is wanted of each PF.
+
+    qat-<node name>.conf   or else   qat.conf   what is wanted of all PFs
+    qat.toml                                    finer settings
+
+For each setting of a PF the first of these that speaks of it counts: the rules of qat.toml that fit the PF (the most
+specific first), the .conf file, [defaults] of qat.toml. Only one .conf file is read. All VFs are wanted unless qat.toml
+says otherwise; about everything else that no file speaks of, nothing is wanted.
+"""
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, TypeVar
+
+from msgspec import Struct
+
+from qat_server.inventory import PhysicalFunction
+from qat_server.provisioning import qat_conf, qat_toml
+from qat_server.provisioning.qat_conf import ConfigurationError, QatConf, Services
+from qat_server.provisioning.qat_toml import PfSettings, QatToml
+
+_T = TypeVar("_T")
+
+FILE_LIMIT: Final = 64 * 1024
+"""Bytes that a file may have."""
+
+_DATA: Final = "..data"
+_SWAPS: Final = 5
+# A node's name is a DNS subdomain (RFC 1123).
+_NODE_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", re.ASCII | re.IGNORECASE)
+
+
+class Wanted(Struct, frozen=True):
+    """What is wanted of one PF. None: leave it as it is; for `vfs`: all that the device has.
+
+    `services_from` is where the services were said: "qat.conf line 2", "qat.toml rules[0]".
+    """
+
+    services: Services | None = None
+    auto_reset: bool | None = None
+    vfs: int | None = None
+    pm_idle_enabled: bool | None = None
+    services_from: str = ""
+
+
+class Configuration(Struct, frozen=True):
+    """What the files of a directory say. Two that are equal want the same; `files` are the names of those read."""
+
+    conf: QatConf = QatConf()
+    toml: QatToml = QatToml()
+    files: tuple[str, ...] = ()
+
+    @property
+    def heartbeat_interval(self) -> float | None:
+        """Seconds between two looks at the heartbeat, 0 for none, None where the files do not speak of it."""
+        return self.toml.heartbeat_interval
+
+    def wanted_for(self, pf: PhysicalFunction) -> Wanted:
+        """What is wanted of a PF, whether it can take it or not."""
+        rules = [(f"{qat_toml.FILE} {rule.name}", rule.settings) for rule in self.toml.rules if rule.fits(pf)]
+        line = f" line {self.conf.services_line}" if self.conf.services_line else ""
+        conf = PfSettings(services=self.conf.services, auto_reset=self.conf.auto_reset)
+        layers = [
+            *rules,
+            (f"{self.files[0] if self.files else qat_conf.FILE}{line}", conf),
+            (f"{qat_toml.FILE} defaults", self.toml.defaults),
+        ]
+        services, services_from = next(
+            ((layer.services, name) for name, layer in layers if layer.services is not None), (None, "")
+        )
+        vfs = _first(layer.vfs for _, layer in layers)
+        return Wanted(
+            services=services,
+            auto_reset=_first(layer.auto_reset for _, layer in layers),
+            vfs=vfs if isinstance(vfs, int) else None,
+            pm_idle_enabled=_first(layer.pm_idle_enabled for _, layer in layers),
+            services_from=services_from,
+        )
+
+    def unmatched(self, pfs: Iterable[PhysicalFunction]) -> tuple[str, ...]:
+        """The rules of qat.toml that fit none of these PFs, by name, in the order of the file."""
+        found = tuple(pfs)
+        names = [rule.name for rule in self.toml.rules if not any(rule.fits(pf) for pf in found)]
+        return tuple(sorted(names, key=lambda name: (len(name), name)))
+
+
+def load(directory: Path, node_name: str | None = None) -> Configuration:
+    """Read the configuration; a directory without any of the files wants only VFs. Raises ConfigurationError.
+
+    In a ConfigMap's mount, where files are links into ..data and that is a link to a directory that is replaced as a
+    whole, all files are of one version, also while it is replaced.
+    """
+    if node_name and not _NODE_NAME.fullmatch(node_name):
+        raise ConfigurationError("NODE_NAME", f"{qat_conf.shown(node_name)} is not the name of a node")
+    for _ in range(_SWAPS):
+        version = _version(directory)
+        try:
+            configuration = _load(directory, node_name)
+        except (ConfigurationError, OSError) as error:
+            if _version(directory) != version:
+                continue
+            if isinstance(error, OSError):
+                raise ConfigurationError(str(directory), _why(error)) from None
+            raise
+        if _version(directory) == version:
+            return configuration
+    raise ConfigurationError(str(directory), f"{_DATA} is replaced faster than the files can be read")
+
+
+def _load(directory: Path, node_name: str | None) -> Configuration:
+    try:
+        # One descriptor for all files: the directory behind ..data stays the same one.
+        descriptor = os.open(directory / _DATA, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        conf, toml, files = QatConf(), QatToml(), []
+        for name in (*([f"qat-{node_name}.conf"] if node_name else []), qat_conf.FILE):
+            if (text := _read(descriptor, name)) is not None:
+                conf = qat_conf.parse(text, name)
+                files.append(name)
+                break
+        if (text := _read(descriptor, qat_toml.FILE)) is not None:
+            toml = qat_toml.parse(text)
+            files.append(qat_toml.FILE)
+    finally:
+        os.close(descriptor)
+    return Configuration(conf, toml, tuple(files))
+
+
+def _version(directory: Path) -> str | None:
+    try:
+        return os.readlink(directory / _DATA)
+    except OSError:
+        return None
+
+
+def _read(directory: int, name: str) -> str | None:
+    """A file's text, None when there is no such file. Raises ConfigurationError."""
+    try:
+        # O_NONBLOCK: should it be a pipe, this must not wait for its writer.
+        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # a node with a long name has no file of its own
+            return None
+        if error.errno == errno.ENOENT:
+            if _is_link(directory, name):
+                raise ConfigurationError(name, "is a link that leads nowhere") from None
+            return None
+        raise ConfigurationError(name, _why(error)) from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ConfigurationError(name, "is not a file")
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            raw = file.read(FILE_LIMIT + 1)
+    except OSError as error:
+        raise ConfigurationError(name, _why(error)) from None
+    finally:
+        os.close(descriptor)
+    if len(raw) > FILE_LIMIT:
+        raise ConfigurationError(name, f"is longer than {FILE_LIMIT} bytes")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(name, "is not text in UTF-8", raw.count(b"\n", 0, error.start) + 1) from None
+
+
+def _is_link(directory: int, name: str) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def _why(error: OSError) -> str:
+    return f"cannot be read: {os.strerror(error.errno or 0)}"
+
+
+def _first(settings: Iterable[_T | None]) -> _T | None:
+    return next((setting for setting in settings if setting is not None), None)

@@ -1,0 +1,280 @@
+"""The plan: which steps lead from what the PFs are to what is wanted of them. Pure.
+
+Each PF is planned by itself, from nothing but the device's state: what was interrupted anywhere is taken up by planning
+anew. The kernel's rules that shape a plan (qat_common/adf_sysfs.c, adf_sriov.c, adf_init.c, adf_cfg_services.c, and
+services_supported in adf_gen4_hw_data.c and adf_6xxx_hw_data.c):
+
+- services and pm_idle_enabled can be written only while the device is down, and going down takes its VFs away. So a PF
+  that a pod or process uses waits. auto_reset can be written at any time.
+- Enabling VFs takes a device that is up down and up again, and brings up one that is down. It always enables all.
+- Before kernel 6.12, going down forgets pm_idle_enabled. So it is written last, and the device stays down until
+  enabling the VFs brings it up (SetPmIdle.stay_down).
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from msgspec import Struct
+
+from qat_server.inventory import Inventory, PhysicalFunction, Problem
+from qat_server.provisioning.configuration import Configuration, Wanted
+from qat_server.provisioning.qat_conf import Services, canonical
+from qat_server.provisioning.state import ProvisionedState
+from qat_shared.devices import PHYSICAL
+from qat_shared.pci import PciAddress
+
+A_PROCESS: Final = "a process"
+"""Who holds a VF that is open, but that no pod is known to have."""
+NOT_KNOWN: Final = "not known"
+"""Who may hold a VF while PodResources cannot be had."""
+
+_GEN2: Final = 0x37C8
+_GEN6: Final = 0x4948
+
+
+class SetAutoReset(Struct, frozen=True, tag=True):
+    """Write qat/auto_reset."""
+
+    address: PciAddress
+    on: bool
+
+    def __str__(self) -> str:
+        return f"auto-reset {_word(self.on)}"
+
+
+class SetServices(Struct, frozen=True, tag=True):
+    """Take the device down if it is up, write qat/cfg_services, take it up. Its VFs are gone then."""
+
+    address: PciAddress
+    services: Services
+
+    def __str__(self) -> str:
+        return f"services {';'.join(self.services)}"
+
+
+class SetPmIdle(Struct, frozen=True, tag=True):
+    """Take the device down if it is up, write qat/pm_idle_enabled, take it up unless `stay_down`. Its VFs are gone then."""
+
+    address: PciAddress
+    on: bool
+    stay_down: bool
+
+    def __str__(self) -> str:
+        return f"pm-idle {_word(self.on)}"
+
+
+class SetNumVfs(Struct, frozen=True, tag=True):
+    """Write sriov_numvfs: 0, or all that there are (`count`). The device is up then."""
+
+    address: PciAddress
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.count} VFs" if self.count else "no VFs"
+
+
+Step = SetAutoReset | SetServices | SetPmIdle | SetNumVfs
+
+
+class Hold(Struct, frozen=True):
+    """A VF that is in use, and by whom: namespace/pod/container, A_PROCESS or NOT_KNOWN."""
+
+    vf: PciAddress
+    holder: str
+
+
+class PfPlan(Struct, frozen=True):
+    """One PF. `steps` can be done now, in this order; `later` when none of `waiting` is in use any more.
+
+    `impossible` says why what is wanted cannot be had ("" when it can): then the PF is left as it is.
+    """
+
+    pf: PhysicalFunction
+    wanted: Wanted
+    state: ProvisionedState | None
+    steps: tuple[Step, ...] = ()
+    later: tuple[Step, ...] = ()
+    waiting: tuple[Hold, ...] = ()
+    impossible: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Plan(Struct, frozen=True):
+    """All PFs that can be provisioned, in address order. `notes` are about the configuration."""
+
+    pfs: tuple[PfPlan, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Row(Struct, frozen=True):
+    """A PF's line in the table that a person reads. `notes` are sentences for below the table."""
+
+    pf: str
+    now: str
+    wanted: str
+    steps: str
+    held_by: str
+    notes: tuple[str, ...]
+
+
+def plan(
+    inventory: Inventory,
+    states: Mapping[PciAddress, ProvisionedState | Problem],
+    configuration: Configuration,
+    holders: Mapping[PciAddress, str] | None,
+) -> Plan:
+    """What is to be done. `holders` are the pods that have VFs, None while that is not known: then any may be held."""
+    pfs = [pf for pf in inventory.pfs if (kind := PHYSICAL.get(pf.device_id)) is not None and kind.provisioned]
+    opened = {vf.address for vf in inventory.vfs if vf.in_use}
+    return Plan(
+        pfs=tuple(_pf_plan(pf, states.get(pf.address), configuration.wanted_for(pf), holders, opened) for pf in pfs),
+        notes=tuple(f"qat.toml {name} fits no PF of this node" for name in configuration.unmatched(pfs)),
+    )
+
+
+def services_problem(device_id: int, services: Services) -> str:
+    """Why a PF with this device id cannot take these services; "" when it can."""
+    if device_id == _GEN2:
+        return "it has no services to choose"
+    if "dcc" in services and len(services) > 1:
+        return "dcc stands alone"
+    if "decomp" in services and device_id != _GEN6:
+        return "only Gen6 devices (4948) have decomp"
+    most, word = (3, "three") if device_id == _GEN6 else (2, "two")
+    return f"it takes {word} services at most" if len(services) > most else ""
+
+
+def _pf_plan(
+    pf: PhysicalFunction,
+    state: ProvisionedState | Problem | None,
+    wanted: Wanted,
+    holders: Mapping[PciAddress, str] | None,
+    opened: set[PciAddress],
+) -> PfPlan:
+    if not isinstance(state, ProvisionedState):
+        why = f"cannot be read: {state.text}" if state else "its state is not known"
+        return PfPlan(pf, wanted, None, impossible=why)
+    if impossible := _impossible(pf, wanted):
+        return PfPlan(pf, wanted, state, impossible=impossible)
+    notes = _notes(pf, state, wanted)
+    at_once: tuple[Step, ...] = ()
+    if wanted.auto_reset is not None and state.auto_reset not in (None, wanted.auto_reset):
+        at_once = (SetAutoReset(pf.address, wanted.auto_reset),)
+    steps = _device_steps(pf, state, wanted)
+    # Without VFs there is nothing that could be held; what takes none away needs not wait.
+    if any(not isinstance(step, SetNumVfs) or not step.count for step in steps):
+        waiting = _holds(pf, state, holders, opened)
+        if waiting:
+            return PfPlan(pf, wanted, state, at_once, steps, waiting, notes=notes)
+    return PfPlan(pf, wanted, state, at_once + steps, notes=notes)
+
+
+def _impossible(pf: PhysicalFunction, wanted: Wanted) -> str:
+    if wanted.services is None or pf.device_id == _GEN2:  # for a C62x it is a note: qat.conf is for all PFs of a node
+        return ""
+    if why := services_problem(pf.device_id, wanted.services):
+        return f"{';'.join(wanted.services)} ({wanted.services_from}): {why}"
+    return "" if pf.services is not None else "qat/cfg_services cannot be read, or its driver has none (kernel 6.0)"
+
+
+def _notes(pf: PhysicalFunction, state: ProvisionedState, wanted: Wanted) -> tuple[str, ...]:
+    notes = []
+    if pf.device_id == _GEN2 and wanted.services is not None:
+        notes.append(f"a {pf.device_id:04x} has no services to choose; only its VFs are provisioned")
+    if wanted.auto_reset is not None and state.auto_reset is None:
+        notes.append("its driver has no qat/auto_reset (4xxx, 420xx, 6xxx since kernel 6.9)")
+    if wanted.pm_idle_enabled is not None and state.pm_idle_enabled is None:
+        notes.append("its driver has no qat/pm_idle_enabled (4xxx, 420xx, 6xxx since kernel 6.5)")
+    if wanted.vfs != 0 and state.total_vfs == 0:
+        notes.append("it has no VFs: SR-IOV is not there, or turned off in the firmware")
+    elif wanted.vfs and wanted.vfs != state.total_vfs:
+        notes.append(f"vfs = {wanted.vfs}: the QAT driver always enables all {state.total_vfs}")
+    if pf.state == "down" and wanted.services is None and (wanted.vfs == 0 or not state.total_vfs):
+        notes.append("it is down, and nothing is wanted that brings it up")
+    return tuple(notes)
+
+
+def _device_steps(pf: PhysicalFunction, state: ProvisionedState, wanted: Wanted) -> tuple[Step, ...]:
+    """All but auto_reset. The order keeps each step from undoing one before it."""
+    steps: list[Step] = []
+    down, vfs = pf.state == "down", state.num_vfs
+    if wanted.vfs == 0 and vfs:
+        steps.append(SetNumVfs(pf.address, 0))
+        down, vfs = False, 0
+    enable = wanted.vfs != 0 and state.total_vfs > 0
+    # One that is down with the right services: an interrupted change. Enabling its VFs brings it up as well.
+    stuck = down and not enable
+    if wanted.services not in (None, canonical(pf.services)) or (wanted.services and stuck):
+        steps.append(SetServices(pf.address, wanted.services))
+        down, vfs, stuck = False, 0, False
+    if wanted.pm_idle_enabled is not None and state.pm_idle_enabled is not None:
+        differs = state.pm_idle_enabled != wanted.pm_idle_enabled
+        # Enabled is what it is after the driver has forgotten it.
+        forgotten = not wanted.pm_idle_enabled and (bool(steps) or (enable and not vfs and not down))
+        if differs or forgotten or stuck:
+            steps.append(SetPmIdle(pf.address, wanted.pm_idle_enabled, stay_down=enable))
+            vfs = 0
+    if enable and not vfs:
+        steps.append(SetNumVfs(pf.address, state.total_vfs))
+    return tuple(steps)
+
+
+def _holds(
+    pf: PhysicalFunction, state: ProvisionedState, holders: Mapping[PciAddress, str] | None, opened: set[PciAddress]
+) -> tuple[Hold, ...]:
+    opened = opened.intersection(pf.vfs).union(state.open_vfs)
+    holds = []
+    for vf in sorted({*pf.vfs, *opened}):
+        if holders is not None and vf in holders:
+            holds.append(Hold(vf, holders[vf]))
+        elif vf in opened:
+            holds.append(Hold(vf, A_PROCESS))
+        elif holders is None:
+            holds.append(Hold(vf, NOT_KNOWN))
+    return tuple(holds)
+
+
+def rows(planned: Plan) -> list[Row]:
+    """The plan as a table: what each PF is now, what is wanted of it, what is done or waits, and who holds it."""
+    return [
+        Row(
+            pf=f"{one.pf.address} ({one.pf.device_id:04x})",
+            now=_now(one.pf, one.state),
+            wanted=_wanted(one.wanted),
+            steps=_steps(one),
+            held_by=", ".join(dict.fromkeys(hold.holder for hold in one.waiting)),
+            notes=one.notes,
+        )
+        for one in planned.pfs
+    ]
+
+
+def _now(pf: PhysicalFunction, state: ProvisionedState | None) -> str:
+    words = [] if pf.services is None else [";".join(canonical(pf.services) or (pf.services,))]
+    words += ["down"] if pf.state == "down" else []
+    if state is not None:
+        words += [] if state.auto_reset is None else [f"auto-reset {_word(state.auto_reset)}"]
+        words += [] if state.pm_idle_enabled is None else [f"pm-idle {_word(state.pm_idle_enabled)}"]
+        words.append(f"{state.num_vfs} of {state.total_vfs} VFs")
+    return ", ".join(words)
+
+
+def _wanted(wanted: Wanted) -> str:
+    words = [] if wanted.services is None else [";".join(wanted.services)]
+    words += [] if wanted.auto_reset is None else [f"auto-reset {_word(wanted.auto_reset)}"]
+    words += [] if wanted.pm_idle_enabled is None else [f"pm-idle {_word(wanted.pm_idle_enabled)}"]
+    words.append("no VFs" if wanted.vfs == 0 else "all VFs")
+    return ", ".join(words)
+
+
+def _steps(one: PfPlan) -> str:
+    if one.impossible:
+        return f"impossible: {one.impossible}"
+    words = [str(step) for step in one.steps]
+    if one.later:
+        words.append(f"when free: {', '.join(str(step) for step in one.later)}")
+    return ", ".join(words) or "none"
+
+
+def _word(on: bool) -> str:
+    return "on" if on else "off"

@@ -1,0 +1,83 @@
+"""What a plan needs to know of a PF beyond the inventory, and its reader. Only reads."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from qat_server.inventory import PhysicalFunction, Problem
+from qat_shared.messages import DpdkDriver
+from qat_shared.pci import PciAddress
+from qat_shared.sysfs import MalformedError, MissingError, PciDevice, SysfsError, open_device
+
+_MOST_VFS: Final = 0xFFFF
+# auto_reset shows words, pm_idle_enabled digits (adf_sysfs.c).
+_ON_OFF: Final = {"on": True, "off": False, "1": True, "0": False}
+
+
+class ProvisionedState(Struct, frozen=True):
+    """What a plan needs of a PF beyond the inventory; None where the driver has no such attribute.
+
+    `open_vfs` are its VFs that a process holds open, also those that max-num-devices cuts from the inventory.
+    """
+
+    auto_reset: bool | None
+    pm_idle_enabled: bool | None
+    num_vfs: int
+    total_vfs: int
+    open_vfs: tuple[PciAddress, ...] = ()
+
+
+def read_states(sysfs_root: Path, pfs: Iterable[PhysicalFunction]) -> dict[PciAddress, ProvisionedState | Problem]:
+    """`read_state` of each PF, or what is wrong with it."""
+    states: dict[PciAddress, ProvisionedState | Problem] = {}
+    for pf in pfs:
+        try:
+            states[pf.address] = read_state(sysfs_root, pf.address)
+        except SysfsError as error:
+            states[pf.address] = Problem(pf.address, f"{error.path}: {error.why}")
+    return states
+
+
+def read_state(sysfs_root: Path, address: PciAddress) -> ProvisionedState:
+    """Read a PF's attributes and which of its VFs are open. Raises SysfsError."""
+    with open_device(sysfs_root, address) as device:
+        return ProvisionedState(
+            auto_reset=_switch(device, "qat/auto_reset"),
+            pm_idle_enabled=_switch(device, "qat/pm_idle_enabled"),
+            num_vfs=_count(device, "sriov_numvfs"),
+            total_vfs=_count(device, "sriov_totalvfs"),
+            open_vfs=tuple(
+                vf for _, vf in device.virtual_functions() if isinstance(vf, PciAddress) and _is_open(sysfs_root, vf)
+            ),
+        )
+
+
+def _is_open(sysfs_root: Path, address: PciAddress) -> bool:
+    try:
+        with open_device(sysfs_root, address) as vf:
+            # Only vfio-pci enables a device when it is opened; other drivers when they bind.
+            return vf.link("driver") == DpdkDriver.VFIO_PCI and vf.read("enable") != "0"
+    except MissingError:
+        return False
+    except SysfsError:
+        return True  # not to be told: as if it were
+
+
+def _switch(device: PciDevice, name: str) -> bool | None:
+    text = device.read_optional(name)
+    if text is None:
+        return None
+    if text not in _ON_OFF:
+        raise MalformedError(str(device.address), name, f"{text[:40]!r} is neither on nor off")
+    return _ON_OFF[text]
+
+
+def _count(device: PciDevice, name: str) -> int:
+    text = device.read_optional(name)
+    if text is None:
+        return 0  # a PF without SR-IOV
+    if not (text.isascii() and text.isdecimal()) or len(text) > 5 or int(text) > _MOST_VFS:
+        raise MalformedError(str(device.address), name, f"{text[:40]!r} is not a number of VFs")
+    return int(text)

@@ -1,0 +1,322 @@
+"""The way of a request: children, deadlines, one operation for one device, and the lines in the audit log."""
+
+import json
+import os
+import select
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from qat_helper import dispatch
+from qat_helper.audit import AuditLog, Caller
+from qat_helper.dispatch import Dispatcher
+from qat_helper.errors import UNSIGNED
+from qat_helper.node import Node, Outcome
+from qat_helper.operations import NAMES, OPERATIONS
+from qat_helper.policy import Policy
+from qat_shared.messages import (
+    AnyReply,
+    AnyRequest,
+    BindDriver,
+    Bound,
+    DpdkDriver,
+    ErrorCode,
+    Failure,
+    Heartbeat,
+    KubeletService,
+    OpenKubeletSocket,
+    ReadHeartbeat,
+    ReleaseDriver,
+)
+from qat_shared.pci import PciAddress
+
+VF = PciAddress(0, 0x6B, 0, 1)
+CALLER = Caller(pid=10, uid=20, gid=30)
+Function = Callable[[Node, Any], Outcome]
+
+
+class Bench:
+    """A dispatcher whose clock and operations are the test's; children are real."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
+        self.log = directory / "audit.jsonl"
+        self.audit = AuditLog(self.log)
+        self.now = 100.0
+        self.replies: list[AnyReply] = []
+        self.descriptors: list[int] = []
+        self.calls: dict[int, Callable[[], None]] = {}
+        self._table = dict(OPERATIONS)
+        monkeypatch.setattr(dispatch, "OPERATIONS", self._table)
+        node = Node(sysfs_root=directory, kubelet_dir=directory, server_gid=0, policy=policy)
+        self.dispatcher = Dispatcher(node, self.audit, self.calls.__setitem__, self.calls.__delitem__, lambda: self.now)
+
+    def operation(self, request: type[AnyRequest], function: Function) -> None:
+        self._table[request] = msgspec.structs.replace(self._table[request], function=function)
+
+    def ask(self, request: AnyRequest) -> None:
+        self.dispatcher.ask(CALLER, request, self._answered)
+
+    def _answered(self, outcome: Outcome) -> None:
+        self.replies.append(outcome.reply)
+        if outcome.descriptor is not None:
+            self.descriptors.append(outcome.descriptor)
+
+    def run(self, until: Callable[[], object]) -> None:
+        """Let children end until it is true."""
+        while not until():
+            poll = select.poll()
+            for descriptor in self.calls:
+                poll.register(descriptor, select.POLLIN)
+            ready = poll.poll(20_000)
+            assert ready, "no child has ended"
+            self.calls[ready[0][0]]()
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_bytes().splitlines()]
+
+    def story(self) -> list[tuple[str, str, int]]:
+        """Each line's event, verdict, and the line that it refers to."""
+        return [(line["event"], line.get("verdict", ""), line.get("asked", 0)) for line in self.lines()]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    bench = Bench(tmp_path, monkeypatch, Policy(uids=frozenset(), operations=NAMES))
+    with closing(bench.audit):
+        yield bench
+
+
+def bind(number: int = 1, function: int = 1) -> BindDriver:
+    address = PciAddress(0, 0x6B, 0, function)
+    return BindDriver(id=number, address=address, driver=DpdkDriver.VFIO_PCI, reason="a test")
+
+
+def done(node: Node, request: AnyRequest) -> Outcome:
+    return Outcome(Bound(id=request.id, audit=UNSIGNED, driver="vfio-pci", changed=True))
+
+
+class Gate:
+    """An operation that waits until it is let through, as one that is blocked in the kernel does."""
+
+    def __init__(self, bench: Bench, outcome: Function = done) -> None:
+        self._path = bench.log.with_name("gate")
+        self._outcome = outcome
+        os.mkfifo(self._path)
+
+    def __call__(self, node: Node, request: AnyRequest) -> Outcome:
+        with self._path.open("rb") as pipe:
+            pipe.read()
+        return self._outcome(node, request)
+
+    def open(self) -> None:
+        self._path.open("wb").close()
+
+
+def failure(reply: AnyReply) -> Failure:
+    assert isinstance(reply, Failure)
+    return reply
+
+
+def test_an_operation_is_audited_before_and_after(bench: Bench) -> None:
+    bench.operation(BindDriver, done)
+    bench.ask(bind(number=5))
+    assert bench.story() == [("asked", "", 0)], "the first line is there before anything is done"
+    bench.now += 1.5
+    bench.run(lambda: bench.replies)
+    assert bench.replies == [Bound(id=5, audit=UNSIGNED, driver="vfio-pci", changed=True)]
+    asked, ended = bench.lines()
+    assert asked["peer"] == {"pid": 10, "uid": 20, "gid": 30}
+    assert asked["arguments"] == {"address": "0000:6b:00.1", "driver": "vfio-pci"}
+    assert (asked["operation"], asked["reason"]) == ("BindDriver", "a test")
+    assert (ended["event"], ended["verdict"], ended["asked"]) == ("done", "ok", 1)
+    assert ended["result"] == {"driver": "vfio-pci", "changed": True}
+    assert ended["duration_ms"] == 1500
+
+
+def test_no_zombie_and_no_descriptor_is_left(bench: Bench) -> None:
+    bench.operation(BindDriver, done)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(5):
+        bench.ask(bind(number))
+        bench.run(lambda number=number: len(bench.replies) > number)  # type: ignore[misc]
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_one_operation_at_a_time_for_one_device(bench: Bench) -> None:
+    gate = Gate(bench)
+    bench.operation(BindDriver, gate)
+    bench.ask(bind(1))
+    bench.ask(bind(2))
+    bench.ask(ReleaseDriver(id=3, address=VF))
+    assert [failure(reply).code for reply in bench.replies] == [ErrorCode.BUSY] * 2
+    bench.operation(BindDriver, done)
+    bench.ask(bind(4, function=2))
+    bench.run(lambda: len(bench.replies) == 3)
+    assert bench.replies[-1].id == 4, "another device is not held up"
+    gate.open()
+    bench.run(lambda: len(bench.replies) == 4)
+    bench.ask(bind(5))
+    bench.run(lambda: len(bench.replies) == 5)
+    assert isinstance(bench.replies[-1], Bound)
+    assert [(event, verdict) for event, verdict, _ in bench.story()][:3] == [
+        ("asked", ""),
+        ("refused", "busy"),
+        ("refused", "busy"),
+    ]
+
+
+def test_what_outlasts_its_deadline_is_answered_left_alone_and_audited_late(bench: Bench) -> None:
+    gate = Gate(bench)
+    bench.operation(BindDriver, gate)
+    assert bench.dispatcher.timeout() is None
+    bench.ask(bind(1))
+    assert bench.dispatcher.timeout() == 5.0
+    bench.dispatcher.expire()
+    assert bench.replies == []
+    bench.now += 5
+    bench.dispatcher.expire()
+    bench.dispatcher.expire()
+    assert [failure(reply).code for reply in bench.replies] == [ErrorCode.TIMED_OUT]
+    assert bench.dispatcher.timeout() is None, "nothing more to wake up for"
+    bench.ask(bind(2))
+    assert failure(bench.replies[-1]).code is ErrorCode.BUSY, "it is still at work"
+    gate.open()
+    bench.run(lambda: not bench.calls)
+    assert len(bench.replies) == 2, "no second answer"
+    assert bench.story() == [("asked", "", 0), ("refused", "busy", 0), ("late", "late", 1)]
+    assert bench.lines()[-1]["result"]["changed"] is True
+    bench.ask(bind(3))
+    assert bench.calls, "and now the device is free"
+    gate.open()
+    bench.run(lambda: not bench.calls)
+
+
+def test_a_descriptor_that_comes_too_late_is_closed(bench: Bench) -> None:
+    gate = Gate(bench, lambda node, request: Outcome(Heartbeat(id=1, audit=UNSIGNED, alive=True), os.dup(2)))
+    bench.operation(OpenKubeletSocket, gate)
+    before = len(os.listdir("/proc/self/fd"))
+    bench.ask(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=1000))
+    assert bench.dispatcher.timeout() == 6.0
+    bench.now += 6
+    bench.dispatcher.expire()
+    gate.open()
+    bench.run(lambda: not bench.calls)
+    assert bench.descriptors == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_descriptor_is_passed_on(bench: Bench) -> None:
+    def open_null(node: Node, request: AnyRequest) -> Outcome:
+        return Outcome(Heartbeat(id=1, audit=UNSIGNED, alive=True), os.open("/dev/null", os.O_RDONLY))
+
+    bench.operation(OpenKubeletSocket, open_null)
+    bench.ask(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION))
+    bench.run(lambda: bench.replies)
+    assert os.readlink(f"/proc/self/fd/{bench.descriptors[0]}") == "/dev/null"
+    assert not os.get_inheritable(bench.descriptors[0])
+    os.close(bench.descriptors[0])
+
+
+def test_more_than_may_run_wait_and_time_out_unbegun(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MAX_CHILDREN", 1)
+    gate = Gate(bench)
+    bench.operation(BindDriver, gate)
+    bench.ask(bind(1, function=1))
+    bench.ask(bind(2, function=2))
+    assert len(bench.calls) == 1
+    bench.now += 5
+    bench.dispatcher.expire()
+    assert [failure(reply).code for reply in bench.replies] == [ErrorCode.TIMED_OUT] * 2
+    bench.ask(bind(3, function=2))
+    gate.open()
+    bench.run(lambda: len(bench.calls) == 1 and len(bench.lines()) >= 5)
+    gate.open()
+    bench.run(lambda: len(bench.replies) == 3)
+    assert isinstance(bench.replies[-1], Bound)
+    assert [event for event, _, _ in bench.story()] == ["asked", "asked", "done", "asked", "late", "done"]
+
+
+def crash(node: Node, request: AnyRequest) -> Outcome:
+    raise ZeroDivisionError
+
+
+def killed(node: Node, request: AnyRequest) -> Outcome:
+    os.kill(os.getpid(), 9)
+    return done(node, request)
+
+
+@pytest.mark.parametrize("function", [crash, killed], ids=["an exception", "a signal"])
+def test_a_defect_is_that_requests_failure(bench: Bench, function: Function) -> None:
+    bench.operation(BindDriver, function)
+    bench.ask(bind(1))
+    bench.run(lambda: bench.replies)
+    assert failure(bench.replies[0]).code is ErrorCode.INTERNAL
+    assert [event for event, _, _ in bench.story()] == ["asked", "done"]
+
+
+def test_a_child_holds_nothing_of_its_parent(bench: Bench) -> None:
+    def open_files(node: Node, request: AnyRequest) -> Outcome:
+        links = {os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")[3:-1]}
+        return Outcome(Bound(id=1, audit=UNSIGNED, driver=" ".join(sorted(links)), changed=False))
+
+    bench.operation(BindDriver, open_files)
+    bench.ask(bind(1))
+    bench.run(lambda: bench.replies)
+    assert isinstance(bench.replies[0], Bound)
+    assert str(bench.replies[0].driver).count(":[") == 1, "only the channel to its parent"
+    assert "audit" not in str(bench.replies[0].driver)
+
+
+def test_a_log_that_cannot_be_written_refuses_all_but_heartbeats(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = bench.log.with_name("begun")
+
+    def touch(node: Node, request: AnyRequest) -> Outcome:
+        begun.touch()
+        return done(node, request)
+
+    bench.operation(BindDriver, touch)
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=UNSIGNED, alive=True)))
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(bench.audit, "_descriptor", full)
+    bench.ask(bind(1))
+    bench.ask(ReadHeartbeat(id=2, address=VF))
+    bench.run(lambda: len(bench.replies) == 2)
+    assert failure(bench.replies[0]).code is ErrorCode.AUDIT
+    assert isinstance(bench.replies[1], Heartbeat)
+    assert not begun.exists()
+    monkeypatch.undo()
+    os.close(full)
+
+
+def test_policy_comes_first_and_a_denial_is_audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(uids=frozenset(), operations=frozenset({"BindDriver"}), drivers=frozenset({DpdkDriver.IGB_UIO}))
+    bench = Bench(tmp_path, monkeypatch, policy)
+    with closing(bench.audit):
+        bench.ask(bind(1))
+        bench.ask(ReadHeartbeat(id=2, address=VF))
+    assert [(failure(reply).code, failure(reply).rule) for reply in bench.replies] == [
+        (ErrorCode.DENIED, "drivers"),
+        (ErrorCode.DENIED, "operations"),
+    ]
+    assert not bench.calls, "no child was started"
+    assert bench.story() == [("refused", "denied", 0)] * 2
+    assert bench.lines()[0]["result"]["rule"] == "drivers"
+
+
+def test_the_last_line_tells_what_was_counted_and_what_goes_on(bench: Bench) -> None:
+    gate = Gate(bench)
+    bench.operation(BindDriver, gate)
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=UNSIGNED, alive=True)))
+    bench.ask(ReadHeartbeat(id=2, address=VF))
+    bench.run(lambda: bench.replies)
+    bench.ask(bind(1))
+    bench.dispatcher.stop()
+    assert bench.lines()[-1]["arguments"] == {"ReadHeartbeat": 1, "unfinished": "BindDriver (asked 1)"}
+    gate.open()
+    bench.run(lambda: not bench.calls)

@@ -5,6 +5,7 @@ running server would never use again. So the server's flags are declared here fo
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,6 +110,7 @@ def demo(
         raise SettingsError(f"--policy: {error}") from None
     if node is not None and not Path(node).is_file():
         raise SettingsError(f"--node: there is no file {node[:200]!r}")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # as in main.py
     from qat_server.simulation import demo as simulation  # noqa: PLC0415 - the server never needs it
 
     raise typer.Exit(simulation.run(Path(node) if node else None, chosen, keep))

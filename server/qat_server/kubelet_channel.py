@@ -64,7 +64,6 @@ async def over(kubelet: socket.socket, directory: Path) -> AsyncIterator[grpc.ai
 
 async def _connected(directory: Path) -> tuple[grpc.aio.Channel, socket.socket]:
     """A channel and the other end of its connection."""
-    loop = asyncio.get_running_loop()
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(private_directory(directory))
         name = f"{stack.enter_context(short(made))}/{_NAME}"
@@ -77,7 +76,8 @@ async def _connected(directory: Path) -> tuple[grpc.aio.Channel, socket.socket]:
         try:
             channel.get_state(try_to_connect=True)
             async with asyncio.timeout(_ACCEPT_TIMEOUT):
-                relayed, _ = await loop.sock_accept(listening)
+                await _readable(listening)
+            relayed, _ = listening.accept()
         except BaseException as error:
             await channel.close()
             if isinstance(error, TimeoutError):
@@ -85,6 +85,17 @@ async def _connected(directory: Path) -> tuple[grpc.aio.Channel, socket.socket]:
             raise
     relayed.setblocking(False)
     return channel, relayed
+
+
+async def _readable(listening: socket.socket) -> None:
+    """Until there is a connection. Not sock_accept: cancelled at the wrong moment it loses what it accepted."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_reader(listening, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(listening)
 
 
 async def _pump(ours: socket.socket, kubelet: socket.socket) -> None:

@@ -76,6 +76,8 @@ def _serve(settings: Settings) -> int:
         logs.configure(settings.logging)
     except OSError as error:
         raise SettingsError(f"the log file {error.filename} cannot be written: {error.strerror}") from None
+    # gRPC's core prints lines of its own to stderr (a peer that went away, for one), which are no events of ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from qat_server import plugin  # noqa: PLC0415 - gRPC and uvloop, once the settings are good
 
     return plugin.run(settings)

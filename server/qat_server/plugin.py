@@ -20,7 +20,7 @@ from typing import Final
 
 import uvloop
 
-from qat_server import http_endpoint, listing, logs, naming, reconcile
+from qat_server import grpc_socket, http_endpoint, listing, logs, naming, reconcile
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.discovery import discover, with_fresh_use
@@ -150,6 +150,7 @@ class Plugin:
             tasks.create_task(self.helper.run())
             await self._prepare_socket_directory()
             async with only_server(self.socket_directory):
+                grpc_socket.remove_leftovers(self.socket_directory)
                 self._not_ready = "the first look at the devices is not done"
                 self.changes.mark()
                 tasks.create_task(self.listener.run())

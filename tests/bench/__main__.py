@@ -181,23 +181,39 @@ async def round_trip(node: RunningNode) -> None:
 
 
 async def idle(node: RunningNode, vfs: int) -> None:
-    for name, process, aim in (("server", node.server, "aim under 20 a second"), ("helper", node.helper, "")):
+    """Between heartbeats, once all that follows a start has been done."""
+    await asyncio.sleep(4)
+    for name, process, aim in (("server", node.server, "aim under 20 a second"), ("helper", node.helper, "aim none")):
         assert process is not None
         calls = await asyncio.to_thread(system_calls, process.pid, IDLE_SECONDS)
         if calls is None:
             show(f"{name}: system calls while idle", "not measured", "strace is not installed")
             continue
         total = sum(calls.values())
-        most = ", ".join(f"{n} {c}" for n, c in sorted(calls.items(), key=lambda item: -item[1])[:4])
-        show(
-            f"{name}: system calls in {IDLE_SECONDS} idle s, {vfs} VFs", f"{total} ({total / IDLE_SECONDS:.1f}/s)", aim
-        )
-        show("", "", most)
+        most = ", ".join(f"{n} {c}" for n, c in sorted(calls.items(), key=lambda item: -item[1])[:3])
+        measured = f"{total} ({total / IDLE_SECONDS:.1f}/s)"
+        show(f"{name}: system calls in {IDLE_SECONDS} idle s, {vfs} VFs", measured, f"{aim}; {most}")
+
+
+async def heartbeats(vfs: int) -> None:
+    """What the health check costs: system calls of both processes for each heartbeat of one PF."""
+    async with running_node(node_of(vfs), (f"--max-num-devices={vfs}", "--health-interval=1s")) as node:
+        node.start_helper()
+        node.start_server()
+        await node.until("all VFs are served", lambda: node.kubelet.allocatable() == {"qat.intel.com/cy": vfs}, 120)
+        await asyncio.sleep(4)
+        for name, process in (("server", node.server), ("helper", node.helper)):
+            assert process is not None
+            calls = await asyncio.to_thread(system_calls, process.pid, 10)
+            if calls is not None:
+                show(
+                    f"{name}: system calls for each heartbeat of a PF", f"{sum(calls.values()) / 10 / (vfs // 16):.0f}"
+                )
 
 
 async def at(vfs: int) -> None:
     print(f"\n{vfs} VFs on {vfs // 16} PFs", flush=True)
-    options = (f"--max-num-devices={vfs}", "--allocation-policy=balanced")
+    options = (f"--max-num-devices={vfs}", "--allocation-policy=balanced", "--health-interval=10m")
     async with running_node(node_of(vfs), options) as node:
         began = time.perf_counter()
         node.start_helper()
@@ -225,6 +241,7 @@ async def main() -> None:
     print(f"{os.cpu_count()} CPUs, Python {sys.version.split()[0]}, grpcio {grpc.__version__}")
     for vfs in (64, 1024):
         await at(vfs)
+    await heartbeats(64)
 
 
 with contextlib.suppress(KeyboardInterrupt):

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -42,12 +43,6 @@ QUICK = Timing(
 def device(function: int, reason: str = "") -> Device:
     address = PciAddress(0, 0x6B, 0, function)
     return Device(address, PciAddress(0, 0x6B, 0, 0), 0, (f"/dev/vfio/{function}", "/dev/vfio/vfio"), (), reason)
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> uvloop.EventLoopPolicy:
-    """The loop of production."""
-    return uvloop.EventLoopPolicy()
 
 
 @pytest.fixture
@@ -274,26 +269,79 @@ async def test_a_hostile_kubelet_is_asked_with_growing_pauses_until_it_is_sane(
         await until(lambda: endpoint.state.registered)
 
 
-async def test_the_same_on_the_default_loop_and_on_uvloop_with_a_deep_directory(directory: Path) -> None:
-    """uvloop has sockets of its own; and the relay's path may be too long for a Unix socket."""
+def test_all_of_it_on_uvloop(directory: Path) -> None:
+    """The loop of production, which has sockets of its own."""
 
-    def scenario() -> None:
-        deep = directory / "relay" / ("d" * 90)
-        deep.mkdir(parents=True, exist_ok=True)
+    async def scenario() -> None:
+        kubelet = Kubelet(directory)
+        await kubelet.start()
+        (directory / "device-plugins/qat.intel.com").mkdir()
+        try:
+            async with running(kubelet) as endpoint:
+                await kubelet.wait_for(watched(kubelet))
+                await kubelet.restart()
+                await kubelet.wait_for(watched(kubelet))
+                await endpoint.withdraw()
+                await kubelet.wait_for(watched(kubelet, 0))
+        finally:
+            await kubelet.stop()
 
-        async def work() -> None:
-            kubelet = Kubelet(directory)
-            await kubelet.start()
-            try:
-                connected = await DirectHelper(directory).open_kubelet_socket(KubeletService.REGISTRATION)
-                async with kubelet_channel.over(connected, deep) as channel:
-                    with pytest.raises(grpc.aio.AioRpcError, match="not supported by kubelet"):
-                        await RegistrationStub(channel).Register(pb.RegisterRequest(version="v0"), timeout=10)
-                    assert os.listdir(deep) == []
-            finally:
-                await kubelet.stop()
+    uvloop.run(scenario())
 
-        uvloop.run(work())
-        asyncio.run(work())
 
-    await asyncio.to_thread(scenario)
+async def test_the_relay_works_from_a_directory_too_deep_for_a_socket(kubelet: Kubelet, directory: Path) -> None:
+    deep = directory / ("d" * 100)
+    deep.mkdir()
+    connected = await DirectHelper(directory).open_kubelet_socket(KubeletService.REGISTRATION)
+    async with kubelet_channel.over(connected, deep) as channel:
+        assert os.listdir(deep) == []
+        with pytest.raises(grpc.aio.AioRpcError, match="not supported by kubelet"):
+            await RegistrationStub(channel).Register(pb.RegisterRequest(version="v0"), timeout=10)
+    assert connected.fileno() == -1
+
+
+async def test_a_call_on_the_relay_fails_at_once_when_the_peer_closes(directory: Path) -> None:
+    ours, theirs = socket.socketpair()
+    async with kubelet_channel.over(ours, directory) as channel:
+        call = RegistrationStub(channel).Register(pb.RegisterRequest(), timeout=60)
+        loop = asyncio.get_running_loop()
+        theirs.setblocking(False)
+        assert (await loop.sock_recv(theirs, 3)) == b"PRI", "HTTP/2 arrives as it was sent"
+        theirs.close()
+        for attempt in (call, RegistrationStub(channel).Register(pb.RegisterRequest(), timeout=60)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await attempt
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert os.listdir(directory) == []
+
+
+async def test_the_relay_is_cancelled_cleanly_at_any_moment(directory: Path) -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for steps in range(12):
+        ours, theirs = socket.socketpair()
+
+        async def use(ours: socket.socket = ours) -> None:
+            async with kubelet_channel.over(ours, directory) as channel:
+                await RegistrationStub(channel).Register(pb.RegisterRequest(), timeout=60)
+
+        task = asyncio.create_task(use())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        theirs.close()
+        # A task that never began did not get to close what it was given.
+        ours.close()
+        assert os.listdir(directory) == []
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 4)
+
+
+async def test_leftovers_of_a_killed_server_are_removed(directory: Path) -> None:
+    left = directory / ".qat-abcdefgh"
+    left.mkdir()
+    (left / "s").touch()
+    (directory / ".qat-12345678").touch()
+    (directory / "cy.sock").touch()
+    grpc_socket.remove_leftovers(directory)
+    assert os.listdir(directory) == ["cy.sock"]

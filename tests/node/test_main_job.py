@@ -36,11 +36,11 @@ async def start(node: RunningNode, expected: dict[str, int], driver: str = "vfio
 
 async def test_the_demo_node_from_start_to_pods_and_the_audit_log() -> None:
     async with running_node(demo_node(), ("--kernel-vf-drivers=4xxxvf,c6xxvf", "--allocation-policy=balanced")) as node:
-        await start(node, {CY: 8, DC: 8, GENERIC: 4})
-        assert node.kubelet.capacity() == {CY: 8, DC: 8, GENERIC: 4}
+        await start(node, {CY: 16, DC: 8, GENERIC: 4})
+        assert node.kubelet.capacity() == {CY: 16, DC: 8, GENERIC: 4}
         pod = await node.kubelet.allocate("crypto", [("main", CY, 2), ("side", DC, 1)])
         main, side = pod.containers["main"], pod.containers["side"]
-        assert main.envs == {"QAT0": "0000:6b:00.1", "QAT1": "0000:6b:00.2"}
+        assert main.envs == {"QAT0": "0000:6b:00.1", "QAT1": "0000:70:00.1"}, "one of each PF"
         assert list(side.envs) == ["QAT0"], "each container counts for itself"
         groups = [node.kernel.snapshot()[device].iommu_group for device in sorted(node.kernel.snapshot())]
         assert len(set(groups)) == len(groups)
@@ -48,14 +48,14 @@ async def test_the_demo_node_from_start_to_pods_and_the_audit_log() -> None:
         wanted = {f"/dev/vfio/{by_text[vf].iommu_group}" for vf in main.envs.values()} | {"/dev/vfio/vfio"}
         assert set(main.device_nodes) == wanted
         with pytest.raises(AdmissionError):
-            await node.kubelet.allocate("greedy", [("main", CY, 7)])
+            await node.kubelet.allocate("greedy", [("main", CY, 15)])
         lines = node.audit_log.read_bytes().splitlines()
     records = [json.loads(line) for line in lines]
     for before, after in zip(lines, records[1:], strict=False):
         assert after["previous"] == hashlib.sha256(before).hexdigest()
     asked = Counter(record["operation"] for record in records if record["event"] == "asked")
     done = Counter(record["operation"] for record in records if record["event"] == "done")
-    assert asked["BindDriver"] == 20
+    assert asked["BindDriver"] == 28
     assert asked == done, "each operation has its two lines"
 
 

@@ -53,7 +53,7 @@ class SetServices(Struct, frozen=True, tag=True):
 
 
 class SetPmIdle(Struct, frozen=True, tag=True):
-    """Take the device down if it is up, write qat/pm_idle_enabled, take it up unless `stay_down`. Its VFs are gone then."""
+    """Take the device down if it is up, write qat/pm_idle_enabled, take it up unless `stay_down`. No VFs then."""
 
     address: PciAddress
     on: bool
@@ -161,6 +161,8 @@ def _pf_plan(
     if wanted.auto_reset is not None and state.auto_reset not in (None, wanted.auto_reset):
         at_once = (SetAutoReset(pf.address, wanted.auto_reset),)
     steps = _device_steps(pf, state, wanted)
+    if pf.state == "down" and not steps:
+        notes = (*notes, "it is down, and nothing is wanted that brings it up")
     # Without VFs there is nothing that could be held; what takes none away needs not wait.
     if any(not isinstance(step, SetNumVfs) or not step.count for step in steps):
         waiting = _holds(pf, state, holders, opened)
@@ -189,14 +191,13 @@ def _notes(pf: PhysicalFunction, state: ProvisionedState, wanted: Wanted) -> tup
         notes.append("it has no VFs: SR-IOV is not there, or turned off in the firmware")
     elif wanted.vfs and wanted.vfs != state.total_vfs:
         notes.append(f"vfs = {wanted.vfs}: the QAT driver always enables all {state.total_vfs}")
-    if pf.state == "down" and wanted.services is None and (wanted.vfs == 0 or not state.total_vfs):
-        notes.append("it is down, and nothing is wanted that brings it up")
     return tuple(notes)
 
 
 def _device_steps(pf: PhysicalFunction, state: ProvisionedState, wanted: Wanted) -> tuple[Step, ...]:
     """All but auto_reset. The order keeps each step from undoing one before it."""
     steps: list[Step] = []
+    services = None if pf.device_id == _GEN2 else wanted.services
     down, vfs = pf.state == "down", state.num_vfs
     if wanted.vfs == 0 and vfs:
         steps.append(SetNumVfs(pf.address, 0))
@@ -204,8 +205,8 @@ def _device_steps(pf: PhysicalFunction, state: ProvisionedState, wanted: Wanted)
     enable = wanted.vfs != 0 and state.total_vfs > 0
     # One that is down with the right services: an interrupted change. Enabling its VFs brings it up as well.
     stuck = down and not enable
-    if wanted.services not in (None, canonical(pf.services)) or (wanted.services and stuck):
-        steps.append(SetServices(pf.address, wanted.services))
+    if services is not None and (services != canonical(pf.services) or stuck):
+        steps.append(SetServices(pf.address, services))
         down, vfs, stuck = False, 0, False
     if wanted.pm_idle_enabled is not None and state.pm_idle_enabled is not None:
         differs = state.pm_idle_enabled != wanted.pm_idle_enabled

@@ -41,6 +41,7 @@ _LINES_SEARCHED: Final = 500
 _AT_LINE: Final = re.compile(r" \(at line ([0-9]+), column [0-9]+\)$", re.ASCII)
 _AT_PATH: Final = re.compile(r" - at `\$\.?(.*)`$")
 _STEP: Final = re.compile(r"\[([0-9]+)\]|([^.\[\]]+)", re.ASCII)
+_BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,60}", re.ASCII)
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`$", re.DOTALL)
 
 _Count = Annotated[int, Meta(ge=0, le=0xFFFF)]
@@ -248,5 +249,9 @@ def _has(value: object, path: Sequence[str | int]) -> bool:
 
 
 def _shown_path(path: Sequence[str | int]) -> str:
-    steps = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:60]}" for step in path)
+    steps = "".join(f"[{step}]" if isinstance(step, int) else f".{_key(step)}" for step in path)
     return steps.removeprefix(".")
+
+
+def _key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) else shown(key)

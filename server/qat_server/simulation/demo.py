@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -196,23 +196,23 @@ class Demo:
                 raise SimulationError(f"line {number} of {node.audit_log} does not continue the line before")
             previous = hashlib.sha256(line).hexdigest()
         self._seen(f"the audit log of what root did: {len(lines)} lines, the chain of hashes intact")
-        table = Table("sequence", "event", "operation", "arguments", "verdict", "ms", box=None, pad_edge=False)
-        shown = [json.loads(line) for line in lines]
-        by_operation: dict[str, list[dict[str, object]]] = {}
-        for record in shown:
-            by_operation.setdefault(str(record.get("operation") or record["event"]), []).append(record)
-        for records in by_operation.values():
-            for record in records[:2]:
+        table = Table("line", "event", "operation", "of what", "verdict", "ms", box=None, pad_edge=False)
+        by_operation: dict[str, list[dict[str, Any]]] = {}
+        for record in map(json.loads, lines):
+            by_operation.setdefault(record.get("operation") or "(helper)", []).append(record)
+        for operation, records in by_operation.items():
+            shown = list({record["event"]: record for record in reversed(records)}.values())[::-1]  # the first of each
+            for record in shown:
                 table.add_row(
                     str(record["sequence"]),
-                    str(record["event"]),
-                    str(record.get("operation") or "-"),
-                    escape(json.dumps(record.get("arguments") or {})),
-                    str(record.get("verdict") or "-"),
-                    str(record.get("duration_ms") or "-"),
+                    record["event"],
+                    operation,
+                    escape(" ".join(map(str, (record.get("arguments") or {}).values()))),
+                    record.get("verdict") or "-",
+                    f"{record['duration_ms']:.1f}" if record.get("duration_ms") is not None else "-",
                 )
-            if len(records) > 2:
-                table.add_row("", f"[dim]... {len(records) - 2} more like these[/dim]")
+            if len(records) > len(shown):
+                table.add_row("", "", f"[dim]{len(records) - len(shown)} lines more[/dim]")
         self.console.print(table)
 
     async def _explore(self, node: RunningNode) -> None:

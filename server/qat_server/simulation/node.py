@@ -224,10 +224,11 @@ def _address(text: str, name: str) -> PciAddress:
 
 
 def demo_node() -> Node:
-    """Two Gen4 devices in two NUMA nodes, one for crypto, one for compression, and an older one in another domain."""
+    """Three Gen4 devices, two for crypto and one for compression, and an older one in another PCI domain."""
     return Node(
         pfs=(
             Pf(address="0000:6b:00.0", device="4940", numa_node=0, services="sym;asym", total_vfs=8),
+            Pf(address="0000:70:00.0", device="4940", numa_node=0, services="sym;asym", total_vfs=8),
             Pf(address="0000:e8:00.0", device="4940", numa_node=1, services="dc", total_vfs=8),
             Pf(address="0001:3d:00.0", device="37c8", numa_node=1, total_vfs=4),
         )

@@ -1,0 +1,492 @@
+"""The real helper process on its real socket: what peers may do to it, and what it does at its start and end."""
+
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from helper_process import PF, VF, VF2, Client, Helper, forked, helper, wait_until
+from qat_shared.codec import decode_reply, encode
+from qat_shared.messages import (
+    MAX_MESSAGE,
+    PROTOCOL,
+    AnyReply,
+    BindDriver,
+    Bound,
+    Connected,
+    Done,
+    DpdkDriver,
+    ErrorCode,
+    Failure,
+    Heartbeat,
+    Hello,
+    KubeletService,
+    OpenKubeletSocket,
+    PrepareSocketDirectory,
+    ReadHeartbeat,
+    Welcome,
+)
+from sysfs_tree import address
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def running() -> Iterator[Helper]:
+    with helper() as running:
+        yield running
+
+
+def failure(reply: AnyReply) -> tuple[int, ErrorCode, str]:
+    """A Failure's id, code and sentence."""
+    assert isinstance(reply, Failure)
+    return reply.id, reply.code, reply.message
+
+
+def heartbeat(client: Client, number: int = 1) -> AnyReply:
+    return client.ask(ReadHeartbeat(id=number, address=address(PF)))
+
+
+def open_files(running: Helper) -> int:
+    assert running.process is not None
+    return len(os.listdir(f"/proc/{running.process.pid}/fd"))
+
+
+# Hello
+
+
+def test_hello_is_answered_with_versions_and_operations(running: Helper) -> None:
+    with running.connect(greet=False) as client:
+        reply = client.ask(Hello(id=9, protocol=PROTOCOL, version="x"))
+    assert isinstance(reply, Welcome)
+    assert (reply.id, reply.protocol) == (9, PROTOCOL)
+    assert "BindDriver" in reply.operations
+    assert reply.audit.sequence == 1, "the line of the start"
+
+
+def test_hello_must_come_first(running: Helper) -> None:
+    with running.connect(greet=False) as client:
+        assert failure(heartbeat(client))[:2] == (1, ErrorCode.PROTOCOL)
+        assert isinstance(client.ask(Hello(id=2, protocol=PROTOCOL, version="x")), Welcome)
+        assert isinstance(heartbeat(client), Heartbeat)
+
+
+def test_another_protocol_is_told_both_versions(running: Helper) -> None:
+    with running.connect(greet=False) as client:
+        number, code, message = failure(client.ask(Hello(id=3, protocol=PROTOCOL + 1, version="9.9.9")))
+        assert (number, code) == (3, ErrorCode.PROTOCOL)
+        for part in (f"protocol {PROTOCOL} ", f"protocol {PROTOCOL + 1} ", "9.9.9", "install the same version of both"):
+            assert part in message
+        assert failure(heartbeat(client))[1] is ErrorCode.PROTOCOL, "still no Hello"
+
+
+# What is no message
+
+
+GOOD = {"op": "ReadHeartbeat", "id": 1, "address": [0, 0x6B, 0, 0]}
+MALFORMED = {
+    "empty": b"",
+    "nonsense": b"\xff\x00garbage",
+    "truncated": msgspec.msgpack.encode(GOOD)[:-2],
+    "unknown type": msgspec.msgpack.encode(GOOD | {"op": "WriteFile"}),
+    "extra field": msgspec.msgpack.encode(GOOD | {"path": "/etc/shadow"}),
+    "an extra field with a very long name": msgspec.msgpack.encode(GOOD | {"x" * 60_000: 1}),
+    "address as text": msgspec.msgpack.encode(GOOD | {"address": "../../etc"}),
+    "oversized by one": b"\x00" * (MAX_MESSAGE + 1),
+    "oversized": b"\x00" * (3 * MAX_MESSAGE),
+    "as long as allowed": b"\x00" * MAX_MESSAGE,
+    "deeply nested": b"\x91" * 60_000,
+}
+
+
+@pytest.mark.parametrize("packet", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_message_is_answered_and_the_connection_stays(running: Helper, packet: bytes) -> None:
+    with running.connect() as client:
+        number, code, message = failure(client.ask(packet))
+        assert (number, code) == (0, ErrorCode.MALFORMED)
+        assert message
+        assert isinstance(heartbeat(client), Heartbeat)
+
+
+def test_passed_descriptors_do_not_stay_open(running: Helper) -> None:
+    with running.connect() as client:
+        heartbeat(client)
+        before = open_files(running)
+        pipe_end, pipe = os.pipe()
+        for _ in range(20):
+            for packet in (msgspec.msgpack.encode(GOOD), b"nonsense"):
+                socket.send_fds(client.sock, [packet], [pipe] * 10)
+                client.receive()
+        assert open_files(running) == before
+        os.close(pipe)
+        assert os.read(pipe_end, 1) == b"", "nobody else has it"
+        os.close(pipe_end)
+
+
+# Peers that are not what they should be
+
+
+@needs_root
+def test_another_uid_is_turned_away(running: Helper) -> None:
+    running.directory.chmod(0o755)
+    os.chown(running.socket, -1, 4321)
+
+    def connect() -> None:
+        for request in (Hello(id=5, protocol=PROTOCOL, version="x"), b"nonsense"):
+            with running.connect(greet=False) as client:
+                reply = client.ask(request)
+                assert isinstance(reply, Failure)
+                assert (reply.code, reply.rule) == (ErrorCode.DENIED, "server-uid")
+                assert reply.id == (5 if isinstance(request, Hello) else 0)
+                assert client.at_end()
+
+    assert forked(1234, 4321, [connect]) == 0
+    refused = [line for line in running.lines() if line["event"] == "refused"]
+    assert [(line["peer"]["uid"], line["peer"]["gid"]) for line in refused] == [(1234, 4321)] * 2
+
+
+@needs_root
+def test_strangers_cannot_lock_the_server_out(running: Helper) -> None:
+    running.directory.chmod(0o755)
+    os.chown(running.socket, -1, 4321)
+    release_end, release = os.pipe()
+    ready_end, ready = os.pipe()
+
+    def occupy() -> None:
+        clients = [running.connect(greet=False) for _ in range(40)]
+        os.write(ready, b"x")
+        os.close(release)
+        os.read(release_end, 1)
+        assert clients
+
+    thread = threading.Thread(target=lambda: (forked(1234, 4321, [occupy]), os.write(ready, b"ended")))
+    thread.start()
+    assert os.read(ready_end, 1) == b"x"
+    with running.connect() as client:
+        assert isinstance(heartbeat(client), Heartbeat)
+    os.close(release)
+    thread.join()
+    for descriptor in (release_end, ready_end, ready):
+        os.close(descriptor)
+
+
+def test_a_uid_of_the_policy_file_is_admitted_and_narrowed() -> None:
+    with helper(start=False) as running:
+        policy = running.directory / "policy.toml"
+        policy.write_text(f'server_uids = [{os.geteuid()}]\noperations = ["ReadHeartbeat"]\n')
+        policy.chmod(0o600)
+        running.start("--server-uid=54321", f"--policy={policy}")
+        with running.connect(greet=False) as client:
+            welcome = client.ask(Hello(id=1, protocol=PROTOCOL, version="x"))
+            assert isinstance(welcome, Welcome)
+            assert welcome.operations == ("ReadHeartbeat",)
+            assert failure(client.ask(PrepareSocketDirectory(id=2)))[1] is ErrorCode.DENIED
+            assert isinstance(heartbeat(client), Heartbeat)
+
+
+def test_connections_are_bounded(running: Helper) -> None:
+    clients = [running.connect() for _ in range(16)]
+    with running.connect(greet=False) as one_more:
+        assert failure(one_more.ask(Hello(id=1, protocol=PROTOCOL, version="x")))[1] is ErrorCode.BUSY
+        assert one_more.at_end()
+    clients.pop().close()
+    assert isinstance(heartbeat(clients[0]), Heartbeat)
+    with running.connect() as again:
+        assert isinstance(heartbeat(again), Heartbeat)
+    for client in clients:
+        client.close()
+
+
+def test_a_peer_that_does_not_read_is_dropped_and_others_are_served(running: Helper) -> None:
+    with running.connect() as slow, running.connect() as other:
+        slow.sock.setblocking(False)
+        hello = encode(Hello(id=1, protocol=PROTOCOL, version="x"))
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while True:
+                try:
+                    slow.sock.send(hello)
+                except BlockingIOError:
+                    select.select([], [slow.sock], [], 20)
+        assert isinstance(heartbeat(other), Heartbeat)
+        assert running.process is not None
+        assert running.process.poll() is None
+
+
+def test_many_requests_in_flight_are_all_answered(running: Helper) -> None:
+    with running.connect() as client:
+        count = 300
+
+        def send() -> None:
+            for number in range(count):
+                client.send(OpenKubeletSocket(id=number, service=KubeletService.POD_RESOURCES, wait_ms=0))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        replies = [client.receive() for _ in range(count)]
+        thread.join()
+    assert sorted(reply.id for reply in replies) == list(range(count))
+    assert {failure(reply)[1] for reply in replies} == {ErrorCode.UNAVAILABLE}
+
+
+# Operations that last
+
+
+def test_a_blocked_read_holds_up_nobody_and_no_clean_end(running: Helper) -> None:
+    status = running.heartbeat
+    status.unlink()
+    os.mkfifo(status)
+    (running.debugfs / "dev_cfg").write_text("[GENERAL]\n")
+    with running.connect() as client, running.connect() as other:
+        client.send(ReadHeartbeat(id=1, address=address(PF)))
+        assert failure(other.ask(ReadHeartbeat(id=2, address=address(PF))))[1] is ErrorCode.BUSY
+        assert isinstance(other.ask(PrepareSocketDirectory(id=3)), Done)
+        assert failure(client.receive())[:2] == (1, ErrorCode.TIMED_OUT)
+        assert failure(client.ask(ReadHeartbeat(id=4, address=address(PF))))[1] is ErrorCode.BUSY, "still at work"
+        with status.open("w") as pipe:
+            pipe.write("0\n")
+        status.unlink()
+        status.write_text("-1\n")
+
+        def dead() -> bool:
+            reply = heartbeat(client)
+            return isinstance(reply, Heartbeat) and not reply.alive
+
+        wait_until(dead)
+        status.unlink()
+        os.mkfifo(status)
+        client.send(ReadHeartbeat(id=5, address=address(PF)))
+        assert failure(other.ask(ReadHeartbeat(id=6, address=address(PF))))[1] is ErrorCode.BUSY
+        before = time.monotonic()
+        assert running.stop() == 0
+        assert time.monotonic() - before < 2
+    assert "ReadHeartbeat" in running.lines()[-1]["arguments"]["unfinished"]
+    status.open("w").close()  # lets the child end
+
+
+def test_a_peer_that_goes_away_leaves_an_audited_operation(running: Helper) -> None:
+    with running.connect() as client:
+        client.send(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=200))
+        wait_until(lambda: running.lines()[-1]["event"] == "asked")
+    wait_until(lambda: running.lines()[-1]["event"] == "done")
+    assert running.lines()[-1]["result"]["code"] == "unavailable"
+
+
+def test_the_kubelets_socket_is_passed_once_it_is_there(running: Helper) -> None:
+    with running.connect() as client, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet:
+        kubelet.bind(str(running.directory / "kubelet/device-plugins/kubelet.sock"))
+        client.send(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=10_000))
+        wait_until(lambda: running.lines()[-1]["event"] == "asked")
+        before = open_files(running)
+        kubelet.listen()
+        packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 2)
+        assert isinstance(decode_reply(packet), Connected)
+        accepted, _ = kubelet.accept()
+        with closing(accepted), socket.socket(fileno=descriptors[0]) as ours:
+            ours.sendall(b"hello")
+            assert accepted.recv(10) == b"hello"
+            wait_until(lambda: open_files(running) < before)
+        with closing(accepted):
+            assert accepted.fileno() == -1
+
+
+def test_the_socket_directory(running: Helper) -> None:
+    with running.connect() as client:
+        assert isinstance(client.ask(PrepareSocketDirectory(id=1)), Done)
+    directory = running.directory / "kubelet/device-plugins/qat.intel.com"
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o2770
+
+
+def test_binding_is_checked_and_audited(running: Helper) -> None:
+    running.tree.bind(VF, "vfio-pci")
+    with running.connect() as client:
+
+        def bind(where: str) -> AnyReply:
+            return client.ask(
+                BindDriver(id=1, address=address(where), driver=DpdkDriver.VFIO_PCI, reason='a "reason"\n')
+            )
+
+        reply = bind(VF)
+        assert isinstance(reply, Bound)
+        assert (reply.driver, reply.changed) == ("vfio-pci", False)
+        assert reply.audit.sequence == running.lines()[-1]["sequence"]
+        denied = bind(PF)
+        assert isinstance(denied, Failure)
+        assert (denied.code, denied.rule) == (ErrorCode.DENIED, "virtual-functions-only")
+        running.tree.bind(VF2, "somebodys")
+        foreign = bind(VF2)
+        assert isinstance(foreign, Failure)
+        assert (foreign.code, foreign.rule) == (ErrorCode.DENIED, "foreign-driver")
+        assert failure(bind("ffff:ff:1f.7"))[1] is ErrorCode.VANISHED
+    assert [(line["event"], line.get("verdict", "")) for line in running.lines()[1:]] == [
+        ("asked", ""),
+        ("done", "ok"),
+        ("asked", ""),
+        ("refused", "denied"),
+        ("asked", ""),
+        ("refused", "denied"),
+        ("asked", ""),
+        ("done", "failed"),
+    ]
+
+
+def test_when_the_log_cannot_be_written_only_heartbeats_go_on(running: Helper) -> None:
+    assert running.process is not None
+    with running.connect() as client:
+        assert isinstance(client.ask(PrepareSocketDirectory(id=1)), Done)
+        limits = resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (running.audit.stat().st_size + 10, -1))
+        shutil.rmtree(running.directory / "kubelet/device-plugins/qat.intel.com")
+        number, code, message = failure(client.ask(PrepareSocketDirectory(id=2)))
+        assert (number, code) == (2, ErrorCode.AUDIT)
+        assert str(running.audit) in message
+        assert not (running.directory / "kubelet/device-plugins/qat.intel.com").exists()
+        assert isinstance(heartbeat(client), Heartbeat)
+        resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, limits)
+        assert isinstance(client.ask(PrepareSocketDirectory(id=3)), Done)
+
+
+# Start and end
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_clean_end_removes_the_socket_and_is_audited(running: Helper, how: signal.Signals) -> None:
+    with running.connect() as client:
+        heartbeat(client)
+        assert running.stop(how) == 0
+        assert client.at_end()
+    assert not running.socket.exists()
+    assert running.lines()[-1]["event"] == "stop"
+    assert running.lines()[-1]["arguments"] == {"ReadHeartbeat": 1}
+
+
+def test_the_socket_is_the_servers_groups_and_nobody_elses(running: Helper) -> None:
+    status = running.socket.stat()
+    assert stat.S_IMODE(status.st_mode) == 0o660
+    assert (status.st_uid, status.st_gid) == (os.geteuid(), os.getegid())
+
+
+@needs_root
+def test_the_socket_is_given_to_another_group() -> None:
+    with helper("--server-gid=4321") as running:
+        assert running.socket.stat().st_gid == 4321
+        assert stat.S_IMODE(running.socket.stat().st_mode) == 0o660
+
+
+def test_an_idle_helper_does_not_wake_up(running: Helper) -> None:
+    with running.connect() as client:
+        heartbeat(client)
+        assert running.process is not None
+        path = Path(f"/proc/{running.process.pid}/status")
+        wait_until(lambda: "S (sleeping)" in path.read_text())
+
+        def switches() -> list[str]:
+            return [line for line in path.read_text().splitlines() if "voluntary_ctxt_switches" in line]
+
+        before, until = switches(), time.monotonic() + 1.5
+        wait_until(lambda: time.monotonic() > until)
+        assert switches() == before
+
+
+def test_a_stale_socket_is_replaced_and_a_live_one_is_not(running: Helper) -> None:
+    assert "another process listens" in Helper.refused(running_copy(running), f"--socket={running.socket}")
+    running.stop(signal.SIGKILL)
+    assert running.socket.exists()
+    running.start()
+    with running.connect() as client:
+        assert isinstance(heartbeat(client), Heartbeat)
+
+
+def running_copy(running: Helper) -> Helper:
+    """A second helper beside it, with its own files."""
+    directory = running.directory / "second"
+    directory.mkdir()
+    return Helper(directory)
+
+
+def test_two_helpers_do_not_write_one_log(running: Helper) -> None:
+    second = running_copy(running)
+    assert "another helper writes" in second.refused(f"--audit-log={running.audit}")
+
+
+def test_the_chain_goes_on_after_being_killed(running: Helper) -> None:
+    with running.connect() as client:
+        client.ask(PrepareSocketDirectory(id=1))
+    running.stop(signal.SIGKILL)
+    running.start()
+    assert [line["sequence"] for line in running.lines()] == [1, 2, 3, 4]
+    assert [line["event"] for line in running.lines()] == ["start", "asked", "done", "start"]
+
+
+def test_a_socket_that_is_not_ours_any_more_is_not_removed(running: Helper) -> None:
+    running.socket.unlink()
+    running.socket.write_text("somebody else's")
+    assert running.stop() == 0
+    assert running.socket.read_text() == "somebody else's"
+
+
+def test_where_it_cannot_work_it_says_so_in_one_sentence() -> None:
+    with helper(start=False) as running:
+        (running.directory / "file").write_text("x")
+        (running.directory / "bad.toml").write_text("nonsense = 1\n")
+        cases = {
+            f"--socket=/tmp/{'x' * 120}": "longer than the 107 bytes",
+            f"--socket={running.directory / 'file'}": "is not a socket",
+            f"--socket={running.directory}/no/such/h.sock": "No such file",
+            f"--sysfs-root={running.directory}": "not a readable sysfs tree",
+            f"--sysfs-root={running.directory}/nowhere": "not a readable sysfs tree",
+            f"--sysfs-root={running.directory}/file": "not a readable sysfs tree",
+            f"--audit-log={running.directory}/no/such/log": "cannot be opened",
+            f"--audit-log={running.directory / 'file'}": "is not an audit log",
+            f"--policy={running.directory}/nowhere": "cannot be read",
+            f"--policy={running.directory}/bad.toml": "nonsense",
+        }
+        for option, said in cases.items():
+            assert said in running.refused(option), option
+        assert not running.socket.exists()
+
+
+def test_a_wrong_option_is_refused() -> None:
+    with helper(start=False) as running:
+        for option in ("--server-uid=root", "--no-such-option", "--sysfs=/sys"):
+            assert running.spawn(option).wait(20) == 2
+
+
+def test_options_come_from_the_environment_too() -> None:
+    with helper(start=False) as running:
+        said = running.refused(env=os.environ | {"QAT_HELPER_POLICY": "/nowhere/policy.toml"})
+        assert "/nowhere/policy.toml" in said
+
+
+@needs_root
+def test_on_the_real_sysfs_it_must_be_root() -> None:
+    if not os.path.isdir("/sys/bus/pci/devices"):
+        pytest.skip("this machine has no PCI bus in /sys")
+    with helper(start=False) as running:
+        os.chown(running.directory, 1234, -1)
+        said = running.refused("--sysfs-root=/sys/./", user=1234, group=1234, extra_groups=[])
+        assert "must run as root" in said
+
+
+@needs_root
+def test_on_a_simulated_tree_anybody_may_run_it() -> None:
+    with helper(start=False) as running:
+        subprocess.run(["chown", "-R", "1234:1234", str(running.directory)], check=True)
+        options = ("--server-uid=0", "--server-gid=1234")
+        running.start(*options, user=1234, group=1234, extra_groups=[])
+        with running.connect() as client:
+            assert isinstance(heartbeat(client), Heartbeat)
+        running.stop()
+        assert "run the helper in that group" in running.refused(
+            "--server-gid=4321", user=1234, group=1234, extra_groups=[]
+        )

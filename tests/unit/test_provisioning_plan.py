@@ -446,6 +446,7 @@ def test_plan_leads_to_what_is_wanted_however_often_it_is_interrupted(
         assert model.up
         assert canonical(model.services) == wanted.services
     if model.has_all:
+        assert model.up or wanted.pm_idle_enabled is None
         assert wanted.auto_reset in (None, model.auto_reset)
         assert wanted.pm_idle_enabled in (None, model.pm_idle)
 

@@ -38,7 +38,10 @@ class Client:
         self.sock.connect(str(path))  # before there is a time-out: with one, a full backlog would be an error
         self.sock.settimeout(20)
         if greet:
-            assert isinstance(self.ask(Hello(id=0, protocol=PROTOCOL, version="test")), Welcome)
+            reply = self.ask(Hello(id=0, protocol=PROTOCOL, version="test"))
+            if not isinstance(reply, Welcome):
+                self.close()
+                raise AssertionError(reply)
 
     def send(self, request: AnyRequest | bytes) -> None:
         self.sock.send(request if isinstance(request, bytes) else encode(request))
@@ -88,19 +91,21 @@ class Helper:
 
     def spawn(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
         """Start the command; it need not come to serve. A later option wins."""
-        command = [
-            COMMAND,
+        with self.log.open("ab") as log:
+            command = [COMMAND, *self.options(), *options]
+            self.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, **popen)
+        return self.process
+
+    def options(self) -> list[str]:
+        """Its options on this node."""
+        return [
             f"--sysfs-root={self.directory / 'sys'}",
             f"--kubelet-dir={self.directory / 'kubelet'}",
             f"--socket={self.socket}",
             f"--server-uid={os.geteuid()}",
             f"--server-gid={os.getegid()}",
             f"--audit-log={self.audit}",
-            *options,
         ]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, **popen)
-        return self.process
 
     def start(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
         """Start it and wait until it serves."""

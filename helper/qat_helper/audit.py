@@ -132,15 +132,15 @@ class AuditLog:
         os.close(self._descriptor)
 
     def _continue(self, tail: bytes, *, whole: bool) -> AuditHead:
-        lines = tail.split(b"\n")
-        self._torn = lines.pop() != b""
+        *lines, torn = tail.split(b"\n")
+        self._torn = torn != b""
         for line in reversed(lines if whole else lines[1:]):
             try:
                 link = msgspec.json.decode(line, type=_Link)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 continue  # ended by a newline after a failed write
             return AuditHead(sequence=link.sequence, hash=_digest(line))
-        if not whole or any(not line.startswith(b"{") for line in lines):
+        if not whole or not all(line.startswith(b"{") for line in (*lines, torn or b"{")):
             raise AuditError(f"{self._path} is not an audit log of this helper: move it away")
         return AuditHead(sequence=0, hash=_FIRST)
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import msgspec
 import pytest
 
 from helper_process import PF, VF, VF2, Client, Helper, forked, helper, wait_until
+from qat_helper.main import main
 from qat_shared.codec import decode_reply, encode
 from qat_shared.messages import (
     MAX_MESSAGE,
@@ -62,6 +62,12 @@ def heartbeat(client: Client, number: int = 1) -> AnyReply:
 def open_files(running: Helper) -> int:
     assert running.process is not None
     return len(os.listdir(f"/proc/{running.process.pid}/fd"))
+
+
+def children(running: Helper) -> list[str]:
+    assert running.process is not None
+    pid = running.process.pid
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 # Hello
@@ -250,6 +256,7 @@ def test_a_blocked_read_holds_up_nobody_and_no_clean_end(running: Helper) -> Non
     (running.debugfs / "dev_cfg").write_text("[GENERAL]\n")
     with running.connect() as client, running.connect() as other:
         client.send(ReadHeartbeat(id=1, address=address(PF)))
+        wait_until(lambda: children(running))
         assert failure(other.ask(ReadHeartbeat(id=2, address=address(PF))))[1] is ErrorCode.BUSY
         assert isinstance(other.ask(PrepareSocketDirectory(id=3)), Done)
         assert failure(client.receive())[:2] == (1, ErrorCode.TIMED_OUT)
@@ -267,6 +274,7 @@ def test_a_blocked_read_holds_up_nobody_and_no_clean_end(running: Helper) -> Non
         status.unlink()
         os.mkfifo(status)
         client.send(ReadHeartbeat(id=5, address=address(PF)))
+        wait_until(lambda: children(running))
         assert failure(other.ask(ReadHeartbeat(id=6, address=address(PF))))[1] is ErrorCode.BUSY
         before = time.monotonic()
         assert running.stop() == 0
@@ -468,25 +476,40 @@ def test_options_come_from_the_environment_too() -> None:
         assert "/nowhere/policy.toml" in said
 
 
+def run_as(uid: int, running: Helper, *options: str) -> int:
+    """The helper's own main as another uid, which need not be able to read this checkout: its exit status."""
+
+    arguments = [*running.options(), *options]
+
+    def run() -> None:
+        os.dup2(os.open(running.log, os.O_WRONLY | os.O_APPEND), 2)
+        os._exit(main(arguments))
+
+    running.log.touch()
+    for path in (running.directory, *running.directory.rglob("*")):
+        os.chown(path, uid, uid, follow_symlinks=False)
+    return forked(uid, uid, [run])
+
+
 @needs_root
 def test_on_the_real_sysfs_it_must_be_root() -> None:
     if not os.path.isdir("/sys/bus/pci/devices"):
         pytest.skip("this machine has no PCI bus in /sys")
     with helper(start=False) as running:
-        os.chown(running.directory, 1234, -1)
-        said = running.refused("--sysfs-root=/sys/./", user=1234, group=1234, extra_groups=[])
-        assert "must run as root" in said
+        assert run_as(1234, running, "--sysfs-root=/sys/./") == 2
+        assert "must run as root" in running.said()
 
 
 @needs_root
 def test_on_a_simulated_tree_anybody_may_run_it() -> None:
     with helper(start=False) as running:
-        subprocess.run(["chown", "-R", "1234:1234", str(running.directory)], check=True)
-        options = ("--server-uid=0", "--server-gid=1234")
-        running.start(*options, user=1234, group=1234, extra_groups=[])
+        assert run_as(1234, running, "--server-gid=4321") == 2
+        assert "run the helper in that group" in running.said()
+        thread = threading.Thread(target=run_as, args=(1234, running, "--server-gid=1234"))
+        thread.start()
+        wait_until(lambda: "serving on" in running.said())
         with running.connect() as client:
             assert isinstance(heartbeat(client), Heartbeat)
-        running.stop()
-        assert "run the helper in that group" in running.refused(
-            "--server-gid=4321", user=1234, group=1234, extra_groups=[]
-        )
+        os.kill(running.lines()[-1]["arguments"]["pid"], signal.SIGTERM)
+        thread.join()
+        assert running.lines()[-1]["event"] == "stop"

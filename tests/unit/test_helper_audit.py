@@ -160,7 +160,7 @@ def test_a_reason_cannot_forge_a_line(tmp_path: Path, reason: str) -> None:
 
 
 def test_what_is_no_audit_log_is_refused(tmp_path: Path) -> None:
-    for name, content in (("text", b"hello\n"), ("huge", b"x" * 200_000), ("page", b"\n" * 10)):
+    for name, content in (("text", b"hello\n"), ("word", b"x"), ("huge", b"x" * 200_000), ("page", b"\n" * 10)):
         (tmp_path / name).write_bytes(content)
         (tmp_path / name).chmod(0o600)
         with pytest.raises(AuditError, match="is not an audit log"):

@@ -1,0 +1,108 @@
+"""The real helper process on the emulated kernel: what happens to one VF does not happen to the others."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emulated import PF, VF, VF2, emulated
+from helper_process import COMMAND, Client, wait_until
+from qat_server.simulation.kernel import Kernel
+from qat_server.simulation.node import Node, Pf
+from qat_shared.messages import AnyReply, BindDriver, Bound, DpdkDriver, ErrorCode, Failure, ReleaseDriver
+from qat_shared.pci import PciAddress
+
+ONE_PF = Node(pfs=(Pf(address=PF, device="4940", services="dc", total_vfs=2),))
+
+
+class Running:
+    """A helper beneath the emulated kernel, and a client of it."""
+
+    def __init__(self, kernel: Kernel, directory: Path) -> None:
+        self.kernel = kernel
+        self.audit = directory / "audit.jsonl"
+        path = directory / "h.sock"
+        options = [
+            f"--sysfs-root={kernel.sysfs_root}",
+            f"--kubelet-dir={directory}",
+            f"--socket={path}",
+            f"--server-uid={os.geteuid()}",
+            f"--server-gid={os.getegid()}",
+            f"--audit-log={self.audit}",
+        ]
+        with (directory / "log").open("ab") as log:
+            kernel.spawn([COMMAND, *options], stderr=log)
+        wait_until(lambda: b"serving on" in (directory / "log").read_bytes())
+        self.client = Client(path)
+
+    def bind(self, address: str, number: int = 1) -> BindDriver:
+        return BindDriver(id=number, address=PciAddress.parse(address), driver=DpdkDriver.VFIO_PCI, reason="a test")
+
+    def story(self) -> list[tuple[str, str, Any]]:
+        """The audit log's lines about operations: event, verdict, address."""
+        lines = map(json.loads, self.audit.read_bytes().splitlines())
+        return [
+            (line["event"], line.get("verdict", ""), line["arguments"]["address"])
+            for line in lines
+            if "operation" in line
+        ]
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    with emulated(ONE_PF) as kernel:
+        directory = kernel.sysfs_root.parent / "run"
+        directory.mkdir(exist_ok=True)
+        running = Running(kernel, directory)
+        with running.client:
+            yield running
+
+
+def code(reply: AnyReply) -> ErrorCode:
+    assert isinstance(reply, Failure), reply
+    return reply.code
+
+
+def test_bound_and_given_back(running: Running) -> None:
+    reply = running.client.ask(running.bind(VF))
+    assert isinstance(reply, Bound)
+    assert (reply.driver, reply.changed) == ("vfio-pci", True)
+    assert running.kernel.driver(VF) == "vfio-pci"
+    with running.kernel.open_vfio(VF):
+        assert code(running.client.ask(ReleaseDriver(id=2, address=PciAddress.parse(VF)))) is ErrorCode.BUSY
+    released = running.client.ask(ReleaseDriver(id=3, address=PciAddress.parse(VF)))
+    assert isinstance(released, Bound)
+    assert released.driver == "4xxxvf"
+    assert running.kernel.driver(VF2) == "4xxxvf"
+
+
+def test_a_refused_write_is_undone(running: Running) -> None:
+    running.kernel.fail_next(None, "drivers_probe", errno.EIO)
+    reply = running.client.ask(running.bind(VF))
+    assert code(reply) is ErrorCode.KERNEL
+    assert isinstance(reply, Failure)
+    assert reply.errno == errno.EIO
+    assert running.kernel.driver(VF) == "4xxxvf"
+
+
+def test_an_unbind_that_blocks_holds_up_that_vf_only(running: Running) -> None:
+    running.kernel.hang("unbind")
+    client = running.client
+    client.send(running.bind(VF, 1))
+    wait_until(lambda: running.story()[-1:] == [("asked", "", VF)])
+    assert code(client.ask(running.bind(VF, 2))) is ErrorCode.BUSY
+    running.kernel.set_driver_override(VF2, "igb_uio")
+    heard = client.ask(ReleaseDriver(id=3, address=PciAddress.parse(VF2)))
+    assert isinstance(heard, Bound), "another VF is served meanwhile"
+    late = client.receive()
+    assert (late.id, code(late)) == (1, ErrorCode.TIMED_OUT)
+    assert code(client.ask(running.bind(VF, 4))) is ErrorCode.BUSY, "its child is still at work, and is left alone"
+    running.kernel.release("unbind")
+    wait_until(lambda: ("late", "late", VF) in running.story())
+    reply = client.ask(running.bind(VF, 5))
+    assert isinstance(reply, Bound)
+    assert (reply.driver, reply.changed) == ("vfio-pci", False), "it came to pass after all"

@@ -111,6 +111,7 @@ def demo(
     if node is not None and not Path(node).is_file():
         raise SettingsError(f"--node: there is no file {node[:200]!r}")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # as in main.py
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it starts processes, none of which inherits gRPC
     from qat_server.simulation import demo as simulation  # noqa: PLC0415 - the server never needs it
 
     raise typer.Exit(simulation.run(Path(node) if node else None, chosen, keep))

@@ -324,7 +324,7 @@ class RealKubelet:
             raise KubeletError("build", f"{self._command[0]} is not there: run tests/kubelet/build")
         self.control.unlink(missing_ok=True)
         # The harness ends when its standard input does: when this process ends, however it ends.
-        self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
+        self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         async with asyncio.timeout(20):
             while not await self._accepts():
                 if self.process.poll() is not None:

@@ -155,5 +155,8 @@ def _plain(item: object, depth: int = 0) -> object:
 
 
 def _text(item: object) -> str:
+    text = str(item)
+    if text.isascii():
+        return text
     # A lone surrogate (a byte that was not UTF-8) cannot be encoded.
-    return "".join(_visible(letter) if 0xD800 <= ord(letter) <= 0xDFFF else letter for letter in str(item))
+    return "".join(_visible(letter) if 0xD800 <= ord(letter) <= 0xDFFF else letter for letter in text)

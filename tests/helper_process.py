@@ -88,11 +88,12 @@ class Helper:
         self.audit = directory / "audit.jsonl"
         self.log = directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.command = [COMMAND]
 
     def spawn(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
         """Start the command; it need not come to serve. A later option wins."""
         with self.log.open("ab") as log:
-            command = [COMMAND, *self.options(), *options]
+            command = [*self.command, *self.options(), *options]
             self.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, **popen)
         return self.process
 

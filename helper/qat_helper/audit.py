@@ -9,11 +9,13 @@
     stop      -                when the helper ends (arguments: what was counted only, and what has not ended)
 
 `previous` is the SHA-256 (hex) of the exact bytes of the line before, without its newline; 64 zeros in the first line.
-A line is written whole, by one write. What a failed write left of one stays, is ended with a newline, and is no part of
-the chain: the next line's `previous` and `sequence` pass over it, its `torn` says that it is there. What clients send
-is escaped twice (Python's unicode_escape, then JSON): it can neither end a line nor change how one is shown.
+A line is written whole, by one write. What a failed write left of one stays, is ended with "#torn" and a newline, so
+that it can be no whole line, and is no part of the chain: the next line's `previous` and `sequence` pass over it, its
+`torn` says that it is there. What clients send is escaped twice (Python's unicode_escape, then JSON): it can neither
+end a line nor change how one is shown.
 """
 
+import errno
 import fcntl
 import os
 import stat
@@ -39,7 +41,9 @@ except ImportError:
         from hashlib import sha256
 
 _FIRST: Final = "0" * 64
-_TAIL: Final = 64 * 1024  # longer than several lines
+_LINE_LIMIT: Final = 16 * 1024
+_TAIL: Final = 4 * _LINE_LIMIT  # so a whole line is in it
+_TEXT_LIMIT: Final = 600  # of what a client sent, escaped
 
 
 class AuditError(Exception):
@@ -84,7 +88,7 @@ class _Link(Struct):
 
 def printable(text: str) -> str:
     """Text that a client sent, in plain ASCII."""
-    return text.encode("unicode_escape").decode("ascii")
+    return text.encode("unicode_escape").decode("ascii")[:_TEXT_LIMIT]
 
 
 class AuditLog:
@@ -154,12 +158,15 @@ class AuditLog:
                 previous=self.head.hash,
             )
         )
-        data = b"\n" * self._torn + line + b"\n"
+        if len(line) > _LINE_LIMIT:  # a defect: nothing that a client sends is so long
+            raise AuditError(f"a line of {len(line)} bytes is too long for the audit log: the operation is refused")
+        data = b"#torn\n" * self._torn + line + b"\n"
         written, why = 0, "the disk is full"
         try:
+            self._check_place()
             written = os.write(self._descriptor, data)
         except OSError as error:
-            why = os.strerror(error.errno or 0)
+            why = error.strerror or os.strerror(error.errno or 0)
         if written != len(data):
             self._torn = self._torn or written > 0
             self._report(f"the audit log {self._path} cannot be written ({why}): audited operations are refused")
@@ -168,6 +175,12 @@ class AuditLog:
         self._report("")
         self.head = AuditHead(sequence=self.head.sequence + 1, hash=_digest(line))
         return self.head.sequence
+
+    def _check_place(self) -> None:
+        """Raises OSError when the file that we write is not the one at the path: nobody would see the line."""
+        ours, there = os.fstat(self._descriptor), os.stat(self._path, follow_symlinks=False)
+        if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):
+            raise OSError(errno.ESTALE, "it was moved: start the helper again")
 
     def _now(self) -> str:
         seconds = self._clock()

@@ -39,7 +39,7 @@ def bind_driver(node: Node, request: BindDriver) -> Outcome:
         if before != wanted:
             vf.check_free(before)
             vf.check_loaded(wanted)
-            override = vf.override()
+            override = vf.own_override()
             try:
                 vf.set_override(wanted)
                 vf.unbind(before)
@@ -55,7 +55,7 @@ def release_driver(node: Node, request: ReleaseDriver) -> Outcome:
     """Give a VF to whichever driver the kernel chooses. Raises OperationError, SysfsError."""
     with _hold(node, request.address) as vf:
         before = vf.driver()
-        override = vf.override()
+        override = vf.own_override()
         changed = before in DPDK_DRIVERS or override is not None
         if changed:
             vf.check_free(before)
@@ -83,10 +83,12 @@ class _Vf:
         """The driver that it is bound to."""
         return self._device.link("driver")
 
-    def override(self) -> str | None:
-        """The driver that alone may take it, None when any may."""
+    def own_override(self) -> str | None:
+        """The driver that alone may take it, None when any may. Raises OperationError when somebody else said so."""
         text = self._device.read_optional("driver_override")
-        return None if text in ("", "(null)") else text
+        override = None if text in ("", "(null)") else text
+        check_own_driver(self._device.address, override, self._kernel_driver, "meant (driver_override) for")
+        return override
 
     def check_free(self, current: str | None) -> None:
         """It may be taken from its driver, and that will not block. Raises OperationError."""
@@ -130,7 +132,7 @@ class _Vf:
     def undo(self, driver: str | None, override: str | None) -> str:
         """After a failure: back to how it was, as far as that can be done. What to add to the failure's sentence."""
         try:
-            self.set_override(override if override in (self._kernel_driver, *DPDK_DRIVERS) else None)
+            self.set_override(override)
             if driver is not None and self.driver() is None:
                 self.probe()
         except OperationError as error:

@@ -10,12 +10,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from qat_helper.errors import OperationError
 from qat_helper.node import Outcome
 from qat_shared.codec import ProtocolError, decode_reply, encode
 from qat_shared.messages import MAX_MESSAGE, ErrorCode
+
+_BEGIN: Final = b"begin"
 
 
 class Child:
@@ -27,7 +29,13 @@ class Child:
             self.pid = os.fork()
             if self.pid == 0:
                 _run(work, theirs)
-        self.pidfd = os.pidfd_open(self.pid)
+        try:
+            self.pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            self._channel.close()  # not told to begin, it ends
+            os.waitpid(self.pid, 0)
+            raise
+        self._channel.send(_BEGIN)
 
     def outcome(self) -> Outcome:
         """What it has passed back. Only once it has ended. Raises OperationError when it has passed nothing."""
@@ -56,8 +64,16 @@ def _run(work: Callable[[], Outcome], channel: socket.socket) -> NoReturn:
         # The listener, the peers, the audit log: nothing of the parent's is to live on in here.
         os.closerange(3, channel.fileno())
         os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        if channel.recv(len(_BEGIN)) != _BEGIN:
+            os._exit(status)
         reply, descriptor = work()
-        socket.send_fds(channel, [encode(reply)], [] if descriptor is None else [descriptor])
+        try:
+            socket.send_fds(channel, [encode(reply)], [] if descriptor is None else [descriptor])
+        except OSError as error:  # ETOOMANYREFS: peers have not taken the descriptors that they were sent
+            trouble = OperationError(
+                ErrorCode.BUSY, f"the connection cannot be passed: {os.strerror(error.errno or 0)}"
+            )
+            channel.send(encode(trouble.reply(reply.id)))
         status = 0
     except BaseException:  # noqa: BLE001  the outermost edge of this process, which must not go on as a second helper
         sys.excepthook(*sys.exc_info())

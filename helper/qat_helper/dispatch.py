@@ -8,7 +8,7 @@ its child ends, and only then does the audit log say how it ended.
 
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -24,8 +24,12 @@ from qat_helper.operations import OPERATIONS, Operation, deadline_of
 from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure
 from qat_shared.sysfs import MissingError, SysfsError
 
-MAX_CHILDREN: Final = 32
-
+MAX_WAITING: Final = 128
+"""Requests for one operation that wait for a child."""
+BURST: Final = 2048
+RATE: Final = 10.0
+"""Audited requests of one uid: so many at once (a node's VFs are bound at the start), then so many a second."""
+_SHOWN: Final = 32
 
 Answer = Callable[[Outcome], None]
 
@@ -33,8 +37,11 @@ Answer = Callable[[Outcome], None]
 class Job:
     """A request on its way. Its times are of the monotonic clock."""
 
-    def __init__(self, caller: Caller, request: AnyRequest, answer: Answer, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, caller: Caller, request: AnyRequest, answer: Answer, owner: object, clock: Callable[[], float]
+    ) -> None:
         self.caller = caller
+        self.owner = owner
         self.request = request
         self.operation: Operation[AnyRequest] = OPERATIONS[type(request)]
         self.answer = answer
@@ -74,6 +81,22 @@ def _facts(message: AnyRequest | AnyReply) -> Facts:
     }
 
 
+class Allowance:
+    """How many audited requests a uid may still make (a token bucket): the audit log must not fill the disk."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._left: dict[int, tuple[float, float]] = {}  # uid: tokens, when
+
+    def take(self, uid: int) -> bool:
+        """Use one up, if there is one."""
+        now = self._clock()
+        left, since = self._left.get(uid, (float(BURST), now))
+        left = min(BURST, left + (now - since) * RATE)
+        self._left[uid] = (left - 1 if left >= 1 else left, now)
+        return left >= 1
+
+
 class Dispatcher:
     """`watch(descriptor, call)` has the serving loop call when the descriptor is readable; `unwatch` ends that."""
 
@@ -90,27 +113,35 @@ class Dispatcher:
         self._watch = watch
         self._unwatch = unwatch
         self._clock = clock
-        self._waiting: deque[Job] = deque()
+        self._allowance = Allowance(clock)
+        self._waiting: list[Job] = []
         self._running: dict[int, tuple[Job, Child]] = {}  # by the child's pidfd
         self._at_work: set[tuple[str, object]] = set()
         self._counted: Counter[str] = Counter()
 
-    def ask(self, caller: Caller, request: AnyRequest, answer: Answer) -> None:
-        """Have a request done or refused; `answer` is called once, now or later."""
-        job = Job(caller, request, answer, self._clock)
+    def ask(self, caller: Caller, request: AnyRequest, answer: Answer, owner: object = None) -> None:
+        """Have a request done or refused; `answer` is called once, now or later, unless its `owner` is forgotten."""
+        job = Job(caller, request, answer, owner, self._clock)
         operation = job.operation
+        if operation.audited and not self._allowance.take(caller.uid):
+            self._counted["refused, too many"] += 1
+            error = OperationError(ErrorCode.BUSY, f"more than {RATE:g} requests a second: try again later")
+            answer(Outcome(error.reply(request.id)))
+            return
         try:
-            if operation.child:
+            if operation.at_once:
                 self._node.policy.check_operation(operation.name)
             operation.rule(self._node.policy, request)
             if job.key in self._at_work:
                 raise OperationError(
                     ErrorCode.BUSY, "an earlier operation on this device has not ended: try again later"
                 )
+            if sum(waiting.operation is operation for waiting in self._waiting) >= MAX_WAITING:
+                raise OperationError(ErrorCode.BUSY, f"{MAX_WAITING} requests of this kind wait already")
         except OperationError as error:
             answer(Outcome(self._refused(job, error)))
             return
-        if not operation.child:
+        if not operation.at_once:
             answer(perform(self._node, request))
             return
         if operation.audited:
@@ -153,12 +184,21 @@ class Dispatcher:
                 job.timed_out = True
                 job.answer(Outcome(error.reply(job.request.id)))
 
+    def forget(self, owner: object) -> None:
+        """Whoever asked has gone: what waits is not begun; what was begun goes on, and is audited."""
+        for job in [job for job in self._waiting if job.owner is owner]:
+            self._waiting.remove(job)
+            error = OperationError(ErrorCode.UNAVAILABLE, "who asked went away before it was begun")
+            self._end(job, Outcome(error.reply(job.request.id)))
+
     def stop(self) -> None:
         """The last line of the audit log. Children still at work are left to end by themselves."""
         unfinished = [*self._waiting, *(job for job, _ in self._running.values())]
         facts: Facts = dict(self._counted)
         if unfinished:
-            facts["unfinished"] = ", ".join(f"{job.operation.name} (asked {job.asked})" for job in unfinished)
+            shown = unfinished[:_SHOWN]
+            facts["unfinished"] = ", ".join(f"{job.operation.name} (asked {job.asked})" for job in shown)
+            facts["unfinished_number"] = len(unfinished)
         self._audit.owe(Entry(event="stop", arguments=facts))
 
     def _unanswered(self) -> list[Job]:
@@ -175,14 +215,18 @@ class Dispatcher:
         return reply
 
     def _start(self) -> None:
-        while self._waiting and len(self._running) < MAX_CHILDREN:
-            job = self._waiting.popleft()
+        running = Counter(job.operation.name for job, _ in self._running.values())
+        for job in list(self._waiting):
+            if running[job.operation.name] >= job.operation.at_once:
+                continue
+            self._waiting.remove(job)
             try:
                 child = Child(partial(perform, self._node, job.request))
             except OSError as error:
                 why = f"no process could be started for it: {os.strerror(error.errno or 0)}"
                 self._end(job, Outcome(OperationError(ErrorCode.INTERNAL, why).reply(job.request.id)))
                 continue
+            running[job.operation.name] += 1
             self._running[child.pidfd] = (job, child)
             self._watch(child.pidfd, partial(self._ended, child.pidfd))
 

@@ -1,6 +1,7 @@
 """PrepareSocketDirectory and OpenKubeletSocket: the kubelet's directory belongs to root; these two open it a crack.
 
 <kubelet dir>/device-plugins/qat.intel.com     made the server's group's, so that it can serve endpoints there
+<kubelet dir>/plugins_registry/qat.intel.com   the same, for the kubelet's plugin watcher
 <kubelet dir>/device-plugins/kubelet.sock      connected to, and the connection passed to the server
 <kubelet dir>/pod-resources/kubelet.sock       the same
 """
@@ -15,10 +16,22 @@ from typing import Final
 
 from qat_helper.errors import UNSIGNED, OperationError
 from qat_helper.node import Node, Outcome
-from qat_shared.messages import Connected, Done, ErrorCode, KubeletService, OpenKubeletSocket, PrepareSocketDirectory
+from qat_shared.messages import (
+    Connected,
+    Done,
+    ErrorCode,
+    KubeletService,
+    OpenKubeletSocket,
+    PrepareSocketDirectory,
+    SocketDirectory,
+)
 
 ENDPOINTS: Final = "qat.intel.com"
 MODE: Final = 0o2770
+_PARENTS: Final = {
+    SocketDirectory.DEVICE_PLUGINS: "device-plugins",
+    SocketDirectory.PLUGINS_REGISTRY: "plugins_registry",
+}
 _FOLDERS: Final = {KubeletService.REGISTRATION: "device-plugins", KubeletService.POD_RESOURCES: "pod-resources"}
 _SOCKET: Final = "kubelet.sock"
 _RETRY: Final = 0.05
@@ -27,7 +40,7 @@ _NOT_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ECONNREFUSED, 
 
 def prepare_socket_directory(node: Node, request: PrepareSocketDirectory) -> Outcome:
     """Make the endpoints' directory, or repair its group and mode. Raises OperationError."""
-    folder = node.kubelet_dir / _FOLDERS[KubeletService.REGISTRATION]
+    folder = node.kubelet_dir / _PARENTS[request.directory]
     try:
         parent = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:

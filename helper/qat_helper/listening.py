@@ -11,6 +11,8 @@ from typing import Final
 
 PATH_LIMIT: Final = 107  # struct sockaddr_un, less the zero at its end
 _BACKLOG: Final = 16
+SO_PASSRIGHTS: Final = 83
+"""Whether peers may pass descriptors here (asm-generic/socket.h); connections have it from their listener."""
 
 
 class ListenError(Exception):
@@ -24,6 +26,8 @@ def listening(path: Path, gid: int) -> Iterator[socket.socket]:
         raise ListenError(f"the socket's path is longer than the {PATH_LIMIT} bytes that the system allows: {path}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.setblocking(False)
+        with suppress(OSError):  # before Linux 6.16; serve.py does without it
+            listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
         try:
             _remove_stale(path)
             _bind(listener, path, gid)

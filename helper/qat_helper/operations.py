@@ -43,7 +43,8 @@ class Operation(Struct, Generic[R], frozen=True):
 
     `rule` raises OperationError when policy forbids the request; what can be known only from the device itself, the
     function checks. `alone` names what must not be done twice at a time to one device (None: it may be). `audited`: a
-    line before and one after, otherwise counted. `child`: runs in a child, since it may have to wait.
+    line before and one after, otherwise counted. `at_once`: so many children at a time, so that those of one operation
+    that cannot end keep no other from being done; 0: it never waits, and needs no child.
     """
 
     request: type[R]
@@ -51,7 +52,7 @@ class Operation(Struct, Generic[R], frozen=True):
     function: Callable[[Node, R], Outcome]
     alone: str | None
     audited: bool
-    child: bool = True
+    at_once: int
 
     @property
     def name(self) -> str:
@@ -79,20 +80,24 @@ def _address_and_driver(policy: Policy, request: BindDriver) -> None:
     policy.check_driver(request.driver)
 
 
+def _directory(policy: Policy, request: PrepareSocketDirectory) -> None:
+    policy.check_directory(request.directory)
+
+
 def _no_rule(policy: Policy, request: Request) -> None:
     """Nothing that a client could choose wrongly."""
 
 
 # fmt: off
 _TABLE: Final[tuple[Operation[Any], ...]] = (
-    #         request                 rule                 function                  alone        audited
-    Operation(Hello,                  _no_rule,            _hello,                   None,        False, child=False),
-    Operation(BindDriver,             _address_and_driver, bind_driver,              "driver",    True),
-    Operation(ReleaseDriver,          _address,            release_driver,           "driver",    True),
-    Operation(ReadHeartbeat,          _address,            read_heartbeat,           "heartbeat", False),
-    Operation(ReadDeviceConfig,       _address,            read_device_config,       "dev_cfg",   False),
-    Operation(PrepareSocketDirectory, _no_rule,            prepare_socket_directory, "directory", True),
-    Operation(OpenKubeletSocket,      _no_rule,            open_kubelet_socket,      None,        True),
+    #         request                 rule                 function                  alone        audited  at_once
+    Operation(Hello,                  _no_rule,            _hello,                   None,        False,   0),
+    Operation(BindDriver,             _address_and_driver, bind_driver,              "driver",    True,    16),
+    Operation(ReleaseDriver,          _address,            release_driver,           "driver",    True,    4),
+    Operation(ReadHeartbeat,          _address,            read_heartbeat,           "heartbeat", False,   8),
+    Operation(ReadDeviceConfig,       _address,            read_device_config,       "dev_cfg",   False,   2),
+    Operation(PrepareSocketDirectory, _directory,          prepare_socket_directory, "directory", True,    1),
+    Operation(OpenKubeletSocket,      _no_rule,            open_kubelet_socket,      None,        True,    4),
 )
 # fmt: on
 

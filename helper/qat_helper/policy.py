@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from qat_helper.errors import denied
 from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
-from qat_shared.messages import DpdkDriver
+from qat_shared.messages import DpdkDriver, SocketDirectory
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice
 
@@ -35,6 +35,7 @@ class Policy(Struct, frozen=True):
     operations: frozenset[str]
     addresses: frozenset[PciAddress] | None = None
     drivers: frozenset[DpdkDriver] = frozenset(DpdkDriver)
+    directories: frozenset[SocketDirectory] = frozenset(SocketDirectory)
     extra_virtual_ids: frozenset[tuple[int, int]] = frozenset()
 
     def check_operation(self, name: str) -> None:
@@ -51,6 +52,11 @@ class Policy(Struct, frozen=True):
         """Raises OperationError."""
         if driver not in self.drivers:
             raise denied("drivers", f"{driver} is not among the drivers of the helper's policy file")
+
+    def check_directory(self, directory: SocketDirectory) -> None:
+        """Raises OperationError."""
+        if directory not in self.directories:
+            raise denied("directories", f"{directory} is not among the directories of the helper's policy file")
 
     def check_virtual(self, device: PciDevice) -> str | None:
         """The kernel VF driver of a VF that may be bound (None: it has none). Raises OperationError, SysfsError."""
@@ -77,12 +83,11 @@ class Policy(Struct, frozen=True):
         )
 
 
-def check_own_driver(address: PciAddress, current: str | None, kernel_driver: str | None) -> None:
+def check_own_driver(address: PciAddress, driver: str | None, kernel_driver: str | None, how: str = "bound to") -> None:
     """A VF is taken only from its kernel VF driver or a DPDK driver: any other was somebody's decision."""
-    if current not in (None, kernel_driver, *DPDK_DRIVERS):
+    if driver not in (None, kernel_driver, *DPDK_DRIVERS):
         raise denied(
-            "foreign-driver",
-            f"{address} was bound to {current} by somebody else: unbind it there, if that is no mistake",
+            "foreign-driver", f"{address} was {how} {driver} by somebody else: undo it there, if that was a mistake"
         )
 
 
@@ -93,6 +98,7 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     operations: frozenset[str] | None = None
     addresses: frozenset[str] | None = None
     drivers: frozenset[DpdkDriver] | None = None
+    directories: frozenset[SocketDirectory] | None = None
     extra_virtual_ids: tuple[str, ...] = ()
 
 
@@ -112,6 +118,7 @@ def narrow(builtin: Policy, path: Path, owner: int) -> Policy:
             operations=builtin.operations if file.operations is None else file.operations,
             addresses=None if file.addresses is None else frozenset(map(_address, file.addresses)),
             drivers=builtin.drivers if file.drivers is None else file.drivers,
+            directories=builtin.directories if file.directories is None else file.directories,
             extra_virtual_ids=frozenset(map(_virtual_id, file.extra_virtual_ids)),
         )
     except OSError as error:

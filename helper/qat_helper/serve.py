@@ -6,11 +6,13 @@ read from. Answers that do not fit into its socket wait in a short queue; a peer
 dropped. Without requests in flight there is no time-out, so an idle helper does not wake up.
 """
 
+import fcntl
 import os
 import select
 import signal
 import socket
 import struct
+import termios
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -24,13 +26,16 @@ from qat_helper.dispatch import Dispatcher
 from qat_helper.errors import OperationError
 from qat_helper.node import Node, Outcome
 from qat_shared.codec import ProtocolError, decode_request, encode
-from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, Welcome
+from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, OpenKubeletSocket, Welcome
 
 MAX_PEERS: Final = 16
 MAX_IN_FLIGHT: Final = 64
 """Requests of one peer that are not answered yet."""
 MAX_QUEUE: Final = 32
 """Answers to one peer that its socket has no room for."""
+MAX_PASSED: Final = 16
+"""Descriptors passed to one peer that it may not have taken yet."""
+_INT: Final = struct.Struct("i")
 _CREDENTIALS: Final = struct.Struct("iII")
 _GONE: Final = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 
@@ -44,6 +49,7 @@ class Peer:
         self.turned_away: OperationError | None = None
         self.greeted = False
         self.in_flight = 0
+        self.passed = 0  # descriptors, since it had last read everything
         self.queue: deque[tuple[bytes, int | None]] = deque()
         self.open = True
 
@@ -58,6 +64,7 @@ class Server:
         self._epoll = select.epoll()
         self._calls: dict[int, Callable[[int], None]] = {}
         self._peers: list[Peer] = []
+        self._disposers: list[int] = []
         self._stopping = False
         self._dispatcher = Dispatcher(node, audit, self._watch_child, self._unwatch)
 
@@ -101,12 +108,17 @@ class Server:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
+        except OSError as error:
+            say(f"a connection could not be taken: {os.strerror(error.errno or 0)}")
+            if self._peers:  # room for the next attempt
+                self._drop(self._peers[0])
+            return
         sock.setblocking(False)
         caller = Caller(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
         peer = Peer(sock, caller)
         if caller.uid not in self._node.policy.uids:
             peer.turned_away = self._dispatcher.turn_away(caller)
-        elif sum(other.turned_away is None for other in self._peers) >= MAX_PEERS:
+        elif sum(other.caller.uid == caller.uid for other in self._peers) >= MAX_PEERS:
             peer.turned_away = OperationError(ErrorCode.BUSY, f"the helper serves {MAX_PEERS} connections already")
         self._peers.append(peer)
         self._watch(sock.fileno(), self._events(peer), partial(self._ready, peer))
@@ -125,7 +137,11 @@ class Server:
 
     def _receive(self, peer: Peer, events: int) -> None:
         try:
-            # No room for control messages: the kernel closes descriptors that a peer passes.
+            # A look first: to receive descriptors that nobody asked for is to close them, and the last close of one may
+            # wait for as long as its maker likes (a socket that lingers).
+            if peer.sock.recvmsg(1, 0, socket.MSG_PEEK)[2] & socket.MSG_CTRUNC:
+                self._drop(peer)
+                return
             packet, _, flags, _ = peer.sock.recvmsg(MAX_MESSAGE + 1)
         except BlockingIOError:
             return
@@ -153,8 +169,21 @@ class Server:
             self._answer(peer, Outcome(error.reply(request.id)))
         else:
             peer.in_flight += 1
-            self._dispatcher.ask(peer.caller, request, partial(self._answered, peer))
+            if isinstance(request, OpenKubeletSocket) and not self._takes_descriptors(peer):
+                full = OperationError(
+                    ErrorCode.BUSY, "take the connections that were passed to you before asking for more"
+                )
+                self._answered(peer, Outcome(full.reply(request.id)))
+                return
+            self._dispatcher.ask(peer.caller, request, partial(self._answered, peer), peer)
             self._update(peer)
+
+    def _takes_descriptors(self, peer: Peer) -> bool:
+        """Whether it reads what it is passed: descriptors under way count against all processes of our uid."""
+        (unread,) = _INT.unpack(fcntl.ioctl(peer.sock, termios.TIOCOUTQ, bytes(_INT.size)))
+        if not unread:
+            peer.passed = 0
+        return peer.passed < MAX_PASSED
 
     def _answered(self, peer: Peer, outcome: Outcome) -> None:
         peer.in_flight -= 1
@@ -182,7 +211,9 @@ class Server:
                 self._drop(peer)
                 return
             peer.queue.popleft()
-            _close(descriptor)
+            if descriptor is not None:
+                peer.passed += 1
+                os.close(descriptor)
         if peer.turned_away and not peer.queue:
             self._drop(peer)
         else:
@@ -197,16 +228,44 @@ class Server:
         return reading | (select.EPOLLOUT if peer.queue else 0)
 
     def _drop(self, peer: Peer) -> None:
-        """Close the connection; what it has asked for still ends, and is audited."""
+        """Close the connection; what is begun for it still ends, and is audited."""
         if not peer.open:
             return
         peer.open = False
         self._peers.remove(peer)
         self._unwatch(peer.sock.fileno())
-        peer.sock.close()
+        self._dispatcher.forget(peer)
+        self._disposers = [pid for pid in self._disposers if os.waitpid(pid, os.WNOHANG)[0] == 0]
+        self._disposers += _dispose(peer.sock)
         for _, descriptor in peer.queue:
             _close(descriptor)
         peer.queue.clear()
+
+
+def _dispose(sock: socket.socket) -> list[int]:
+    """Close a peer's socket; the pid of the process, if one is needed, that closes what was sent and not read.
+
+    That may hold descriptors, and the last close of one may wait. A process that exits does not wait for a lingering
+    socket (the kernel's PF_EXITING), and if it waits for something else, it is not we who do.
+    """
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+        data, _, flags, _ = sock.recvmsg(1, 0, socket.MSG_PEEK)
+    except OSError:
+        data, flags = b"", 0
+    if not data and not flags & socket.MSG_CTRUNC:
+        sock.close()
+        return []
+    end, ours = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(ours)
+        os.read(end, 1)  # until the parent has closed its own
+        os._exit(0)
+    os.close(end)
+    sock.close()
+    os.close(ours)
+    return [pid]
 
 
 def _close(descriptor: int | None) -> None:

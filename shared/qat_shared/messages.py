@@ -36,6 +36,13 @@ class KubeletService(StrEnum):
     POD_RESOURCES = "pod-resources"
 
 
+class SocketDirectory(StrEnum):
+    """The kubelet's directories in which the helper may make one for the server's sockets."""
+
+    DEVICE_PLUGINS = "device-plugins"
+    PLUGINS_REGISTRY = "plugins-registry"
+
+
 class ErrorCode(StrEnum):
     """What kept an operation from being done. The Failure's message says what to do."""
 
@@ -91,7 +98,9 @@ class ReadDeviceConfig(Request, frozen=True, kw_only=True, tag="ReadDeviceConfig
 
 
 class PrepareSocketDirectory(Request, frozen=True, kw_only=True, tag="PrepareSocketDirectory"):
-    """Make <kubelet-dir>/device-plugins/qat.intel.com usable by the server's group. Answer: Done."""
+    """Make qat.intel.com in a directory of the kubelet, usable by the server's group. Answer: Done."""
+
+    directory: SocketDirectory = SocketDirectory.DEVICE_PLUGINS
 
 
 class OpenKubeletSocket(Request, frozen=True, kw_only=True, tag="OpenKubeletSocket"):

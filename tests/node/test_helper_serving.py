@@ -7,10 +7,12 @@ import shutil
 import signal
 import socket
 import stat
+import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import msgspec
@@ -126,19 +128,85 @@ def test_what_is_no_message_is_answered_and_the_connection_stays(running: Helper
         assert isinstance(heartbeat(client), Heartbeat)
 
 
-def test_passed_descriptors_do_not_stay_open(running: Helper) -> None:
-    with running.connect() as client:
-        heartbeat(client)
-        before = open_files(running)
-        pipe_end, pipe = os.pipe()
-        for _ in range(20):
-            for packet in (msgspec.msgpack.encode(GOOD), b"nonsense"):
-                socket.send_fds(client.sock, [packet], [pipe] * 10)
-                client.receive()
-        assert open_files(running) == before
-        os.close(pipe)
-        assert os.read(pipe_end, 1) == b"", "nobody else has it"
-        os.close(pipe_end)
+OLD_KERNEL = """
+import sys
+from qat_helper import listening, main
+listening.SO_PASSRIGHTS = -1  # as before Linux 6.16, where peers cannot be kept from passing descriptors
+sys.exit(main.main())
+"""
+
+
+def lingering(seconds: int) -> socket.socket:
+    """A connection whose last close takes that long."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        sock = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+    sock.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(65536))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+    LINGERING.append(peer)
+    return sock
+
+
+LINGERING: list[socket.socket] = []
+
+
+@pytest.mark.parametrize("old_kernel", [False, True], ids=["this kernel", "an old kernel"])
+@pytest.mark.parametrize("busy", [False, True], ids=["read", "left unread"])
+def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool, busy: bool) -> None:
+    with helper(start=False) as running:
+        if old_kernel:
+            running.command = [sys.executable, "-c", OLD_KERNEL]
+        running.start()
+        with running.connect() as victim:
+            assert isinstance(heartbeat(victim), Heartbeat)
+            before = open_files(running)
+            slow = lingering(30)
+            with running.connect() as client, suppress(PermissionError, BrokenPipeError):
+                if busy:  # so that the helper has not read it when we are gone
+                    for _ in range(100):
+                        client.sock.send(b"nonsense")
+                socket.send_fds(client.sock, [b"nonsense"], [slow.fileno()])
+                slow.close()
+            began = time.monotonic()
+            for _ in range(20):
+                assert isinstance(heartbeat(victim), Heartbeat)
+            assert time.monotonic() - began < 15, "nobody waits for it"
+            wait_until(lambda: open_files(running) == before)
+            if slow.fileno() >= 0:  # it could not be passed at all
+                slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+                slow.close()
+    while LINGERING:
+        LINGERING.pop().close()
+
+
+@pytest.mark.parametrize("old_kernel", [False, True], ids=["this kernel", "an old kernel"])
+def test_passed_descriptors_do_not_stay_open(old_kernel: bool) -> None:
+    with helper(start=False) as running:
+        if old_kernel:
+            running.command = [sys.executable, "-c", OLD_KERNEL]
+        running.start()
+        with running.connect() as client:
+            heartbeat(client)
+        wait_until(lambda: open_files(running) > 0)
+        with running.connect() as watcher:
+            heartbeat(watcher)
+            before = open_files(running)
+            pipe_end, pipe = os.pipe()
+            for _ in range(20):
+                with running.connect() as client, suppress(PermissionError):
+                    socket.send_fds(client.sock, [msgspec.msgpack.encode(GOOD)], [pipe] * 10)
+                    assert client.sock.recv(100) == b"", "who passes descriptors is dropped"
+            wait_until(lambda: open_files(running) == before)
+            os.close(pipe)
+            assert os.read(pipe_end, 1) == b"", "nobody else has it"
+            os.close(pipe_end)
+            assert isinstance(heartbeat(watcher), Heartbeat)
 
 
 # Peers that are not what they should be

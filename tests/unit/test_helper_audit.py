@@ -85,7 +85,7 @@ def test_an_unfinished_last_line_is_kept_ended_and_passed_over(tmp_path: Path, t
     assert log.append(entry()) == 4
     log.close()
     lines = path.read_bytes().splitlines()
-    assert lines.pop(2) == torn
+    assert lines.pop(2) == torn + b"#torn"
     assert [record.get("torn", False) for record in check_chain(lines)] == [False, False, True, False]
     with closing(AuditLog(path)) as log:
         assert log.append(entry()) == 5, "and again, with the unfinished line in the middle"
@@ -101,6 +101,38 @@ def test_a_first_line_that_was_never_finished_is_no_obstacle(tmp_path: Path) -> 
         assert log.head.sequence == 1
 
 
+def test_a_line_that_lacks_its_newline_only_is_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.append(entry())
+    size = path.stat().st_size
+    log.append(entry())
+    whole = path.stat().st_size
+    log.close()
+    path.write_bytes(path.read_bytes()[:size])
+    log = AuditLog(path)
+    with file_size_limit(whole - 1), pytest.raises(AuditError):
+        log.append(entry())
+    assert log.append(entry()) == 2
+    log.close()
+    valid = [json.loads(line)["sequence"] for line in path.read_bytes().splitlines() if not line.endswith(b"#torn")]
+    assert valid == [1, 2]
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved"])
+def test_a_log_that_was_taken_away_refuses(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "audit.jsonl"
+    with closing(AuditLog(path)) as log:
+        log.append(entry())
+        if how == "deleted":
+            path.unlink()
+        else:
+            path.rename(tmp_path / "audit.jsonl.1")
+            path.touch()
+        with pytest.raises(AuditError, match="cannot be written"):
+            log.append(entry())
+
+
 def test_a_full_disk_refuses_and_a_line_cut_short_is_passed_over(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,7 +146,7 @@ def test_a_full_disk_refuses_and_a_line_cut_short_is_passed_over(
                 log.append(entry())
     assert log.append(entry()) == 2
     lines = path.read_bytes().splitlines()
-    assert len(lines.pop(1)) == 20
+    assert len(lines.pop(1)) == 20 + len("#torn")
     assert check_chain(lines)[1]["torn"] is True
     said = capfd.readouterr().err.splitlines()
     assert len(said) <= 3

@@ -230,15 +230,24 @@ def test_a_release_that_fails_is_undone(bench: Bench) -> None:
 
 def test_a_link_in_place_of_an_attribute_is_not_followed(bench: Bench) -> None:
     target = bench.kernel.sysfs_root / "elsewhere"
-    target.write_text("as it was")
+    target.write_text("(null)")
     file = bench.kernel.sysfs_root / attribute(VF, "driver_override")
     content = file.read_bytes()
     file.unlink()
     file.symlink_to(target)
     failed(bench.bind(), ErrorCode.KERNEL, number=errno.ELOOP)
-    assert target.read_text() == "as it was"
+    assert target.read_text() == "(null)"
     file.unlink()
     file.write_bytes(content)
+
+
+def test_an_override_of_somebody_else_is_left_alone(bench: Bench) -> None:
+    bench.kernel.unbind(VF)
+    bench.kernel.set_driver_override(VF, "xen-pciback")
+    for reply in (bench.bind(), bench.release()):
+        assert "driver_override" in failed(reply, ErrorCode.DENIED, "foreign-driver")
+    assert bench.override() == "xen-pciback"
+    assert bench.kernel.driver(VF) is None
 
 
 def test_nothing_is_created(bench: Bench) -> None:

@@ -3,8 +3,9 @@
 import json
 import os
 import select
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,11 @@ class Bench:
         node = Node(sysfs_root=directory, kubelet_dir=directory, server_gid=0, policy=policy)
         self.dispatcher = Dispatcher(node, self.audit, self.calls.__setitem__, self.calls.__delitem__, lambda: self.now)
 
-    def operation(self, request: type[AnyRequest], function: Function) -> None:
-        self._table[request] = msgspec.structs.replace(self._table[request], function=function)
+    def operation(self, request: type[AnyRequest], function: Function, at_once: int = 16) -> None:
+        self._table[request] = msgspec.structs.replace(self._table[request], function=function, at_once=at_once)
 
-    def ask(self, request: AnyRequest) -> None:
-        self.dispatcher.ask(CALLER, request, self._answered)
+    def ask(self, request: AnyRequest, owner: object = None) -> None:
+        self.dispatcher.ask(CALLER, request, self._answered, owner)
 
     def _answered(self, outcome: Outcome) -> None:
         self.replies.append(outcome.reply)
@@ -114,6 +115,15 @@ class Gate:
 
     def open(self) -> None:
         self._path.open("wb").close()
+
+    def stand_open(self, bench: Bench, until: Callable[[], object]) -> None:
+        """Let through whatever comes, and let children end, until it is true."""
+        while not until():
+            with suppress(OSError):  # nobody is at the gate just now
+                os.close(os.open(self._path, os.O_WRONLY | os.O_NONBLOCK))
+            for descriptor in list(bench.calls):
+                if select.select([descriptor], [], [], 0.01)[0]:
+                    bench.calls[descriptor]()
 
 
 def failure(reply: AnyReply) -> Failure:
@@ -223,10 +233,53 @@ def test_a_descriptor_is_passed_on(bench: Bench) -> None:
     os.close(bench.descriptors[0])
 
 
-def test_more_than_may_run_wait_and_time_out_unbegun(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "MAX_CHILDREN", 1)
+def test_those_of_one_operation_that_cannot_end_keep_no_other_from_being_done(bench: Bench) -> None:
     gate = Gate(bench)
-    bench.operation(BindDriver, gate)
+    bench.operation(BindDriver, gate, at_once=2)
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=9, audit=UNSIGNED, alive=True)))
+    for number in range(1, 6):
+        bench.ask(bind(number, function=number))
+    assert len(bench.calls) == 2
+    bench.ask(ReadHeartbeat(id=9, address=VF))
+    bench.run(lambda: bench.replies)
+    assert isinstance(bench.replies[0], Heartbeat)
+    gate.stand_open(bench, lambda: len(bench.replies) == 6)
+
+
+def test_what_waits_is_bounded_and_ends_with_who_asked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MAX_WAITING", 3)
+    gate = Gate(bench)
+    bench.operation(BindDriver, gate, at_once=1)
+    leaver = object()
+    for number in range(1, 6):
+        bench.ask(bind(number, function=number), leaver if number in (2, 3) else None)
+    assert [failure(reply).code for reply in bench.replies] == [ErrorCode.BUSY], "the first runs, three wait"
+    bench.dispatcher.forget(leaver)
+    assert len(bench.calls) == 1
+    gate.stand_open(bench, lambda: len(bench.lines()) == 9 and not bench.calls)
+    assert Counter(event for event, _, _ in bench.story()) == {"asked": 4, "done": 4, "refused": 1}
+    assert Counter(verdict for _, verdict, _ in bench.story())["failed"] == 2, "those were never begun"
+
+
+def test_audited_requests_have_an_allowance(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "BURST", 3)
+    bench.operation(BindDriver, done)
+    for number in range(1, 6):
+        bench.ask(bind(number, function=number))
+    bench.run(lambda: len(bench.replies) == 5)
+    assert sum(isinstance(reply, Failure) for reply in bench.replies) == 2
+    assert len(bench.lines()) == 6, "the log does not grow by what is over it"
+    bench.now += 2 / dispatch.RATE
+    bench.ask(bind(6))
+    bench.run(lambda: len(bench.replies) == 6)
+    assert isinstance(bench.replies[-1], Bound)
+    bench.dispatcher.stop()
+    assert bench.lines()[-1]["arguments"]["refused, too many"] == 2
+
+
+def test_more_than_may_run_wait_and_time_out_unbegun(bench: Bench) -> None:
+    gate = Gate(bench)
+    bench.operation(BindDriver, gate, at_once=1)
     bench.ask(bind(1, function=1))
     bench.ask(bind(2, function=2))
     assert len(bench.calls) == 1
@@ -318,6 +371,10 @@ def test_the_last_line_tells_what_was_counted_and_what_goes_on(bench: Bench) -> 
     bench.run(lambda: bench.replies)
     bench.ask(bind(1))
     bench.dispatcher.stop()
-    assert bench.lines()[-1]["arguments"] == {"ReadHeartbeat": 1, "unfinished": "BindDriver (asked 1)"}
+    assert bench.lines()[-1]["arguments"] == {
+        "ReadHeartbeat": 1,
+        "unfinished": "BindDriver (asked 1)",
+        "unfinished_number": 1,
+    }
     gate.open()
     bench.run(lambda: not bench.calls)

@@ -26,6 +26,7 @@ from qat_shared.messages import (
     PrepareSocketDirectory,
     ReadDeviceConfig,
     ReadHeartbeat,
+    SocketDirectory,
 )
 from sysfs_tree import SysfsTree, address
 
@@ -117,21 +118,32 @@ def test_a_socket_of_another_kind_is_an_error_of_the_kernel(node: Node) -> None:
     os.close(folder)
 
 
-def prepare(node: Node) -> Outcome:
-    return perform(node, PrepareSocketDirectory(id=1))
+def prepare(node: Node, directory: SocketDirectory = SocketDirectory.DEVICE_PLUGINS) -> Outcome:
+    return perform(node, PrepareSocketDirectory(id=1, directory=directory))
 
 
-def test_the_socket_directory_is_made_and_repaired(node: Node) -> None:
-    directory = node.kubelet_dir / "device-plugins/qat.intel.com"
+def test_only_the_directory_asked_for_is_made(node: Node) -> None:
+    (node.kubelet_dir / "plugins_registry").mkdir()
+    assert isinstance(prepare(node, SocketDirectory.PLUGINS_REGISTRY).reply, Done)
+    assert [str(path.relative_to(node.kubelet_dir)) for path in node.kubelet_dir.glob("*/*")] == [
+        "plugins_registry/qat.intel.com"
+    ]
+
+
+@pytest.mark.parametrize("word", SocketDirectory)
+def test_the_socket_directory_is_made_and_repaired(node: Node, word: SocketDirectory) -> None:
+    parent = {"device-plugins": "device-plugins", "plugins-registry": "plugins_registry"}[word]
+    directory = node.kubelet_dir / parent / "qat.intel.com"
+    directory.parent.mkdir(mode=0o750, exist_ok=True)
     before = os.umask(0o077)
     try:
         for _ in range(2):
-            assert isinstance(prepare(node).reply, Done)
+            assert isinstance(prepare(node, word).reply, Done)
             assert stat.S_IMODE(directory.stat().st_mode) == 0o2770
     finally:
         os.umask(before)
     directory.chmod(0o755)  # as the kubelet makes a DirectoryOrCreate
-    assert isinstance(prepare(node).reply, Done)
+    assert isinstance(prepare(node, word).reply, Done)
     assert stat.S_IMODE(directory.stat().st_mode) == 0o2770
 
 
@@ -155,6 +167,10 @@ def test_what_is_no_directory_is_left_as_it_is(node: Node, tmp_path: Path) -> No
     place.unlink()
     (node.kubelet_dir / "device-plugins").rmdir()
     assert code(prepare(node)) is ErrorCode.UNAVAILABLE
+    assert code(prepare(node, SocketDirectory.PLUGINS_REGISTRY)) is ErrorCode.UNAVAILABLE
+    (node.kubelet_dir / "plugins_registry").symlink_to(tmp_path / "elsewhere")
+    assert code(prepare(node, SocketDirectory.PLUGINS_REGISTRY)) is ErrorCode.UNAVAILABLE
+    assert os.listdir(tmp_path / "elsewhere") == []
 
 
 @pytest.mark.parametrize(("text", "alive"), [("0\n", True), ("-1\n", False), ("-1", False), ("0\nmore\n", True)])

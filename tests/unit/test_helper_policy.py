@@ -10,7 +10,15 @@ from qat_helper.errors import OperationError
 from qat_helper.operations import NAMES, OPERATIONS
 from qat_helper.policy import Policy, PolicyError, check_own_driver, narrow
 from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VIRTUAL
-from qat_shared.messages import AnyRequest, BindDriver, DpdkDriver, ErrorCode, Hello
+from qat_shared.messages import (
+    AnyRequest,
+    BindDriver,
+    DpdkDriver,
+    ErrorCode,
+    Hello,
+    PrepareSocketDirectory,
+    SocketDirectory,
+)
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import MalformedError, SysfsError, open_device
 from sysfs_tree import SysfsTree, address
@@ -33,7 +41,7 @@ def rule_of(check: Callable[[], object]) -> str:
 def test_every_request_of_the_protocol_has_its_row_and_nothing_else_has() -> None:
     assert set(OPERATIONS) == set(AnyRequest.__args__)
     assert {operation.name for operation in OPERATIONS.values()} == NAMES | {"Hello"}
-    assert [kind for kind, operation in OPERATIONS.items() if not operation.child] == [Hello]
+    assert [kind for kind, operation in OPERATIONS.items() if not operation.at_once] == [Hello]
     assert [operation.name for operation in OPERATIONS.values() if not operation.audited] == [
         "Hello",
         "ReadHeartbeat",
@@ -124,6 +132,7 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
         operations = ["BindDriver"]
         addresses = ["0000:6b:00.1", "10000:e1:00.1"]
         drivers = ["igb_uio"]
+        directories = ["plugins-registry"]
         extra_virtual_ids = ["8086:10ca", "1af4:1041"]
     """
     policy = narrow(BUILTIN, policy_file(tmp_path, text), os.geteuid())
@@ -131,6 +140,13 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
     assert policy.extra_virtual_ids == {(0x8086, 0x10CA), (0x1AF4, 0x1041)}
     assert rule_of(lambda: policy.check_operation("BindDriver")) == ""
     assert rule_of(lambda: policy.check_operation("ReadHeartbeat")) == "operations"
+
+    def prepare(directory: SocketDirectory) -> str:
+        request = PrepareSocketDirectory(id=1, directory=directory)
+        return rule_of(lambda: OPERATIONS[PrepareSocketDirectory].rule(policy, request))
+
+    assert prepare(SocketDirectory.PLUGINS_REGISTRY) == ""
+    assert prepare(SocketDirectory.DEVICE_PLUGINS) == "directories"
 
     def bind(where: PciAddress, driver: DpdkDriver) -> str:
         request = BindDriver(id=1, address=where, driver=driver)
@@ -148,6 +164,7 @@ UNUSABLE = {
     "unknown key": ("allow_everything = true", "allow_everything"),
     "wrong type": ('drivers = "vfio-pci"', "drivers"),
     "unknown driver": ('drivers = ["e1000"]', "drivers"),
+    "unknown directory": ('directories = ["plugins_registry"]', "directories"),
     "unknown operation": ('operations = ["Reboot"]', "Reboot is no operation"),
     "Hello cannot be forbidden": ('operations = ["Hello"]', "Hello is no operation"),
     "no address": ('addresses = ["6b:00.1"]', "addresses"),

@@ -66,6 +66,7 @@ class Server:
         self._peers: list[Peer] = []
         self._disposers: list[int] = []
         self._stopping = False
+        self._listening = False
         self._dispatcher = Dispatcher(node, audit, self._watch_child, self._unwatch)
 
     def run(self) -> None:
@@ -77,7 +78,7 @@ class Server:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)
             self._watch(wake_end.fileno(), select.EPOLLIN, self._stop)
-            self._watch(self._listener.fileno(), select.EPOLLIN, self._accept)
+            self._listen()
             say(f"serving on {os.fsdecode(self._listener.getsockname())}")
             while not self._stopping:
                 # One at a time: what is handled may close descriptors that others in the same batch are about.
@@ -88,6 +89,10 @@ class Server:
             for peer in list(self._peers):
                 self._drop(peer)
         self._dispatcher.stop()
+
+    def _listen(self) -> None:
+        self._watch(self._listener.fileno(), select.EPOLLIN, self._accept)
+        self._listening = True
 
     def _stop(self, _: int) -> None:
         self._stopping = True
@@ -109,9 +114,12 @@ class Server:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            say(f"a connection could not be taken: {os.strerror(error.errno or 0)}")
-            if self._peers:  # room for the next attempt
-                self._drop(self._peers[0])
+            # Out of descriptors or memory: the listener stays readable, so it is left alone until a peer has gone.
+            say(f"no connection can be taken until one ends: {os.strerror(error.errno or 0)}")
+            self._unwatch(self._listener.fileno())
+            self._listening = False
+            for peer in [peer for peer in self._peers if not peer.greeted]:
+                self._drop(peer)
             return
         sock.setblocking(False)
         caller = Caller(*_CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
@@ -240,6 +248,8 @@ class Server:
         for _, descriptor in peer.queue:
             _close(descriptor)
         peer.queue.clear()
+        if not self._listening and not self._stopping:
+            self._listen()
 
 
 def _dispose(sock: socket.socket) -> list[int]:

@@ -12,7 +12,7 @@ from qat_server import logs
 from qat_server.counters import Counters
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.reconcile import Attempts
-from qat_shared.messages import DpdkDriver
+from qat_shared.messages import DpdkDriver, ErrorCode
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
@@ -38,6 +38,7 @@ class Binder:
         self._clock = clock
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._running: set[PciAddress] = set()
+        self._ended: set[PciAddress] = set()
         self._attempts = Attempts()
         self._timer: asyncio.TimerHandle | None = None
         self.failures: dict[PciAddress, str] = {}
@@ -47,6 +48,10 @@ class Binder:
         """Whether any VF is being bound."""
         return bool(self._running)
 
+    def discovery_begins(self) -> None:
+        """What ends from now on, the inventory that is being made may not know yet."""
+        self._ended.clear()
+
     def wanted(self, addresses: Iterable[PciAddress], work: asyncio.TaskGroup) -> None:
         """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of all others."""
         wanted = set(addresses)
@@ -55,7 +60,7 @@ class Binder:
         if not self._helper.connected:
             return  # a look is asked for when it is back
         now = self._clock()
-        for address in sorted(wanted - self._running):
+        for address in sorted(wanted - self._running - self._ended):
             if self._attempts.due(address, now):
                 self._running.add(address)
                 work.create_task(self._bind(address))
@@ -65,21 +70,29 @@ class Binder:
         try:
             async with self._slots:
                 began = self._clock()
-                outcome = "ok"
+                outcome = ""
                 try:
                     bound = await self._helper.bind(address, self._driver, "serve it to pods")
-                except HelperUnavailableError:
+                except HelperUnavailableError as error:
+                    outcome = error.code
                     return
                 except HelperError as error:
                     outcome = error.code
                     self._failed(address, error)
+                except Exception as error:  # a defect must not end what the others are served by
+                    log.exception("binding failed", address=address)
+                    outcome = ErrorCode.INTERNAL
+                    self._failed(address, HelperError(ErrorCode.INTERNAL, f"a defect of this server: {error!r}"))
                 else:
+                    outcome = "ok"
                     self.failures.pop(address, None)
                     log.info("VF bound", address=address, driver=bound.driver)
                 finally:
-                    self._counters.bind(self._driver, self._clock() - began, outcome)
+                    if outcome:  # not cancelled
+                        self._counters.bind(self._driver, self._clock() - began, outcome)
         finally:
             self._running.discard(address)
+            self._ended.add(address)  # a look at it follows
             self._on_change(address)
 
     def _failed(self, address: PciAddress, error: HelperError) -> None:

@@ -82,11 +82,15 @@ def _listed(device: Device) -> pb.Device:
 
 
 class Streams:
-    """How many ListAndWatch streams were opened and have ended, and a way to wait for the next such event."""
+    """How many ListAndWatch streams were opened and have ended, and a way to wait for the next such event.
+
+    `fresh`: one was opened after the last one that ended.
+    """
 
     def __init__(self) -> None:
         self.opened = 0
         self.ended = 0
+        self.fresh = False
         self._event = asyncio.Event()
 
     async def change(self) -> None:
@@ -96,10 +100,12 @@ class Streams:
 
     def open(self) -> None:
         self.opened += 1
+        self.fresh = True
         self._event.set()
 
     def end(self) -> None:
         self.ended += 1
+        self.fresh = False
         self._event.set()
 
 

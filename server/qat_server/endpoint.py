@@ -1,10 +1,10 @@
 """One resource's endpoint: its socket, and its registration with the kubelet for as long as it runs.
 
-Theory of operation: the socket is served first, since the kubelet calls back inside Register; then Register; then
-wait. Whenever *any* ListAndWatch stream ends, register again: the kubelet, at the end of an older stream, drops the
-client that the newest registration made (device manager, runClient and getClient). So nothing is ever concluded from
-another stream still being open. A kubelet that is down costs one waiting request to the helper every ten seconds; one
-that fails, or ends streams at once, is asked again after a growing pause.
+Theory of operation: the socket is served first, since the kubelet calls back while it registers; then it is registered
+in one of two ways (registration.py); then wait. Whenever *any* ListAndWatch stream ends, register again: the kubelet,
+at the end of an older stream, drops the client that the newest registration made (device manager, runClient and
+getClient). So nothing is ever concluded from a stream that was open before. A kubelet that fails, or ends streams at
+once, is asked again after a growing pause.
 """
 
 import asyncio
@@ -15,49 +15,25 @@ from pathlib import Path
 from typing import Final
 
 import grpc.aio
-from msgspec import Struct
 from msgspec.structs import replace
 
-from qat_server import grpc_socket, kubelet_channel, logs
+from qat_server import grpc_socket, logs
 from qat_server.allocation import AllocationPolicy
 from qat_server.counters import Counters
-from qat_server.device_plugin import OPTIONS, DevicePlugin
-from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
-from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub, add_DevicePluginServicer_to_server
+from qat_server.device_plugin import DevicePlugin
+from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import add_DevicePluginServicer_to_server
 from qat_server.grpc_socket import BoundSocket
-from qat_server.helper_client import HelperError
 from qat_server.inventory import Device
-from qat_server.kubelet_channel import KubeletDialer
+from qat_server.naming import NAMESPACE
+from qat_server.registration import CannotRegisterError, Registrar, Timing
 from qat_server.status import EndpointState
-from qat_shared.messages import KubeletService
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
 
-NAMESPACE: Final = "qat.intel.com"
-VERSION: Final = "v1beta1"
 SOCKET_MODE: Final = 0o660
 STOP_GRACE: Final = 0.2
 """Seconds that an answer under way is given when the endpoint ends."""
-
-
-class Timing(Struct, frozen=True):
-    """All waits, in seconds. A pause begins with `first` and doubles."""
-
-    first: float = 0.05
-    after_failure: float = 1.0  # the longest pause after Register failed
-    after_stream: float = 0.4  # ... after a stream that ended too soon: a kubelet restarting often must be kept up with
-    settled: float = 1.0  # a stream that lived so long ended for a reason of its own, and no pause is made
-    register: float = 12.0  # for Register's answer: the kubelet gives up on its call back after ten
-    stream_first: float = (
-        1.0  # until the kubelet opens the stream (it takes milliseconds); doubles, since it may be busy
-    )
-    stream_last: float = 10.0
-    kubelet: float = 10.0  # that the helper waits for the kubelet's socket in one request
-
-
-class CannotRegisterError(Exception):
-    """One attempt failed; the text says why, in one sentence."""
 
 
 class Endpoint:
@@ -69,8 +45,7 @@ class Endpoint:
     def __init__(
         self,
         name: str,
-        socket_directory: Path,
-        helper: KubeletDialer,
+        registrar: Registrar,
         policy: AllocationPolicy,
         counters: Counters,
         on_allocated: Callable[[], None] = lambda: None,
@@ -78,9 +53,8 @@ class Endpoint:
         timing: Timing | None = None,
     ) -> None:
         self.name = name
-        self.socket_path = socket_directory / f"{name}.sock"
         self.state = EndpointState()
-        self._helper = helper
+        self._registrar = registrar
         self._timing = timing or Timing()
         self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock)
         self._server: grpc.aio.Server | None = None
@@ -94,6 +68,11 @@ class Endpoint:
     def resource(self) -> str:
         """The resource's full name."""
         return f"{NAMESPACE}/{self.name}"
+
+    @property
+    def socket_path(self) -> Path:
+        """Where it is served."""
+        return self._registrar.socket_path
 
     @property
     def handed_out(self) -> dict[PciAddress, float]:
@@ -128,20 +107,20 @@ class Endpoint:
 
     async def _stay_registered(self) -> None:
         loop = asyncio.get_running_loop()
-        timing = self._timing
+        timing, streams = self._timing, self._plugin.streams
         pause, patience = 0.0, timing.stream_first
         while True:
             await asyncio.sleep(pause)
             began = loop.time()
-            opened, ended = self._plugin.streams.opened, self._plugin.streams.ended
             try:
                 await self._serve()
-                await self._register()
-                await self._until_watched(opened, ended, patience)
+                ended = streams.ended
+                await self._registrar.register(streams)
+                await self._until_watched(ended, patience)
             except CannotRegisterError as error:
                 self._failed(str(error))
                 patience = min(patience * 2, timing.stream_last)
-                # A request that waited for the kubelet's socket, or for an answer, was pause enough.
+                # An attempt that waited for the kubelet was pause enough.
                 waited = loop.time() - began >= timing.after_failure
                 pause = timing.first if waited else self._longer(pause, timing.after_failure)
                 continue
@@ -172,16 +151,18 @@ class Endpoint:
         return min(max(pause * 2, self._timing.first), most)
 
     async def _serve(self) -> None:
-        """Serve at the socket's path, anew if the file has gone or is another's. Raises CannotRegisterError."""
+        """Serve at the socket's path, anew if that registers, or if the file has gone. Raises CannotRegisterError."""
         if self._bound is not None:
-            if self._bound.exists():
+            if not self._bound.exists():
+                log.warning(
+                    "endpoint's socket has gone, serving anew", resource=self.resource, socket=str(self.socket_path)
+                )
+            elif not self._registrar.afresh or self._plugin.streams.fresh:  # fresh: the kubelet came back by itself
                 return
-            log.warning(
-                "endpoint's socket has gone, serving anew", resource=self.resource, socket=str(self.socket_path)
-            )
             await self._stop_serving()
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         add_DevicePluginServicer_to_server(self._plugin, server)
+        self._registrar.add_to(server)
         try:
             self._bound = await grpc_socket.start(server, self.socket_path, SOCKET_MODE)
         except OSError as error:
@@ -197,38 +178,17 @@ class Endpoint:
         bound, self._bound = self._bound, None
         try:
             if server is not None:
-                await server.stop(STOP_GRACE)
+                await grpc_socket.stop(server, STOP_GRACE)
         finally:
             if bound is not None:
                 bound.remove()
 
-    async def _register(self) -> None:
-        """One Register. Raises CannotRegisterError."""
-        request = pb.RegisterRequest(
-            version=VERSION,
-            endpoint=f"{NAMESPACE}/{self.socket_path.name}",
-            resource_name=self.resource,
-            options=OPTIONS,
-        )
-        try:
-            connected = await self._helper.open_kubelet_socket(
-                KubeletService.REGISTRATION, wait_ms=round(self._timing.kubelet * 1000)
-            )
-            async with kubelet_channel.over(connected, self.socket_path.parent) as channel:
-                await RegistrationStub(channel).Register(request, timeout=self._timing.register)
-        except HelperError as error:
-            raise CannotRegisterError(error.message) from error
-        except OSError as error:
-            raise CannotRegisterError(f"cannot speak to the kubelet: {error}") from error
-        except grpc.aio.AioRpcError as error:
-            raise CannotRegisterError(kubelet_channel.sentence(error)) from error
-
-    async def _until_watched(self, opened: int, ended: int, patience: float) -> None:
+    async def _until_watched(self, ended: int, patience: float) -> None:
         """Return when a stream was opened or has ended since. Raises CannotRegisterError."""
         streams = self._plugin.streams
         try:
             async with asyncio.timeout(patience):
-                while streams.opened == opened and streams.ended == ended:
+                while not streams.fresh and streams.ended == ended:
                     await streams.change()
         except TimeoutError:
             why = "the kubelet accepted the registration but did not ask for the devices"

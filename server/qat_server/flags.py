@@ -57,7 +57,7 @@ SERVER_FLAGS: Final = (
     Flag("sysfs-root", "/sys", "DIR", "where sysfs is"),
     Flag("kubelet-dir", "/var/lib/kubelet", "DIR", "the kubelet's --root-dir"),
     Flag("helper-socket", "/run/qat-plugin/helper.sock", "PATH", "where qat-helper listens"),
-    Flag("registration", "kubelet-socket", "WAY", "how to register: kubelet-socket"),
+    Flag("registration", "kubelet-socket", "WAY", "how to register: kubelet-socket or plugin-watcher"),
     Flag("metrics-address", "", "HOST:PORT", "serve /healthz, /readyz, /metrics and /status there; off without it"),
     Flag("health-interval", "5s", "DURATION", "time between heartbeat queries of a PF; 0 for none"),
     Flag("resync-interval", "1m", "DURATION", "time between looks at everything, beside uevents"),

@@ -5,9 +5,11 @@ end of one server could remove the socket of the next. With the rename it finds 
 replaced in one step; and nobody can connect before the mode is right.
 """
 
+import asyncio
 import contextlib
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +75,18 @@ async def start(server: grpc.aio.Server, path: Path, mode: int) -> BoundSocket:
     return BoundSocket(path, found.st_dev, found.st_ino)
 
 
+async def stop(server: grpc.aio.Server, grace: float) -> None:
+    """Stop `server`; answers under way are given `grace` seconds.
+
+    gRPC waits with asyncio.wait_for, which before Python 3.12 loses a cancellation that comes when the wait is over.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
+    await server.stop(grace)
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
+
+
 @contextlib.contextmanager
 def private_directory(directory: Path) -> Iterator[Path]:
     """A fresh 0700 directory in `directory`, removed at the end. Raises OSError."""
@@ -85,10 +99,10 @@ def private_directory(directory: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a killed process left: call it only where no other process works in `directory`."""
+    """Remove what a killed process left, its sockets too: only where no other process works in `directory`."""
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            if not entry.name.startswith(_PRIVATE):
+            if not (entry.name.startswith(_PRIVATE) or _is_socket(entry)):
                 continue
             with contextlib.suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):
@@ -97,3 +111,10 @@ def remove_leftovers(directory: Path) -> None:
                     os.rmdir(entry.path)
                 else:
                     os.unlink(entry.path)
+
+
+def _is_socket(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return stat.S_ISSOCK(entry.stat(follow_symlinks=False).st_mode)
+    except OSError:
+        return False

@@ -40,6 +40,7 @@ from qat_shared.messages import (
     ReadDeviceConfig,
     ReadHeartbeat,
     ReleaseDriver,
+    SocketDirectory,
     Welcome,
 )
 from qat_shared.pci import PciAddress
@@ -50,6 +51,8 @@ CALL_TIMEOUT: Final = 20.0
 """Seconds for one call: longer than any deadline of the helper's own, so its answer is the one that is heard."""
 RECONNECT_FIRST: Final = 0.05
 RECONNECT_LAST: Final = 1.0
+SETTLED: Final = 1.0
+"""Seconds that a connection has to live for the next attempt to be made at once."""
 
 _ENDED: Final = "the connection to the helper ended"
 
@@ -83,7 +86,8 @@ class HelperClient:
         self._on_change = on_change
         self._connection: _Connection | None = None
         self.version = ""
-        self.error = "not connected yet"
+        self.error = "the helper is not connected yet"
+        self._told = False
         self.audit: AuditHead | None = None
         self.operations: tuple[str, ...] = ()
 
@@ -99,13 +103,15 @@ class HelperClient:
             try:
                 connection = await self._connect()
             except (OSError, HelperError, ProtocolError) as error:
-                self._lost(f"cannot reach the helper at {self._path}: {_sentence(error)}")
+                differs = isinstance(error, HelperError) and not isinstance(error, HelperUnavailableError)
+                self._lost(f"cannot reach the helper at {self._path}: {_sentence(error)}", say=differs)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RECONNECT_LAST)
                 continue
-            delay = RECONNECT_FIRST
+            began = asyncio.get_running_loop().time()
             self._connection = connection
             self.error = ""
+            self._told = False
             log.info("helper connected", socket=str(self._path), version=self.version)
             self._on_change()
             try:
@@ -114,6 +120,11 @@ class HelperClient:
                 self._connection = None
                 connection.close()
             self._lost(f"the helper at {self._path} closed the connection")
+            if asyncio.get_running_loop().time() - began > SETTLED:
+                delay = RECONNECT_FIRST
+            else:  # it welcomes us and hangs up: not again and again without a pause
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RECONNECT_LAST)
 
     async def bind(self, address: PciAddress, driver: DpdkDriver, reason: str) -> Bound:
         """Bind a VF to a DPDK driver. Raises HelperError."""
@@ -133,9 +144,9 @@ class HelperClient:
             lambda i: ReadDeviceConfig(id=i, address=address, reason="name the resource"), DeviceConfig
         )
 
-    async def prepare_socket_directory(self) -> None:
+    async def prepare_socket_directory(self, directory: SocketDirectory) -> None:
         """Have the endpoints' directory made and given to the server's group. Raises HelperError."""
-        await self._call(lambda i: PrepareSocketDirectory(id=i, reason="serve endpoints"), Done)
+        await self._call(lambda i: PrepareSocketDirectory(id=i, directory=directory, reason="serve endpoints"), Done)
 
     async def open_kubelet_socket(self, service: KubeletService, wait_ms: int = 0) -> socket.socket:
         """A stream socket connected to the kubelet, which the caller closes. Raises HelperError."""
@@ -208,9 +219,11 @@ class HelperClient:
         self.operations = reply.operations
         return connection
 
-    def _lost(self, error: str) -> None:
-        if error != self.error:
+    def _lost(self, error: str, *, say: bool = False) -> None:
+        # One line for an outage, though it mostly has two causes in turn (connection closed, no socket).
+        if not self._told or (say and error != self.error):
             log.warning("helper not reachable", why=error)
+        self._told = True
         self.error = error
         self._on_change()
 

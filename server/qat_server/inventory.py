@@ -75,3 +75,10 @@ class Device(Struct, frozen=True):
 
 Listing = dict[str, tuple[Device, ...]]
 """Resource name without its namespace (cy, dc, generic) to its devices. Treated as immutable."""
+
+
+class Holder(Struct, frozen=True):
+    """Who has a device, as "namespace/pod/container", and the NUMA node that it had when it was allocated."""
+
+    name: str
+    numa_node: int | None = None

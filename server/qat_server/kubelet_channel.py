@@ -23,7 +23,8 @@ from qat_shared.messages import KubeletService
 
 _CHUNK: Final = 64 * 1024
 _ACCEPT_TIMEOUT: Final = 5.0
-_NAME: Final = "s"
+# Dotted: in plugins_registry, a kubelet that starts would take any other name in any directory for a plugin's.
+_NAME: Final = ".s"
 _OPTIONS: Final = (
     # Subchannels are shared by address otherwise, and the address of an earlier relay may come again.
     ("grpc.use_local_subchannel_pool", 1),

@@ -2,7 +2,7 @@
 
 A VF is served when it is on the wanted driver and has the device nodes that a pod needs. Once listed it stays listed:
 when it goes away or bad it is Unhealthy, with a reason and its last nodes, until `releasable` says that nobody can have
-it.
+it. What a pod holds is listed even if this server has never seen it: it may have vanished while no server was there.
 
 Two VFs in one IOMMU group: a group has one user (VFIO refuses a second), and whoever has the group reaches all devices
 in it. So one VF of a group is served: the one that is listed already, or else the first in address order. And only
@@ -15,7 +15,8 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from qat_server.inventory import Device, Inventory, Listing, VirtualFunction
+from qat_server.inventory import Device, Holder, Inventory, Listing, VirtualFunction
+from qat_server.naming import is_resource_name
 from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
 
@@ -30,14 +31,21 @@ def advance(
     driver: DpdkDriver,
     releasable: Callable[[str, PciAddress], bool],
     held: Callable[[str, PciAddress], bool] | None = None,
+    holders: Mapping[str, Mapping[PciAddress, Holder]] | None = None,
 ) -> Listing:
     """The next Listing. `names`: VF to resource, a VF without one is not served. `unhealthy`: PF to why it is.
 
     `releasable(resource, address)`: nobody has the device through this resource, nor is about to.
     A VF whose resource has changed is Unhealthy in the old one. In the new one it is healthy once nobody has it through
     the old one: when it is not `held(old, address)`; without `held`, when it is releasable there.
+    `holders`: resource to the devices that pods are known to have through it.
     """
     before = {name: {device.address: device for device in devices} for name, devices in previous.items()}
+    for resource, held_by in (holders or {}).items():
+        if is_resource_name(resource):  # else another plugin's, from before this one
+            listed = before.setdefault(resource, {})
+            for address, holder in held_by.items():
+                listed.setdefault(address, Device(address, None, holder.numa_node, (), (), reason="it is gone"))
     refused = refusals(inventory, driver, {address for devices in before.values() for address in devices})
     after: defaultdict[str, dict[PciAddress, Device]] = defaultdict(dict)
     for vf in inventory.vfs:

@@ -11,7 +11,11 @@ from typing import Final
 from qat_server.inventory import PhysicalFunction, VirtualFunction
 from qat_shared.devices import VIRTUAL
 
+NAMESPACE: Final = "qat.intel.com"
+"""Stands before each resource's name, with a slash."""
+
 GENERIC: Final = "generic"
+_CRYPTO: Final = "cy"
 
 SERVICES: Final = ("asym", "sym", "dc", "decomp", "dcc")
 """All services, in the order of the kernel's adf_cfg_services.c, which is the order of the words in a name."""
@@ -29,6 +33,11 @@ def resource_name(vf: VirtualFunction, pf: PhysicalFunction | None, config: str 
     return _name(_enabled_services(config)) if config else GENERIC
 
 
+def is_resource_name(name: str) -> bool:
+    """Whether `resource_name` can give it."""
+    return name in (GENERIC, _CRYPTO) or set(name.split("-")) <= set(SERVICES)
+
+
 def needs_config(pf: PhysicalFunction) -> bool:
     """Whether the names of a PF's VFs depend on its dev_cfg, which only the helper can read."""
     return pf.device_id in _NAMED_PFS and bool(pf.vfs) and not _says_services(pf)
@@ -43,7 +52,7 @@ def _name(services: str | None) -> str:
     if len(set(words)) != len(words) or not set(words) <= set(SERVICES):
         return GENERIC
     ordered = [service for service in SERVICES if service in words]
-    return "cy" if ordered == ["asym", "sym"] else "-".join(ordered)
+    return _CRYPTO if ordered == ["asym", "sym"] else "-".join(ordered)
 
 
 def _enabled_services(config: str) -> str | None:

@@ -24,17 +24,22 @@ from qat_server import grpc_socket, http_endpoint, listing, logs, naming, reconc
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.discovery import discover, with_fresh_use
-from qat_server.endpoint import NAMESPACE, Endpoint
+from qat_server.endpoint import Endpoint
 from qat_server.events import Changes, UeventListener, resync
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.http_endpoint import Response
-from qat_server.inventory import Inventory, Listing
+from qat_server.inventory import Holder, Inventory, Listing
 from qat_server.lock import only_server
+from qat_server.naming import NAMESPACE
 from qat_server.pod_resources import held_devices
-from qat_server.settings import Settings
+from qat_server.registration import Registrar
+from qat_server.registration_socket import SocketRegistrar
+from qat_server.registration_watcher import WatcherRegistrar
+from qat_server.settings import Registration, Settings
 from qat_server.status import HelperState, State, encode, status_from
 from qat_server.usage import Usage
+from qat_shared import VERSION
 from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError
@@ -74,6 +79,25 @@ def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[BaseException]:
             yield error
 
 
+class Facts:
+    """What is not as it should be, found again by each look, and said once for as long as it stays so."""
+
+    def __init__(self) -> None:
+        self._before: set[tuple[str, str]] = set()
+        self._now: set[tuple[str, str]] = set()
+
+    def say(self, message: str, /, **fields: object) -> None:
+        """Log a warning, unless it was said already and has been found by every look since."""
+        key = (message, repr(fields))
+        if key not in self._before and key not in self._now:
+            log.warning(message, **fields)
+        self._now.add(key)
+
+    def settle(self) -> None:
+        """A look has ended: what it has not found is over."""
+        self._before, self._now = self._now, set()
+
+
 class Plugin:
     """One server. `run` until cancelled; `state` at any time."""
 
@@ -95,14 +119,14 @@ class Plugin:
         self.endpoints: dict[str, Endpoint] = {}
         self._not_ready = "starting"
         self._configs: dict[PciAddress, str] = {}
-        self._said: set[tuple[str, str]] = set()
+        self._facts = Facts()
         self._helper_event = asyncio.Event()
         self._clock = clock
 
     @property
     def socket_directory(self) -> Path:
         """Where the endpoints' sockets are."""
-        return self.settings.kubelet_dir / "device-plugins" / NAMESPACE
+        return self.settings.socket_directory
 
     def state(self) -> State:
         """What is known at this moment, for /status and /metrics."""
@@ -142,6 +166,15 @@ class Plugin:
 
     async def run(self) -> None:
         """Work until cancelled. Raises an ExceptionGroup of OSError for what no new attempt would mend."""
+        log.info(
+            "started",
+            version=VERSION,
+            sysfs_root=self.settings.sysfs_root,
+            kubelet_dir=self.settings.kubelet_dir,
+            dpdk_driver=self.settings.dpdk_driver,
+            kernel_vf_drivers=self.settings.kernel_vf_drivers,
+            allocation_policy=self.settings.allocation_policy,
+        )
         async with asyncio.TaskGroup() as tasks:
             if self.settings.metrics_address is not None:
                 # Opened before anything is done, so that an address in use is told at once.
@@ -160,7 +193,7 @@ class Plugin:
                     tasks.create_task(self.health.run())
                 async with asyncio.TaskGroup() as work:
                     while True:
-                        await self._look(await self.changes.wait(), work)
+                        await self._look_safely(await self.changes.wait(), work)
 
     def _handlers(self) -> dict[str, Callable[[], Response]]:
         from qat_server import metrics  # noqa: PLC0415 - prometheus_client only where metrics are wanted
@@ -179,7 +212,7 @@ class Plugin:
             return Response(200, b"ok\n")
         return Response(503, "".join(f"{reason}\n" for reason in reasons).encode())
 
-    async def _query_holders(self) -> dict[str, dict[PciAddress, str]]:
+    async def _query_holders(self) -> dict[str, dict[PciAddress, Holder]]:
         return await held_devices(self.helper, self.socket_directory)
 
     async def _prepare_socket_directory(self) -> None:
@@ -187,7 +220,7 @@ class Plugin:
         while True:
             self._helper_event.clear()
             try:
-                await self.helper.prepare_socket_directory()
+                await self.helper.prepare_socket_directory(self.settings.registration.socket_directory)
             except HelperUnavailableError as error:
                 if os.access(self.socket_directory, os.W_OK | os.X_OK):
                     return
@@ -195,7 +228,7 @@ class Plugin:
                 await self._helper_event.wait()
             except HelperError as error:
                 self._not_ready = f"the helper could not prepare {self.socket_directory}: {error.message}"
-                self._say_once("socket directory not prepared", why=error.message)
+                self._facts.say("socket directory not prepared", why=error.message)
                 await asyncio.sleep(1)
             else:
                 return
@@ -204,6 +237,19 @@ class Plugin:
         self._helper_event.set()
         if self.helper.connected:
             self.changes.mark()  # what could not be bound or read meanwhile
+            self.usage.ask()
+
+    async def _look_safely(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
+        """A look; a defect in it must not end what is served already."""
+        try:
+            await self._look(changed, work)
+        except Exception as error:
+            log.exception("the devices could not be looked at")
+            self._not_ready = f"a defect kept the devices from being looked at: {error!r}"
+            await asyncio.sleep(1)
+            self.changes.mark()
+        finally:
+            self._facts.settle()
 
     async def _look(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
         """See what there is, have done what is missing, tell the kubelet what it may have."""
@@ -213,16 +259,23 @@ class Plugin:
                 self.inventory = await self._discover(changed)
             except SysfsError as error:
                 self._not_ready = str(error)
-                self._say_once("the PCI bus cannot be read", why=str(error))
+                self._facts.say("the PCI bus cannot be read", why=str(error))
                 return
-            self._tell(self.inventory)
         inventory = self.inventory
+        self._tell(inventory)
+        if not inventory.vfs:
+            self._facts.say(
+                "no QAT VFs found",
+                drivers=settings.kernel_vf_drivers,
+                pfs=len(inventory.pfs),
+                hint="enable VFs (sriov_numvfs) on a PF whose kernel driver is loaded and named in --kernel-vf-drivers",
+            )
         await self._read_configs(inventory)
         self.names = self._names(inventory)
         plan = reconcile.plan(inventory, settings.dpdk_driver)
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
-            self._say_once("VF left alone: somebody bound it to another driver", address=address, driver=driver)
+            self._facts.say("VF left alone: somebody bound it to another driver", address=address, driver=driver)
         self.binder.wanted(plan.bind, work)
         self.listing = listing.advance(
             self.listing,
@@ -232,14 +285,18 @@ class Plugin:
             settings.dpdk_driver,
             self.usage.releasable,
             self._held,
+            self.usage.holders,
         )
         self.usage.observe(self.listing)
+        if not self.usage.asked:
+            return  # its answer leads to a new look: the first list has what pods hold, even if it has gone
         self._publish(work)
         self._not_ready = ""
 
     async def _discover(self, changed: frozenset[PciAddress] | None) -> Inventory:
         """Raises SysfsError."""
         began = self._clock()
+        self.binder.discovery_begins()
         known = None if self.inventory is _EMPTY else self.inventory
         settings = self.settings
         inventory = await asyncio.to_thread(
@@ -256,9 +313,9 @@ class Plugin:
 
     def _tell(self, inventory: Inventory) -> None:
         for problem in inventory.problems:
-            self._say_once("device not usable", address=problem.address, why=problem.text)
+            self._facts.say("device not usable", address=problem.address, why=problem.text)
         if inventory.cut:
-            self._say_once(
+            self._facts.say(
                 "more VFs than --max-num-devices: the last in address order are left alone",
                 max_num_devices=self.settings.max_num_devices,
                 left=len(inventory.cut),
@@ -290,7 +347,7 @@ class Plugin:
                 if error.code in (ErrorCode.UNAVAILABLE, ErrorCode.DENIED):
                     self._configs[address] = ""  # this driver has none, or it is not for us to know
                 else:
-                    self._say_once("services not read", address=address, why=error.message)
+                    self._facts.say("services not read", address=address, why=error.message)
 
     def _publish(self, work: asyncio.TaskGroup) -> None:
         for name, devices in self.listing.items():
@@ -309,17 +366,14 @@ class Plugin:
     def _endpoint(self, name: str) -> Endpoint:
         return Endpoint(
             name,
-            self.socket_directory,
-            self.helper,
+            self._registrar(name),
             self.settings.allocation_policy,
             self.counters,
             self.usage.allocated,
             self._clock,
         )
 
-    def _say_once(self, message: str, **fields: object) -> None:
-        """A warning for a fact that each look finds again: one line for each fact."""
-        key = (message, repr(fields))
-        if key not in self._said:
-            self._said.add(key)
-            log.warning(message, **fields)
+    def _registrar(self, name: str) -> Registrar:
+        if self.settings.registration is Registration.PLUGIN_WATCHER:
+            return WatcherRegistrar(name, self.socket_directory)
+        return SocketRegistrar(name, self.socket_directory, self.helper)

@@ -10,6 +10,7 @@ from qat_server import kubelet_channel, logs
 from qat_server.generated import podresources_v1_pb2 as pb
 from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
 from qat_server.helper_client import HelperError
+from qat_server.inventory import Holder
 from qat_server.kubelet_channel import KubeletDialer
 from qat_shared.messages import KubeletService
 from qat_shared.pci import PciAddress
@@ -27,8 +28,8 @@ class PodResourcesError(Exception):
 
 async def held_devices(
     helper: KubeletDialer, directory: Path, seconds: float = TIMEOUT
-) -> dict[str, dict[PciAddress, str]]:
-    """Resource name without its namespace, to device, to "namespace/pod/container".
+) -> dict[str, dict[PciAddress, Holder]]:
+    """Resource name without its namespace, to device, to its holder.
 
     `directory` is the server's own (see kubelet_channel.over). Raises PodResourcesError.
     """
@@ -48,14 +49,16 @@ async def held_devices(
     return _read(answer)
 
 
-def _read(answer: pb.ListPodResourcesResponse) -> dict[str, dict[PciAddress, str]]:
-    held: dict[str, dict[PciAddress, str]] = {}
+def _read(answer: pb.ListPodResourcesResponse) -> dict[str, dict[PciAddress, Holder]]:
+    held: dict[str, dict[PciAddress, Holder]] = {}
     for pod in answer.pod_resources:
         for container in pod.containers:
             for devices in container.devices:
                 if not devices.resource_name.startswith(PREFIX):
                     continue
                 holders = held.setdefault(devices.resource_name.removeprefix(PREFIX), {})
+                nodes = devices.topology.nodes
+                holder = Holder(f"{pod.namespace}/{pod.name}/{container.name}", nodes[0].ID if nodes else None)
                 for text in devices.device_ids:
                     try:
                         address = PciAddress.parse(text)
@@ -63,5 +66,5 @@ def _read(answer: pb.ListPodResourcesResponse) -> dict[str, dict[PciAddress, str
                         # Given out by another plugin under the same name, before this one: never one of our devices.
                         log.v(2, "pod holds a device that is no PCI address", device=text, pod=pod.name)
                         continue
-                    holders[address] = f"{pod.namespace}/{pod.name}/{container.name}"
+                    holders[address] = holder
     return held

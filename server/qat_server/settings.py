@@ -15,9 +15,10 @@ from qat_server import values
 from qat_server.allocation import AllocationPolicy
 from qat_server.flags import SERVER_FLAGS
 from qat_server.log_settings import LogFormat, LogSettings
+from qat_server.naming import NAMESPACE
 from qat_server.values import HostPort
 from qat_shared.devices import VF_DRIVERS
-from qat_shared.messages import DpdkDriver
+from qat_shared.messages import DpdkDriver, SocketDirectory
 from qat_shared.sysfs import SysfsError, pci_directory
 
 _T = TypeVar("_T")
@@ -49,6 +50,23 @@ class Registration(StrEnum):
     """How the kubelet learns of the resources."""
 
     KUBELET_SOCKET = "kubelet-socket"
+    PLUGIN_WATCHER = "plugin-watcher"
+
+    @property
+    def socket_directory(self) -> SocketDirectory:
+        """The directory of the kubelet that holds ours."""
+        return _DIRECTORIES[self][0]
+
+
+# By the way to register: the helper's word for a directory of the kubelet, its name there, the longest socket's name.
+_DIRECTORIES: Final = {
+    Registration.KUBELET_SOCKET: (SocketDirectory.DEVICE_PLUGINS, "device-plugins", f"{_LONGEST_RESOURCE}.sock"),
+    Registration.PLUGIN_WATCHER: (
+        SocketDirectory.PLUGINS_REGISTRY,
+        "plugins_registry",
+        f"{_LONGEST_RESOURCE}-01234567.sock",
+    ),
+}
 
 
 class SettingsError(Exception):
@@ -73,6 +91,16 @@ class Settings(Struct, frozen=True, kw_only=True):
     uevents: str
     logging: LogSettings
 
+    @property
+    def longest_socket(self) -> Path:
+        """The longest path that an endpoint's socket can have."""
+        return self.socket_directory / _DIRECTORIES[self.registration][2]
+
+    @property
+    def socket_directory(self) -> Path:
+        """Where the endpoints' sockets are: the one folder of the kubelet's that the server writes to."""
+        return self.kubelet_dir / _DIRECTORIES[self.registration][1] / NAMESPACE
+
 
 def parse(given: Mapping[str, str] | None = None) -> Settings:
     """The settings from flag names and their texts; what is not given has its default. Raises SettingsError.
@@ -89,14 +117,14 @@ def parse(given: Mapping[str, str] | None = None) -> Settings:
         except ValueError as error:
             raise SettingsError(f"--{name}: {error}") from None
 
-    return Settings(
+    settings = Settings(
         dpdk_driver=read("dpdk-driver", _dpdk_driver),
         kernel_vf_drivers=read("kernel-vf-drivers", lambda text: values.names(text, VF_DRIVERS, "kernel VF driver")),
         max_num_devices=read("max-num-devices", lambda text: values.integer(text, least=1)),
         allocation_policy=read("allocation-policy", allocation_policy),
         mode=read("mode", _mode),
         sysfs_root=read("sysfs-root", _path),
-        kubelet_dir=read("kubelet-dir", _kubelet_dir),
+        kubelet_dir=read("kubelet-dir", _path),
         helper_socket=read("helper-socket", _socket_path),
         registration=read("registration", _registration),
         metrics_address=read("metrics-address", values.host_port),
@@ -107,6 +135,8 @@ def parse(given: Mapping[str, str] | None = None) -> Settings:
         uevents=read("uevents", _uevents),
         logging=_logging(read, frozenset(given or ())),
     )
+    read("kubelet-dir", lambda _: _check_length(settings.longest_socket))
+    return settings
 
 
 def check_sysfs_root(root: Path) -> None:
@@ -136,8 +166,6 @@ def _mode(text: str) -> Mode:
 
 
 def _registration(text: str) -> Registration:
-    if text == "plugin-watcher":
-        raise ValueError("'plugin-watcher' comes with a later version; this one has kubelet-socket")
     return Registration(_one_of(text, tuple(way.value for way in Registration), "way to register"))
 
 
@@ -158,12 +186,6 @@ def _path(text: str) -> Path:
 def _socket_path(text: str) -> Path:
     path = _path(text)
     _check_length(path)
-    return path
-
-
-def _kubelet_dir(text: str) -> Path:
-    path = _path(text)
-    _check_length(path / "device-plugins" / "qat.intel.com" / f"{_LONGEST_RESOURCE}.sock")
     return path
 
 

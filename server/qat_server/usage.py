@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from qat_server import logs
-from qat_server.inventory import Listing
+from qat_server.inventory import Holder, Listing
 from qat_server.pod_resources import PodResourcesError
 from qat_shared.pci import PciAddress
 
@@ -23,8 +23,8 @@ SETTLE: Final = 10.0
 _AFTER_ALLOCATION: Final = 1.0  # the kubelet shows a pod in PodResources once it is admitted
 _RETRY: Final = 5.0
 
-Holders = Mapping[str, Mapping[PciAddress, str]]
-"""Resource name to device to its holder (namespace/pod/container)."""
+Holders = Mapping[str, Mapping[PciAddress, Holder]]
+"""Resource name to device to its holder."""
 
 
 class Usage:
@@ -49,6 +49,8 @@ class Usage:
         self._due_at = 0.0
         self.holders: Holders | None = None
         self.error = "not asked yet"
+        self.asked = False
+        """Whether there has been an answer, or none to be had."""
 
     def observe(self, listing: Listing) -> None:
         """Take note of the devices that are listed as unhealthy now."""
@@ -63,6 +65,10 @@ class Usage:
     def allocated(self) -> None:
         """Take note that devices were handed out just now."""
         self._ask_at(self._clock() + _AFTER_ALLOCATION)
+
+    def ask(self) -> None:
+        """Ask soon: the kubelet may be reached again, or may be another one."""
+        self._ask_at(self._clock())
 
     def releasable(self, resource: str, address: PciAddress) -> bool:
         """Whether a device of a list cannot be in use, nor be about to be."""
@@ -81,8 +87,8 @@ class Usage:
         return address in (self.holders or {}).get(resource, {})
 
     def by_device(self) -> dict[PciAddress, str]:
-        """The devices that pods are known to hold, each with its holder."""
-        return {address: pod for devices in (self.holders or {}).values() for address, pod in devices.items()}
+        """The devices that pods are known to hold, each with its holder (namespace/pod/container)."""
+        return {address: holder.name for held in (self.holders or {}).values() for address, holder in held.items()}
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -100,22 +106,30 @@ class Usage:
 
     async def _ask(self) -> None:
         asked_at = self._clock()
+        first = not self.asked
         try:
             holders = await self._query()
         except PodResourcesError as error:
             if str(error) != self.error:
-                log.warning("pods' devices unknown: lists keep what vanishes", why=str(error))
+                log.warning(
+                    "kubelet does not say who holds devices: what vanishes stays listed",
+                    why=str(error),
+                )
             self.error = str(error)
             # What an old answer said may be wrong by now, and a device must not leave a list by it.
             self.holders = None
+            self.asked = True
+            if first:
+                self._on_change()
             if self._unhealthy_since:
                 self._ask_at(asked_at + _RETRY)
             return
         self.error = ""
         self._answer_asked_at = asked_at
+        self.asked = True
         changed = holders != self.holders
         self.holders = holders
-        if changed or self._unhealthy_since:
+        if first or changed or self._unhealthy_since:
             self._on_change()
 
     def _ask_at(self, when: float) -> None:

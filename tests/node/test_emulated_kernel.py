@@ -26,7 +26,10 @@ PRELUDE = """
 import errno, json, os, signal, sys, threading
 root = sys.argv[1]
 def write(path, data):
-    descriptor = os.open(f"{root}/{path}", os.O_WRONLY)
+    try:
+        descriptor = os.open(f"{root}/{path}", os.O_WRONLY)
+    except OSError as error:  # who is not root gets there what root gets from the write
+        return errno.errorcode[error.errno]
     try:
         return os.write(descriptor, data.encode())
     except OSError as error:

@@ -19,7 +19,7 @@ from qat_server.generated import podresources_v1_pb2 as resources_pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub, add_DevicePluginServicer_to_server
 from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
 from qat_server.helper_client import HelperError
-from qat_server.inventory import Device
+from qat_server.inventory import Device, Holder
 from qat_server.pod_resources import PodResourcesError, held_devices
 from qat_server.simulation.kubelet import (
     AdmissionError,
@@ -345,7 +345,7 @@ async def test_held_devices_are_read_through_the_helper(node: Node) -> None:
     async with node.plugin(FOUR):
         await node.kubelet.allocate("pod", [("main", CY, 2)])
         assert await held_devices(helper, node.kubelet.plugin_directory) == {
-            "cy": {address(0): "default/pod/main", address(1): "default/pod/main"}
+            "cy": dict.fromkeys((address(0), address(1)), Holder("default/pod/main", 0))
         }
         node.kubelet.free("pod")
         assert await held_devices(helper, node.kubelet.plugin_directory) == {}

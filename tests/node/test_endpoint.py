@@ -1,6 +1,7 @@
 """An endpoint against the emulated kubelet over real sockets: it is registered whenever the kubelet lets it be."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -8,6 +9,7 @@ import stat
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import grpc.aio
 import pytest
@@ -18,10 +20,12 @@ from qat_server import grpc_socket, kubelet_channel
 from qat_server.allocation import AllocationPolicy
 from qat_server.counters import Counters
 from qat_server.device_plugin import DevicePlugin
-from qat_server.endpoint import Endpoint, Timing
+from qat_server.endpoint import Endpoint
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub, add_DevicePluginServicer_to_server
 from qat_server.inventory import Device
+from qat_server.registration import Timing
+from qat_server.registration_socket import SocketRegistrar
 from qat_server.simulation.kubelet import Hostility, Kubelet
 from qat_shared.messages import KubeletService
 from qat_shared.pci import PciAddress
@@ -72,7 +76,8 @@ async def running(
 ) -> AsyncIterator[Endpoint]:
     sockets = kubelet.plugin_directory / "qat.intel.com"
     helper = helper or DirectHelper(kubelet.directory)
-    endpoint = Endpoint(name, sockets, helper, AllocationPolicy.NONE, Counters(), timing=timing)
+    registrar = SocketRegistrar(name, sockets, helper, timing)
+    endpoint = Endpoint(name, registrar, AllocationPolicy.NONE, Counters(), timing=timing)
     endpoint.update([device(number) for number in range(devices)])
     task = asyncio.create_task(endpoint.run())
     try:
@@ -222,8 +227,11 @@ async def test_many_resources_register_side_by_side(kubelet: Kubelet) -> None:
     names = ("cy", "dc", "sym-dc", "generic")
     async with AsyncExitStack() as stack:
         sockets = kubelet.plugin_directory / "qat.intel.com"
+        helper = DirectHelper(kubelet.directory)
         endpoints = [
-            Endpoint(name, sockets, DirectHelper(kubelet.directory), AllocationPolicy.NONE, Counters(), timing=QUICK)
+            Endpoint(
+                name, SocketRegistrar(name, sockets, helper, QUICK), AllocationPolicy.NONE, Counters(), timing=QUICK
+            )
             for name in names
         ]
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
@@ -343,5 +351,22 @@ async def test_leftovers_of_a_killed_server_are_removed(directory: Path) -> None
     (left / "s").touch()
     (directory / ".qat-12345678").touch()
     (directory / "cy.sock").touch()
+    for name in ("dead.sock", ".hidden"):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(directory / name))
+    (directory / "link.sock").symlink_to("dead.sock")
     grpc_socket.remove_leftovers(directory)
-    assert os.listdir(directory) == ["cy.sock"]
+    assert sorted(os.listdir(directory)) == ["cy.sock", "link.sock"], "what is no socket is not ours"
+
+
+async def test_a_cancellation_that_grpc_loses_is_not_lost() -> None:
+    class Losing:
+        async def stop(self, grace: float) -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    task = asyncio.create_task(grpc_socket.stop(cast("grpc.aio.Server", Losing()), 0.2))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -25,6 +25,7 @@ from qat_shared.messages import (
     ReadDeviceConfig,
     ReadHeartbeat,
     ReleaseDriver,
+    SocketDirectory,
 )
 from qat_shared.pci import PciAddress
 
@@ -36,7 +37,7 @@ REQUESTS: list[AnyRequest] = [
     ReleaseDriver(id=2**32 - 1, address=VF),
     ReadHeartbeat(id=3, address=VF),
     ReadDeviceConfig(id=4, address=VF),
-    PrepareSocketDirectory(id=5),
+    PrepareSocketDirectory(id=5, directory=SocketDirectory.PLUGINS_REGISTRY),
     OpenKubeletSocket(id=6, service=KubeletService.POD_RESOURCES, wait_ms=10_000),
 ]
 REPLIES: list[AnyReply] = [
@@ -137,3 +138,15 @@ def test_any_bytes_give_a_message_or_a_protocol_error(packet: bytes) -> None:
         except ProtocolError:
             continue
         assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize("directory", ["plugins_registry", "../etc", "", 1, None], ids=str)
+def test_a_directory_is_one_of_two_words(directory: object) -> None:
+    packet = msgspec.msgpack.encode({"op": "PrepareSocketDirectory", "id": 1, "directory": directory})
+    with pytest.raises(ProtocolError):
+        decode_request(packet)
+
+
+def test_without_a_word_the_directory_is_that_of_device_plugins() -> None:
+    request = decode_request(msgspec.msgpack.encode({"op": "PrepareSocketDirectory", "id": 1}))
+    assert request == PrepareSocketDirectory(id=1, directory=SocketDirectory.DEVICE_PLUGINS)

@@ -288,6 +288,24 @@ async def test_the_end_of_a_stream_is_noticed(served: Served) -> None:
     stream.cancel()
     await asyncio.wait_for(changed, 10)
     assert (served.plugin.streams.opened, served.plugin.streams.ended) == (1, 1)
+    assert not served.plugin.streams.fresh
+
+
+async def test_a_stream_is_fresh_if_opened_after_the_last_end(served: Served) -> None:
+    streams = served.plugin.streams
+    older = served.stub.ListAndWatch(pb.Empty(), timeout=10)
+    newer = served.stub.ListAndWatch(pb.Empty(), timeout=10)
+    await read(older)
+    await read(newer)
+    both_open = streams.fresh
+    older.cancel()
+    await until(lambda: streams.ended == 1)
+    one_ended = streams.fresh
+    newest = served.stub.ListAndWatch(pb.Empty(), timeout=10)
+    await read(newest)
+    assert (both_open, one_ended, streams.fresh) == (True, False, True), "not fresh though another one is open"
+    newer.cancel()
+    newest.cancel()
 
 
 async def read(stream: "grpc.aio.UnaryStreamCall[pb.Empty, pb.ListAndWatchResponse]") -> pb.ListAndWatchResponse:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_server.inventory import Device, Inventory, Listing, Problem, VirtualFunction
+from qat_server.inventory import Device, Holder, Inventory, Listing, Problem, VirtualFunction
 from qat_server.listing import advance, refusals
 from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
@@ -118,6 +118,22 @@ def test_a_changed_resource() -> None:
     assert step(moved, inventory(virtual()), "cy") == {
         "cy": (device(reason="a pod may have it as dc"),),
         "dc": (device(reason="it is served as cy now"),),
+    }
+
+
+def test_what_a_pod_holds_is_listed_though_this_server_has_never_seen_it() -> None:
+    held = {"cy": {VF: Holder("default/pod/main", 1)}, "somebody-elses": {VF: Holder("default/other/main")}}
+
+    def first(found: Inventory, name: str) -> Listing:
+        names = {vf.address: name for vf in found.vfs}
+        return advance({}, found, names, {}, VFIO, lambda *_: False, lambda *_: True, held)
+
+    assert first(inventory(), "cy") == {"cy": (Device(VF, None, 1, (), (), "it is gone"),)}
+    assert first(inventory(virtual()), "cy") == LISTED
+    assert first(inventory(virtual(driver=None)), "cy")["cy"][0].reason == "it is on no driver"
+    assert first(inventory(virtual()), "dc") == {
+        "cy": (Device(VF, None, 1, (), (), "it is served as dc now"),),
+        "dc": (device(reason="a pod may have it as cy"),),
     }
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from qat_server.allocation import AllocationPolicy
 from qat_server.main import settings_from
+from qat_server.registration_watcher import socket_name
 from qat_server.settings import SettingsError, check_sysfs_root, parse
 from qat_server.values import HostPort
-from qat_shared.messages import DpdkDriver
+from qat_shared.messages import DpdkDriver, SocketDirectory
 
 
 def test_defaults() -> None:
@@ -23,6 +24,7 @@ def test_defaults() -> None:
     assert settings.kubelet_dir == Path("/var/lib/kubelet")
     assert settings.helper_socket == Path("/run/qat-plugin/helper.sock")
     assert settings.registration == "kubelet-socket"
+    assert settings.socket_directory == Path("/var/lib/kubelet/device-plugins/qat.intel.com")
     assert settings.metrics_address is None
     assert settings.health_interval == 5.0
     assert settings.resync_interval == 60.0
@@ -90,8 +92,11 @@ BAD = {
     "huge number": ("max-num-devices", "9" * 5000, "is not a whole number"),
     "kernel mode": ("mode", "kernel", "comes with a later version"),
     "unknown mode": ("mode", "turbo", "unknown mode 'turbo'; known are dpdk"),
-    "plugin watcher": ("registration", "plugin-watcher", "comes with a later version"),
-    "unknown registration": ("registration", "post", "unknown way to register 'post'; known are kubelet-socket"),
+    "unknown registration": (
+        "registration",
+        "post",
+        "unknown way to register 'post'; known are kubelet-socket, plugin-watcher",
+    ),
     "no port": ("metrics-address", "localhost", "not an address such as 127.0.0.1:9090"),
     "port too large": ("metrics-address", "localhost:65536", "the port is 0 to 65535"),
     "port a word": ("metrics-address", "localhost:http", "not an address"),
@@ -187,3 +192,19 @@ def test_what_is_no_sysfs_root(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "missing", file):
         with pytest.raises(SettingsError, match=r"--sysfs-root: .*not a readable sysfs tree"):
             check_sysfs_root(root)
+
+
+def test_the_plugin_watcher_has_a_directory_of_its_own() -> None:
+    settings = parse({"registration": "plugin-watcher"})
+    assert settings.socket_directory == Path("/var/lib/kubelet/plugins_registry/qat.intel.com")
+    assert settings.registration.socket_directory is SocketDirectory.PLUGINS_REGISTRY
+    longest = settings.longest_socket.name.removesuffix("-01234567.sock")
+    assert len(socket_name(longest)) == len(settings.longest_socket.name), "as long as the names that are used"
+
+
+@pytest.mark.parametrize(("registration", "room"), [("kubelet-socket", 57), ("plugin-watcher", 46)])
+def test_the_kubelets_directory_must_leave_room_for_the_sockets(registration: str, room: int) -> None:
+    given = {"registration": registration, "kubelet-dir": "/" + "k" * (room - 1)}
+    assert len(str(parse(given).longest_socket)) == 107
+    with pytest.raises(SettingsError, match=r"--kubelet-dir: the socket path .* is 108 bytes long"):
+        parse(given | {"kubelet-dir": "/" + "k" * room})

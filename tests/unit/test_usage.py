@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from qat_server.inventory import Device, Listing
+from qat_server.inventory import Device, Holder, Listing
 from qat_server.pod_resources import PodResourcesError
 from qat_server.usage import Holders, Usage
 from qat_shared.pci import PciAddress
@@ -56,7 +56,7 @@ async def test_a_device_that_no_pod_holds_may_leave_after_it_has_settled() -> No
 
 async def test_a_held_device_stays_until_its_pod_ends() -> None:
     kubelet = Kubelet()
-    kubelet.holders = {"cy": {VF: "default/pod/main"}}
+    kubelet.holders = {"cy": {VF: Holder("default/pod/main")}}
 
     async def scenario(usage: Usage) -> None:
         assert usage.by_device() == {VF: "default/pod/main"}

@@ -1,6 +1,7 @@
 """The emulated kubelet's checkpoint: what it remembers over a restart. In a format of its own, under the real name."""
 
 import os
+import zlib
 from pathlib import Path
 from typing import Final
 
@@ -19,17 +20,26 @@ class Checkpoint(Struct):
     pods: Pods
 
 
+class _File(Struct, rename="pascal"):
+    data: msgspec.Raw
+    checksum: int
+
+
 def write(directory: Path, checkpoint: Checkpoint) -> None:
     """Replace the file in one step."""
     new = directory / f"{NAME}.new"
-    new.write_bytes(msgspec.json.encode(checkpoint))
+    data = msgspec.json.encode(checkpoint)
+    new.write_bytes(msgspec.json.encode(_File(msgspec.Raw(data), zlib.crc32(data))))
     os.replace(new, directory / NAME)
 
 
 def read(directory: Path) -> Checkpoint:
     """A checkpoint that cannot be read is as good as none: the real kubelet too goes on without."""
     try:
-        return msgspec.json.decode((directory / NAME).read_bytes(), type=Checkpoint)
+        file = msgspec.json.decode((directory / NAME).read_bytes(), type=_File)
+        if zlib.crc32(bytes(file.data)) != file.checksum:
+            return Checkpoint([], {})
+        return msgspec.json.decode(file.data, type=Checkpoint)
     except (FileNotFoundError, msgspec.MsgspecError):
         return Checkpoint([], {})
 

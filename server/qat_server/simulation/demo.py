@@ -5,7 +5,6 @@ prints what was seen. The exit status is 0 only when every step was.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -21,11 +20,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from qat_server.allocation import AllocationPolicy
-from qat_server.endpoint import NAMESPACE
+from qat_server.naming import NAMESPACE
 from qat_server.simulation.interception import InterceptionError
 from qat_server.simulation.kubelet import AdmissionError, Allocation
 from qat_server.simulation.node import Node, NodeError, demo_node, parse_node
-from qat_server.simulation.running_node import RunningNode, SimulationError, running_node
+from qat_server.simulation.running_node import RunningNode, SimulationError, command, running_node
 from qat_server.status import Status
 from qat_shared.devices import VIRTUAL
 
@@ -37,12 +36,12 @@ def run(node: Path | None, policy: AllocationPolicy, keep: bool, console: Consol
     console = console or Console(highlight=False, soft_wrap=True)
     try:
         described = demo_node() if node is None else parse_node(node.read_bytes())
+        if not described.pfs and not described.vfs:
+            raise NodeError("the node description has neither PFs nor VFs: there is nothing to show")
         return asyncio.run(Demo(console, described, policy, keep).run())
-    except (SimulationError, NodeError, InterceptionError, AdmissionError) as error:
+    except (SimulationError, NodeError, InterceptionError, AdmissionError, OSError) as error:
         console.print(f"[red]demo failed:[/red] {escape(str(error))}")
         return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 class Demo:
@@ -54,10 +53,29 @@ class Demo:
         self.policy = policy
         self.keep = keep
         self._steps = 0
+        self._exploring = False
 
     async def run(self) -> int:
+        """All steps; the exit status. A signal ends it as cleanly as the last step does."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101
+        received: list[int] = []
+
+        def end(number: int) -> None:
+            received.append(number)
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, end, number)
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            return 0 if self._exploring else 128 + received[0]
+        return 0
+
+    async def _run(self) -> None:
         began = time.monotonic()
-        options = [f"--health-interval={_HEALTH_INTERVAL}", f"--kernel-vf-drivers={_vf_drivers(self.node)}"]
+        options = [f"--health-interval={_HEALTH_INTERVAL}s", f"--kernel-vf-drivers={_vf_drivers(self.node)}"]
         if self.policy is not AllocationPolicy.NONE:
             options.append(f"--allocation-policy={self.policy}")
         async with running_node(self.node, options) as node:
@@ -69,13 +87,12 @@ class Demo:
             await self._heartbeat(node, status)
             await self._restart_kubelet(node, allocations)
             self._show_audit(node)
-            seconds = time.monotonic() - began
-            self.console.print(
-                f"\n[bold green]All {self._steps} steps were seen to happen[/bold green] in {seconds:.1f} s."
-            )
+            seen = f"[bold green]All {self._steps} steps were seen to happen[/bold green]"
+            self.console.print(f"\n{seen} in {time.monotonic() - began:.1f} s.")
             if self.keep:
                 await self._explore(node)
-        return 0
+            else:
+                self.console.print("To look around in such a node: .venv/bin/qat-plugin demo --keep")
 
     @asynccontextmanager
     async def _step(self, title: str) -> AsyncIterator[None]:
@@ -146,15 +163,18 @@ class Demo:
 
     async def _allocate(self, node: RunningNode) -> dict[str, Allocation]:
         allocations = {}
-        for pod, wanted in (("crypto-a", 2), ("crypto-b", 3)):
+        for pod, wanted in (("pod-a", 2), ("pod-b", 3)):
             resource, free = max(node.kubelet.allocatable_free().items(), key=lambda item: item[1])
             count = min(wanted, free)
-            async with self._step(f"pod {pod} got {count} of {resource} (allocation policy {self.policy})"):
+            if not count:
+                self.console.print(f"\n[dim]- no device is left for {pod}[/dim]")
+                continue
+            async with self._step(f"{pod} got {count} of {resource} (allocation policy {self.policy})"):
                 allocations[pod] = await node.kubelet.allocate(pod, [("main", resource, count)])
             self._show_allocation(allocations[pod])
         first = next(iter(allocations.values()))
         vf = sorted(first.devices)[0]
-        async with self._step(f"pod crypto-a opened {vf}: seen as in use"):
+        async with self._step(f"pod-a opened {vf}: seen as in use"):
             closer = node.kernel.open_vfio(vf)
             await node.until_status("the VF is in use", lambda status: _in_use(status, vf) is True)
             closer.close()
@@ -168,7 +188,7 @@ class Demo:
             return
         before = node.kubelet.allocatable()
         lost = sum(vf.pf == pf.address for vf in status.vfs)
-        async with self._step(f"heartbeat of PF {pf.address} lost: its {lost} VFs are taken from the node"):
+        async with self._step(f"heartbeat of PF {pf.address} lost: its VFs ({lost}) are Unhealthy"):
             node.kernel.set_heartbeat(pf.address, -1)
             await node.until(
                 "allocatable falls", lambda: sum(node.kubelet.allocatable().values()) == sum(before.values()) - lost
@@ -216,25 +236,25 @@ class Demo:
         self.console.print(table)
 
     async def _explore(self, node: RunningNode) -> None:
+        program = command("qat-plugin")[0]
         self.console.print(
             f"\nThe node goes on in {node.directory} until you press Ctrl-C. To look at it:\n"
-            f"  qat-plugin status --metrics-address 127.0.0.1:{node.metrics_port}\n"
+            f"  {program} status --metrics-address 127.0.0.1:{node.metrics_port}\n"
             f"  curl -s http://127.0.0.1:{node.metrics_port}/metrics\n"
             f"  tail -f {node.audit_log}\n"
+            f"  tail -f {node.directory}/run/server.log\n"
             f"  ls -l {node.kernel.sysfs_root}/bus/pci/devices/"
         )
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(name, stop.set)
-        with contextlib.suppress(asyncio.CancelledError):
-            await stop.wait()
+        self._exploring = True
+        while True:
+            await asyncio.sleep(1)
+            node.check_alive()
 
     def _show_capacity(self, node: RunningNode) -> None:
         for title, quantities in (("Capacity", node.kubelet.capacity()), ("Allocatable", node.kubelet.allocatable())):
             self.console.print(f"  {title}:")
             for resource, quantity in sorted(quantities.items()):
-                self.console.print(f"    {resource + ':':<26}{quantity}")
+                self.console.print(f"    {resource + ':':<28} {quantity}")
 
     def _show_allocation(self, allocation: Allocation) -> None:
         for key, value in allocation.envs.items():

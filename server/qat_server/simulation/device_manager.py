@@ -124,10 +124,11 @@ class DeviceManager:
         return {resource: len(devices) for resource, devices in self._healthy.items()}
 
     def free(self) -> dict[str, int]:
-        """By resource, what new pods could still get."""
+        """By resource whose plugin has listed devices, what new pods could still get."""
         self.collect()
         return {
-            resource: len(devices - self._allocated.get(resource, set())) for resource, devices in self._healthy.items()
+            resource: len(self._healthy.get(resource, set()) - self._allocated.get(resource, set()))
+            for resource in self._all
         }
 
     def healthy_devices(self) -> dict[str, list[pb.Device]]:
@@ -156,6 +157,8 @@ class DeviceManager:
         self.collect()
         hint = self._affinity(pod, container, requests)
         for resource, wanted in requests.items():
+            if resource not in self._healthy and resource not in self._allocated:
+                continue  # none that a plugin has: somebody else's to refuse
             devices = await self._choose(pod, container, resource, wanted, hint)
             if not devices:
                 continue

@@ -2,15 +2,16 @@
 
 Start, stop, kill and restart it, admit and free pods, look at capacity and allocatable. All in one event loop; nothing
 runs that `stop` does not end. What a device plugin can feel is ported from the kubelet's source (device_manager.py,
-topology.py, plugin_client.py, kubelet_services.py), its traps included; the pods are only names.
+topology.py, plugin_client.py, plugin_watcher.py, kubelet_services.py), its traps included; the pods are only names.
 
 The trap to know: clients are kept by resource name, and whoever's stream ends drops the *newest* client of that name.
 """
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -33,6 +34,7 @@ from qat_server.simulation.device_manager import (
 )
 from qat_server.simulation.kubelet_services import RegisterRefusedError
 from qat_server.simulation.plugin_client import DialError, PluginConnection
+from qat_server.simulation.plugin_watcher import PERIOD, PluginRefusedError, PluginWatcher
 from qat_server.simulation.pods import Allocation, ContainerAllocation, started_with
 from qat_server.simulation.topology import TopologyPolicy
 
@@ -64,7 +66,10 @@ class Hostility(StrEnum):
 
 
 class Registration(Struct, frozen=True):
-    """A Register request that came: `error` is "" if it was accepted, `at` by the kubelet's clock."""
+    """A Register request, or a plugin that was found: `error` is "" if accepted, `at` by the kubelet's clock.
+
+    `endpoint` as it was named; that of a plugin that was found is absolute.
+    """
 
     resource: str
     endpoint: str
@@ -74,7 +79,10 @@ class Registration(Struct, frozen=True):
 
 
 class Kubelet:
-    """One kubelet with its directory (as /var/lib/kubelet). `registrations` are all Register requests that came."""
+    """One kubelet with its directory (as /var/lib/kubelet). `registrations` are all that were asked of it.
+
+    `watcher_period`: seconds between two looks at plugins_registry.
+    """
 
     def __init__(
         self,
@@ -84,6 +92,7 @@ class Kubelet:
         clock: Callable[[], float] = time.monotonic,
         pod_resources: bool = True,
         dial_timeout: float = DIAL_TIMEOUT,
+        watcher_period: float = PERIOD,
     ) -> None:
         self.directory = directory
         self.hostility = Hostility.NONE
@@ -93,6 +102,8 @@ class Kubelet:
         self._clock = clock
         self._serves_pod_resources = pod_resources
         self._dial_timeout = dial_timeout
+        self._watcher_period = watcher_period
+        self._watcher: PluginWatcher | None = None
         self._manager = DeviceManager(topology_policy, numa_nodes, clock)
         self._pods: dict[str, tuple[str, ...]] = {}
         self._clients: dict[str, PluginConnection] = {}
@@ -107,6 +118,11 @@ class Kubelet:
     def plugin_directory(self) -> Path:
         """Where plugins register and have their sockets."""
         return self.directory / "device-plugins"
+
+    @property
+    def registry_directory(self) -> Path:
+        """Where plugins have sockets to be found."""
+        return self.directory / "plugins_registry"
 
     @property
     def running(self) -> bool:
@@ -135,6 +151,8 @@ class Kubelet:
             service = kubelet_services.PodResources(lambda: self._manager, lambda: self._pods)
             add_PodResourcesListerServicer_to_server(service, server)
             await self._serve(server, pod_resources / "kubelet.sock")
+        self._watcher = PluginWatcher(self.registry_directory, self, self._clock, self._watcher_period)
+        self._watcher.start()
         self._changed()
 
     async def stop(self, kill: bool = False) -> None:
@@ -145,6 +163,9 @@ class Kubelet:
             self._raw = None
             if not kill:
                 os.unlink(self.plugin_directory / "kubelet.sock")
+        if self._watcher is not None:
+            await self._watcher.stop()
+            self._watcher = None
         for connection in list(self._clients.values()):
             await self._disconnect(connection)
         for task in self._watching:
@@ -227,33 +248,61 @@ class Kubelet:
     # Plugins
 
     async def _register(self, request: pb.RegisterRequest) -> None:
-        error = ""
+        """The registration service. Raises RegisterRefusedError."""
+        resource = request.resource_name
+        with self._noting(resource, request.endpoint, request.version):
+            [version] = self._as_heard([request.version])
+            kubelet_services.check_request(version, resource)
+            await self._perhaps_hang()
+            # filepath.Join takes an absolute endpoint for a relative one too.
+            await self._connect(resource, self.plugin_directory / request.endpoint.lstrip("/"))
+
+    async def plugin_found(self, name: str, endpoint: str, versions: Sequence[str]) -> None:
+        """The plugin watcher's handler: a relative endpoint is one of the kubelet's working directory."""
         try:
-            if self.hostility is Hostility.REFUSE:
-                kubelet_services.check_request(pb.RegisterRequest(version=f"not {request.version}"))
-            kubelet_services.check_request(request)
-            if self.hostility is Hostility.HANG:
-                error = "hangs"
-                self._note(request, error)
-                await asyncio.Event().wait()
-            await self._connect(request)
+            with self._noting(name, endpoint, " ".join(versions)):
+                kubelet_services.check_plugin(name, self._as_heard(versions))
+                await self._perhaps_hang()
+                try:
+                    await self._connect(name, Path(endpoint))
+                except DialError as failure:
+                    raise RegisterRefusedError(f"plugin registration failed with err: {failure}") from failure
+        except RegisterRefusedError as refused:
+            raise PluginRefusedError(str(refused)) from refused
+
+    async def plugin_gone(self, name: str) -> None:
+        """The plugin watcher's handler: whose socket it was does not count, the newest client is dropped."""
+        current = self._clients.get(name)
+        if current is not None:
+            await self._disconnect(current)
+
+    def _as_heard(self, versions: Sequence[str]) -> Sequence[str]:
+        return [f"not {version}" for version in versions] if self.hostility is Hostility.REFUSE else versions
+
+    async def _perhaps_hang(self) -> None:
+        if self.hostility is Hostility.HANG:
+            await asyncio.Event().wait()
+
+    @contextlib.contextmanager
+    def _noting(self, resource: str, endpoint: str, version: str) -> Iterator[None]:
+        def note(error: str) -> None:
+            self.registrations.append(Registration(resource, endpoint, version, error, self._clock()))
+            self._changed()
+
+        if self.hostility is Hostility.HANG:
+            note("hangs")
+            yield
+            return
+        try:
+            yield
         except (RegisterRefusedError, DialError) as failure:
-            error = str(failure)
-            raise RegisterRefusedError(error) from failure
-        finally:
-            if error != "hangs":
-                self._note(request, error)
+            note(str(failure))
+            raise RegisterRefusedError(str(failure)) from failure
+        note("")
 
-    def _note(self, request: pb.RegisterRequest, error: str) -> None:
-        self.registrations.append(
-            Registration(request.resource_name, request.endpoint, request.version, error, self._clock())
-        )
-        self._changed()
-
-    async def _connect(self, request: pb.RegisterRequest) -> None:
+    async def _connect(self, resource: str, path: Path) -> None:
         """connectClient: the newest client of a name replaces the older one, which goes on unknown to it."""
-        # filepath.Join takes an absolute endpoint for a relative one too.
-        connection = PluginConnection(request.resource_name, self.plugin_directory / request.endpoint.lstrip("/"))
+        connection = PluginConnection(resource, path)
         self._open.add(connection)
         self._clients[connection.resource] = connection
         try:

@@ -3,7 +3,7 @@
 # ruff: noqa: N802 - the RPCs' names are the protocol's
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 import grpc
@@ -27,15 +27,25 @@ class RegisterRefusedError(Exception):
     """Register fails; the text is the kubelet's own."""
 
 
-def check_request(request: pb.RegisterRequest) -> None:
+def check_request(version: str, resource: str) -> None:
     """The checks of plugin/v1beta1/server.go, Register, with its words. Raises RegisterRefusedError."""
-    if request.version not in SUPPORTED_VERSIONS:
+    if version not in SUPPORTED_VERSIONS:
         supported = " ".join(f'"{version}"' for version in SUPPORTED_VERSIONS)
         raise RegisterRefusedError(
-            f'requested API version "{request.version}" is not supported by kubelet. Supported version is [{supported}]'
+            f'requested API version "{version}" is not supported by kubelet. Supported version is [{supported}]'
         )
-    if not is_extended_resource(request.resource_name):
-        raise RegisterRefusedError(f'the ResourceName "{request.resource_name}" is invalid')
+    if not is_extended_resource(resource):
+        raise RegisterRefusedError(f'the ResourceName "{resource}" is invalid')
+
+
+def check_plugin(name: str, versions: Sequence[str]) -> None:
+    """The checks of plugin/v1beta1/handler.go, ValidatePlugin, with its words. Raises RegisterRefusedError."""
+    if not set(SUPPORTED_VERSIONS) & set(versions):
+        why = f"manager version, {SUPPORTED_VERSIONS[0]}, is not among plugin supported versions"
+        raise RegisterRefusedError(f"plugin validation failed with err: {why} [{' '.join(versions)}]")
+    if not is_extended_resource(name):
+        why = f'invalid name of device plugin socket: the ResourceName "{name}" is invalid'
+        raise RegisterRefusedError(f"plugin validation failed with err: {why}")
 
 
 def is_extended_resource(name: str) -> bool:

@@ -8,12 +8,14 @@ library only and as little of that as possible: each start waits for it.
 
 import ctypes
 import os
+import signal
 import socket
 import struct
 import sys
 from array import array
 from typing import Final
 
+PR_SET_PDEATHSIG: Final = 1
 PR_SET_NO_NEW_PRIVS: Final = 38
 SECCOMP_SET_MODE_FILTER: Final = 1
 FLAG_NEW_LISTENER: Final = 1 << 3
@@ -52,6 +54,9 @@ def install() -> int:
     code = filter_program(arch, write)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(code) // 8, ctypes.addressof(buffer))
+    # Without its supervisor, this process would wait for ever in its next write.
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
     # Without the second flag (Linux 5.19) a signal makes a waiting write start anew, and so ask twice.

@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from qat_server.simulation.services import SERVICES, services_allowed
+from qat_server.simulation.services import services_allowed, what_is_allowed
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
 from qat_shared.pci import PciAddress
 
@@ -178,9 +178,7 @@ def _check_pf(pf: Pf, node: Node) -> None:
     if pf.state == "down" and not pf.has_qat_attributes:
         raise NodeError(f"{name}: state: only devices with qat/ attributes can be down, {pf.device} has none")
     if pf.services is not None and pf.has_qat_attributes and not services_allowed(pf.device_id, pf.services):
-        raise NodeError(
-            f"{name}: services: {pf.services!r} cannot be on {pf.device}; known services are {', '.join(SERVICES)}"
-        )
+        raise NodeError(f"{name}: services: {pf.services!r} cannot be on {pf.device}: {what_is_allowed(pf.device_id)}")
     if pf.vf_driver and not _can_bind(pf.vf_driver, node):
         raise NodeError(f"{name}: vf_driver: {pf.vf_driver} takes no device on a node without IOMMU; set noiommu")
 

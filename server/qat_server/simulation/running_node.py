@@ -50,16 +50,22 @@ def command(name: str) -> list[str]:
     return [found]
 
 
-class RunningNode:
-    """Made by `running_node`. `helper` and `server` are the running processes, None while they are stopped."""
+class Processes:
+    """Our two processes on an emulated kernel and some kubelet's directory; `directory`/run is theirs.
 
-    def __init__(self, directory: Path, kernel: Kernel, kubelet: Kubelet, server_options: Sequence[str]) -> None:
+    `helper` and `server` are the running ones, None while they are stopped. Both run as this user; whoever starts them
+    as others changes the commands, and what they say of the server.
+    """
+
+    def __init__(self, directory: Path, kernel: Kernel, kubelet_directory: Path, server_options: Sequence[str]) -> None:
         self.directory = directory
         self.kernel = kernel
-        self.kubelet = kubelet
+        self.kubelet_directory = kubelet_directory
+        self.server_kubelet_directory = kubelet_directory  # as the server sees it
+        self.server_uid, self.server_gid = os.geteuid(), os.getegid()
         self.helper: subprocess.Popen[bytes] | None = None
         self.server: subprocess.Popen[bytes] | None = None
-        self.metrics_port = _free_port()
+        self.metrics_port = free_port()
         self._server_options = tuple(server_options)
 
     @property
@@ -74,19 +80,35 @@ class RunningNode:
         """What a process ("helper", "server") has written to stderr so far."""
         return (self.directory / "run" / f"{name}.log").read_text(errors="replace")
 
+    def helper_command(self) -> list[str]:
+        """The program and options of qat-helper."""
+        return [
+            *command("qat-helper"),
+            f"--sysfs-root={self.kernel.sysfs_root}",
+            f"--kubelet-dir={self.kubelet_directory}",
+            f"--socket={self.helper_socket}",
+            f"--server-uid={self.server_uid}",
+            f"--server-gid={self.server_gid}",
+            f"--audit-log={self.audit_log}",
+        ]
+
+    def server_command(self) -> list[str]:
+        """The program and options of qat-plugin."""
+        return [
+            *command("qat-plugin"),
+            f"--sysfs-root={self.kernel.sysfs_root}",
+            f"--kubelet-dir={self.server_kubelet_directory}",
+            f"--helper-socket={self.helper_socket}",
+            f"--uevents=unix:{self.kernel.uevents_path}",
+            f"--metrics-address=127.0.0.1:{self.metrics_port}",
+            *self._server_options,
+        ]
+
     def start_helper(self) -> None:
         """Start qat-helper under the emulated kernel; it may take a moment until it serves."""
         with self._open_log("helper") as log:
             self.helper = self.kernel.spawn(
-                [
-                    *command("qat-helper"),
-                    f"--sysfs-root={self.kernel.sysfs_root}",
-                    f"--kubelet-dir={self.kubelet.directory}",
-                    f"--socket={self.helper_socket}",
-                    f"--server-uid={os.geteuid()}",
-                    f"--server-gid={os.getegid()}",
-                    f"--audit-log={self.audit_log}",
-                ],
+                self.helper_command(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -96,15 +118,7 @@ class RunningNode:
         """Start qat-plugin; it may take a moment until it is ready."""
         with self._open_log("server") as log:
             self.server = subprocess.Popen(
-                [
-                    *command("qat-plugin"),
-                    f"--sysfs-root={self.kernel.sysfs_root}",
-                    f"--kubelet-dir={self.kubelet.directory}",
-                    f"--helper-socket={self.helper_socket}",
-                    f"--uevents=unix:{self.kernel.uevents_path}",
-                    f"--metrics-address=127.0.0.1:{self.metrics_port}",
-                    *self._server_options,
-                ],
+                self.server_command(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -119,6 +133,12 @@ class RunningNode:
         """End the helper and wait for it: its exit status."""
         helper, self.helper = self.helper, None
         return await _ended("helper", helper, how)
+
+    async def end(self) -> None:
+        """End what still runs."""
+        for stop in (self.stop_server, self.stop_helper):
+            with contextlib.suppress(SimulationError):
+                await stop()
 
     async def get(self, path: str) -> tuple[int, bytes]:
         """GET from the server's HTTP endpoint: status and body. Raises OSError when it does not listen."""
@@ -191,6 +211,14 @@ class RunningNode:
         return open(self.directory / "run" / f"{name}.log", "ab")
 
 
+class RunningNode(Processes):
+    """Made by `running_node`: with the emulated kubelet."""
+
+    def __init__(self, directory: Path, kernel: Kernel, kubelet: Kubelet, server_options: Sequence[str]) -> None:
+        super().__init__(directory, kernel, kubelet.directory, server_options)
+        self.kubelet = kubelet
+
+
 @asynccontextmanager
 async def running_node(
     node: Node, server_options: Sequence[str] = (), directory: Path | None = None
@@ -199,7 +227,7 @@ async def running_node(
     with contextlib.ExitStack() as stack:
         if directory is None:
             # Short: a Unix socket's path has 107 bytes.
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qat-", dir=_short_tmp())))
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qat-", dir=short_tmp())))
         (directory / "run").mkdir(mode=0o770)
         kernel = stack.enter_context(contextlib.closing(Kernel(directory, node)))
         kubelet = Kubelet(directory / "kubelet")
@@ -208,9 +236,7 @@ async def running_node(
         try:
             yield running
         finally:
-            for stop in (running.stop_server, running.stop_helper):
-                with contextlib.suppress(SimulationError):
-                    await stop()
+            await running.end()
             await kubelet.stop()
 
 
@@ -227,13 +253,14 @@ async def _ended(name: str, process: "subprocess.Popen[bytes] | None", how: sign
         raise SimulationError(f"the {name} did not end within 10 s of {how.name}") from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port
 
 
-def _short_tmp() -> str:
+def short_tmp() -> str:
     """A directory with a short name, in memory where there is room: sysfs is no disk either."""
     memory = "/dev/shm"  # noqa: S108
     with contextlib.suppress(OSError):

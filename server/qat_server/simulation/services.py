@@ -30,3 +30,10 @@ def services_allowed(device_id: int, text: str) -> bool:
     if len(services) == 1:
         return True
     return "dcc" not in services and len(services) <= (3 if device_id == _GEN6 else 2)
+
+
+def what_is_allowed(device_id: int) -> str:
+    """What `services_allowed` takes on a PF with this device id, in words."""
+    if device_id == _GEN6:
+        return "Gen6 takes at most three of asym, sym, dc, decomp, or dcc alone"
+    return "Gen4 takes at most two of asym, sym, dc, or dcc alone"

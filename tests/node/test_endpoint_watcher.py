@@ -1,0 +1,241 @@
+"""An endpoint against the emulated plugin watcher, whose time passes fast here: it is registered whenever it can be."""
+
+import asyncio
+import logging
+import os
+import stat
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from kubelet_sockets import short_directory
+from qat_server.allocation import AllocationPolicy
+from qat_server.counters import Counters
+from qat_server.endpoint import Endpoint
+from qat_server.inventory import Device
+from qat_server.registration import Timing
+from qat_server.registration_watcher import WatcherRegistrar
+from qat_server.simulation.kubelet import Hostility, Kubelet
+from qat_shared.pci import PciAddress
+from waiting import until
+
+CY = "qat.intel.com/cy"
+PERIOD = 0.02
+QUICK = Timing(
+    first=0.01, after_failure=0.05, after_stream=0.05, settled=0.3, stream_first=0.1, stream_last=0.2, found=1.0
+)
+DEVICES = [
+    Device(PciAddress(0, 0x6B, 0, number), PciAddress(0, 0x6B, 0, 0), 0, (f"/dev/vfio/{number}",), ())
+    for number in range(4)
+]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with short_directory() as made:
+        yield made
+
+
+@pytest.fixture
+async def kubelet(directory: Path) -> AsyncIterator[Kubelet]:
+    async with started(directory) as kubelet:
+        yield kubelet
+
+
+@asynccontextmanager
+async def started(directory: Path) -> AsyncIterator[Kubelet]:
+    kubelet = Kubelet(directory, watcher_period=PERIOD)
+    await kubelet.start()
+    sockets(kubelet).mkdir()
+    try:
+        yield kubelet
+    finally:
+        await kubelet.stop()
+
+
+def sockets(kubelet: Kubelet) -> Path:
+    return kubelet.registry_directory / "qat.intel.com"
+
+
+@asynccontextmanager
+async def running(kubelet: Kubelet, name: str = "cy", timing: Timing = QUICK) -> AsyncIterator[Endpoint]:
+    registrar = WatcherRegistrar(name, sockets(kubelet), timing)
+    endpoint = Endpoint(name, registrar, AllocationPolicy.NONE, Counters(), timing=timing)
+    endpoint.update(DEVICES)
+    task = asyncio.create_task(endpoint.run())
+    try:
+        yield endpoint
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert not endpoint.socket_path.exists()
+
+
+async def allocatable(kubelet: Kubelet, number: int = 4) -> None:
+    await kubelet.wait_for(lambda: kubelet.allocatable().get(CY) == number)
+
+
+async def test_it_is_found_and_its_devices_are_allocatable(kubelet: Kubelet) -> None:
+    async with running(kubelet) as endpoint:
+        await allocatable(kubelet)
+        await until(lambda: endpoint.state.registered)
+        assert endpoint.state.registrations == 1
+        [registration] = kubelet.registrations
+        assert (registration.endpoint, registration.version) == (str(endpoint.socket_path), "v1beta1")
+        mode = endpoint.socket_path.stat().st_mode
+        assert stat.S_ISSOCK(mode)
+        assert stat.S_IMODE(mode) == 0o660
+        pod = await kubelet.allocate("pod", [("main", CY, 1)])
+        assert pod.envs == {"QAT0": "0000:6b:00.0"}
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
+async def test_a_kubelet_restart_is_survived_again_and_again(kubelet: Kubelet, kill: bool) -> None:
+    async with running(kubelet) as endpoint:
+        await allocatable(kubelet)
+        for _ in range(10):
+            await kubelet.restart(kill)
+            await allocatable(kubelet)
+        await until(lambda: endpoint.state.registered)
+
+
+async def test_a_kubelet_that_comes_late_needs_nothing_from_us(kubelet: Kubelet) -> None:
+    await kubelet.stop()
+    async with running(kubelet, timing=Timing()) as endpoint:
+        await until(endpoint.socket_path.exists)
+        made = endpoint.socket_path.stat().st_ctime_ns
+        await kubelet.start()
+        await allocatable(kubelet)
+        assert endpoint.socket_path.stat().st_ctime_ns == made
+
+
+async def test_a_kubelet_that_stays_away_is_a_reason_said_once(
+    kubelet: Kubelet, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "qat_server.endpoint")
+    await kubelet.stop()
+    timing = Timing(first=0.01, after_failure=0.02, found=0.02)
+    async with running(kubelet, timing=timing) as endpoint:
+        made = set()
+
+        def several() -> bool:
+            if endpoint.socket_path.exists():
+                made.add(endpoint.socket_path.stat().st_ctime_ns)
+            return len(made) >= 4
+
+        await until(several)
+        assert "has not asked at" in endpoint.state.error
+        assert len(caplog.records) == 1
+        await kubelet.start()
+        await allocatable(kubelet)
+
+
+async def test_the_end_of_a_stream_makes_the_socket_anew_under_its_name(kubelet: Kubelet) -> None:
+    async with running(kubelet) as endpoint:
+        await allocatable(kubelet)
+        await until(lambda: endpoint.state.registered)
+        before, path = endpoint.socket_path.stat().st_ctime_ns, endpoint.socket_path
+        await kubelet.plugin_gone(CY)  # it drops the client, and would never ask again
+        await kubelet.wait_for(lambda: len(kubelet.registrations) == 2)
+        await allocatable(kubelet)
+        assert endpoint.socket_path == path
+        assert path.stat().st_ctime_ns != before
+        await until(lambda: endpoint.state.registrations == 2)
+
+
+async def test_a_socket_that_was_deleted_is_made_anew(kubelet: Kubelet) -> None:
+    async with running(kubelet) as endpoint:
+        await allocatable(kubelet)
+        endpoint.socket_path.unlink()
+        await kubelet.wait_for(lambda: len(kubelet.registrations) == 2)
+        await allocatable(kubelet)
+
+
+async def test_withdrawing_deregisters(kubelet: Kubelet) -> None:
+    async with running(kubelet) as endpoint:
+        await allocatable(kubelet)
+        async with asyncio.timeout(2):
+            await endpoint.withdraw()
+        await allocatable(kubelet, 0)
+        assert os.listdir(sockets(kubelet)) == []
+        assert not endpoint.state.registered
+
+
+async def test_many_resources_side_by_side(kubelet: Kubelet) -> None:
+    names = ("cy", "dc", "sym-dc", "generic")
+    async with AsyncExitStack() as stack:
+        for name in names:
+            await stack.enter_async_context(running(kubelet, name))
+        for _ in range(3):
+            await kubelet.wait_for(lambda: kubelet.allocatable() == {f"qat.intel.com/{name}": 4 for name in names})
+            await kubelet.restart()
+
+
+@pytest.mark.parametrize(
+    ("hostility", "error"),
+    [
+        (Hostility.HANG, "the kubelet has not asked at"),
+        (
+            Hostility.REFUSE,
+            "the kubelet refused: RegisterPlugin error -- plugin validation failed with err: manager version, v1beta1,"
+            " is not among plugin supported versions [not v1beta1]",
+        ),
+        (Hostility.NO_STREAM, "the kubelet accepted the registration but did not ask for the devices"),
+        (Hostility.END_STREAM, "the kubelet ended the ListAndWatch stream"),
+    ],
+)
+async def test_a_hostile_kubelet_is_met_with_pauses_until_it_is_sane(
+    kubelet: Kubelet, hostility: Hostility, error: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "qat_server.endpoint")
+    kubelet.hostility = hostility
+    timing = Timing(
+        first=0.01, after_failure=0.05, after_stream=0.05, settled=0.3, stream_first=0.1, stream_last=0.2, found=0.2
+    )
+    made: set[int] = set()
+    async with running(kubelet, timing=timing) as endpoint:
+
+        def seen() -> bool:
+            if endpoint.socket_path.exists():
+                made.add(endpoint.socket_path.stat().st_ctime_ns)
+            return error in endpoint.state.error and len(made) >= 4
+
+        began = asyncio.get_running_loop().time()
+        await until(seen)
+        assert asyncio.get_running_loop().time() - began > 0.03, "no spin"
+        assert len(caplog.records) < 8, "a line for each change, not for each attempt"
+        kubelet.hostility = Hostility.NONE
+        await kubelet.restart()
+        await allocatable(kubelet)
+        await until(lambda: endpoint.state.registered)
+
+
+async def test_what_is_no_kubelet_harms_nothing(kubelet: Kubelet) -> None:
+    """Whoever may connect to the socket, and says nothing, or what is no HTTP/2."""
+    async with running(kubelet) as endpoint:
+        await allocatable(kubelet)
+        for packet in (b"", b"\x00\xff this is no HTTP/2 at all\r\n" * 100):
+            _, writer = await asyncio.open_unix_connection(str(endpoint.socket_path))
+            writer.write(packet)
+            writer.close()
+        await kubelet.restart()
+        await allocatable(kubelet)
+
+
+def test_all_of_it_on_uvloop(directory: Path) -> None:
+    """The loop of production, which has sockets of its own."""
+
+    async def scenario() -> None:
+        async with started(directory) as kubelet, running(kubelet) as endpoint:
+            await allocatable(kubelet)
+            await kubelet.restart()
+            await allocatable(kubelet)
+            await kubelet.plugin_gone(CY)
+            await kubelet.wait_for(lambda: kubelet.allocatable() == {CY: 4})
+            await endpoint.withdraw()
+            await allocatable(kubelet, 0)
+
+    uvloop.run(scenario())

@@ -1,0 +1,79 @@
+"""The other way to register, end to end: both processes, and a kubelet that finds the server's sockets."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from qat_server.simulation.node import Node, Pf
+from qat_server.simulation.running_node import RunningNode, running_node
+
+CY, DC = "qat.intel.com/cy", "qat.intel.com/dc"
+TWO_PFS = Node(
+    pfs=(
+        Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, numa_node=0),
+        Pf(address="0000:70:00.0", services="dc", total_vfs=2, numa_node=1),
+    )
+)
+WATCHER = ("--registration=plugin-watcher",)
+
+
+def sockets(node: RunningNode) -> list[str]:
+    directory = node.kubelet.directory / "plugins_registry" / "qat.intel.com"
+    return sorted(name for name in os.listdir(directory) if not name.startswith("."))
+
+
+async def test_from_start_to_pods_and_restarts_without_the_kubelets_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(
+        'operations = ["BindDriver", "ReadHeartbeat", "PrepareSocketDirectory"]\ndirectories = ["plugins-registry"]\n'
+    )
+    policy.chmod(0o644)
+    monkeypatch.setenv("QAT_HELPER_POLICY", str(policy))
+    async with running_node(TWO_PFS, WATCHER) as node:
+        node.start_helper()
+        node.start_server()
+        expected = {CY: 4, DC: 2}
+        await node.until("all is served", lambda: node.kubelet.allocatable() == expected)
+        await node.until_status("ready", lambda status: status.ready)
+        pod = await node.kubelet.allocate("pod", [("main", CY, 2), ("side", DC, 1)])
+        assert [len(each.envs) for each in pod.containers.values()] == [2, 1]
+        await node.kubelet.restart(kill=True)
+        await node.until("registered with no action", lambda: node.kubelet.allocatable() == expected)
+        first = sockets(node)
+        await node.stop_server(signal.SIGKILL)
+        await node.until("nothing is served", lambda: node.kubelet.allocatable() == {CY: 0, DC: 0})
+        assert sockets(node) == first, "a killed server leaves them"
+        node.start_server()
+        await node.until("all is served again", lambda: node.kubelet.allocatable() == expected)
+        second = sockets(node)
+        assert len(second) == 2
+        assert not set(first) & set(second), "each life has its own names"
+        assert node.kubelet.devices_of("pod") == set(pod.devices)
+        assert await node.stop_server() == 0
+        assert sockets(node) == []
+        assert os.listdir(node.kubelet.directory / "device-plugins") == ["kubelet_internal_checkpoint", "kubelet.sock"]
+        records = [json.loads(line) for line in node.audit_log.read_bytes().splitlines()]
+    prepared = [each for each in records if each.get("operation") == "PrepareSocketDirectory"]
+    assert {each["arguments"]["directory"] for each in prepared} == {"plugins-registry"}
+    opened = [each for each in records if each.get("operation") == "OpenKubeletSocket"]
+    assert {(each["event"], each["arguments"]["service"]) for each in opened} <= {("refused", "pod-resources")}
+
+
+async def test_what_the_policy_forbids_is_the_reason_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('directories = ["device-plugins"]\n')
+    policy.chmod(0o644)
+    monkeypatch.setenv("QAT_HELPER_POLICY", str(policy))
+    async with running_node(TWO_PFS, WATCHER) as node:
+        node.start_helper()
+        node.start_server()
+        await node.until_status(
+            "it says why",
+            lambda status: any("plugins-registry is not among the directories" in each for each in status.not_ready),
+        )
+        assert not (node.kubelet.directory / "plugins_registry" / "qat.intel.com").exists()

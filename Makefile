@@ -33,6 +33,12 @@ test: $(READY) ## run the unit and the simulated-node tests
 	@echo "==> test: unit tests and the simulated node"
 	@$(BIN)/pytest -q tests/unit tests/node
 
+.PHONY: test-kubelet
+test-kubelet: $(READY) ## run helper and server against the kubelet's own code (needs Go; root for all of it)
+	@echo "==> test-kubelet: the kubelet's device, topology and plugin managers, compiled; as in production where root"
+	@tests/kubelet/build
+	@$(BIN)/pytest -q tests/kubelet
+
 .PHONY: check
 check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code is current
 	@echo "==> check: ruff, mypy, import-linter, generated code"

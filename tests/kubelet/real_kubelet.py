@@ -189,17 +189,7 @@ class RealKubelet:
 
     def damage_checkpoint(self, damage: Damage = "garbage") -> None:
         """Damage the file in which the kubelet keeps who has which device. The kubelet must be stopped or killed."""
-        path = self.plugin_directory / CHECKPOINT
-        match damage:
-            case "garbage":
-                path.write_bytes(b"\x00garbage{")
-            case "checksum":
-                content = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
-                path.write_bytes(msgspec.json.encode({**content, "Checksum": 1}))
-            case "empty":
-                path.write_bytes(b"")
-            case "removed":
-                path.unlink()
+        damage_checkpoint(self.plugin_directory, damage)
 
     async def capacity(self) -> dict[str, int]:
         """The node's capacity: healthy and unhealthy devices of each resource."""
@@ -368,6 +358,21 @@ class RealKubelet:
             await asyncio.to_thread(process.wait, 5)
         crashed = process.returncode == 2  # the Go runtime's status after a panic
         return (KubeletPanicError if crashed else KubeletDiedError)(process.returncode, self.log_tail())
+
+
+def damage_checkpoint(plugin_directory: Path, damage: Damage) -> None:
+    """Damage the checkpoint of a kubelet that does not run."""
+    path = plugin_directory / CHECKPOINT
+    match damage:
+        case "garbage":
+            path.write_bytes(b"\x00garbage{")
+        case "checksum":
+            content = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+            path.write_bytes(msgspec.json.encode({**content, "Checksum": 1}))
+        case "empty":
+            path.write_bytes(b"")
+        case "removed":
+            path.unlink()
 
 
 async def _reap(process: "subprocess.Popen[bytes]") -> None:

@@ -81,6 +81,9 @@ func (l *life) startContainer(spec *v1.Pod, c *v1.Container) (*containerAllocati
 	if err != nil {
 		return nil, &commandError{Kind: "container", Message: fmt.Sprintf("container %q cannot be started: %v", c.Name, err)}
 	}
+	if options == nil { // nothing of it is a device plugin's, as far as the kubelet knows
+		options = &devicemanager.DeviceRunContainerOptions{}
+	}
 	result := &containerAllocation{Name: c.Name, Devices: deviceIDs(l.devices.GetDevices(string(spec.UID), c.Name)),
 		Envs: map[string]string{}, Annotations: map[string]string{},
 		Mounts: []mount{}, DeviceNodes: []deviceNode{}, CDIDevices: []string{}}

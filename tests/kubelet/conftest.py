@@ -1,0 +1,35 @@
+"""Builds the harness before the first test, skips by name what needs root, and shows at the end what was measured."""
+
+import shutil
+
+import pytest
+
+from kubelet import measured, production, real_kubelet
+from qat_server.settings import Registration
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _built() -> None:
+    if shutil.which("go") is None and not real_kubelet.HARNESS.exists():
+        pytest.skip("Go is needed to compile the kubelet")
+    real_kubelet.build()
+
+
+@pytest.fixture(params=list(Registration))
+def registration(request: pytest.FixtureRequest) -> Registration:
+    """Both ways to register, one test for each."""
+    return Registration(request.param)
+
+
+@pytest.fixture
+def as_in_production() -> None:
+    """For tests of who may do what; the others run without root too, with all processes as one user."""
+    if why := production.why_one_user():
+        pytest.skip(why)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if lines := measured.lines():
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.write_line(line)

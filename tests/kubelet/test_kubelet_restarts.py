@@ -1,0 +1,116 @@
+"""The kubelet goes and comes back: the server is registered again, pods keep their devices, nothing piles up."""
+
+import asyncio
+import os
+import time
+from typing import get_args
+
+import pytest
+
+from kubelet.answers import AdmissionError
+from kubelet.footprint import Footprint, footprint
+from kubelet.measured import measured
+from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, ONE_PF
+from kubelet.production import ProductionNode, production_node
+from kubelet.real_kubelet import Damage, RealKubelet
+from qat_server.settings import Registration
+from qat_server.simulation.topology import TopologyPolicy
+
+RESTARTS = 200
+DAMAGES = get_args(Damage)
+
+
+async def restart(node: ProductionNode[RealKubelet], kill: bool, allocatable: dict[str, int]) -> float:
+    """Seconds from the kubelet's start (its socket comes some 20 ms later, killed or not) until allocatable is so."""
+    await node.kubelet.stop(kill)
+    began = time.monotonic()
+    assert await node.kubelet.start() == ()
+    await node.wait(allocatable)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
+@pytest.mark.parametrize("policy", [TopologyPolicy.NONE, TopologyPolicy.RESTRICTED])
+async def test_pods_keep_their_devices(policy: TopologyPolicy, kill: bool, registration: Registration) -> None:
+    async with production_node(EVERY_RESOURCE, EVERY_DRIVER, policy, registration) as node:
+        await node.start(EVERY_ALLOCATABLE)
+        pods = {
+            name: set((await node.kubelet.allocate(name, asked)).devices)
+            for name, asked in (("a", [("main", CY, 2), ("side", DC, 1)]), ("b", [("main", CY, 2)]))
+        }
+        for _ in range(3):
+            seconds = await restart(node, kill, EVERY_ALLOCATABLE)
+            measured(f"kubelet {'killed' if kill else 'stopped'}: its start to allocatable", seconds, 5, registration)
+            for name, devices in pods.items():
+                assert await node.kubelet.devices_of(name) == devices
+            assert (await node.kubelet.check()).violations == ()
+        assert await node.kubelet.allocatable_free() == {**EVERY_ALLOCATABLE, CY: 4, DC: 2}
+        await node.kubelet.allocate("c", [("main", CY, 2)])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_a_damaged_checkpoint_is_the_kubelets_loss_alone(damage: Damage, registration: Registration) -> None:
+    """The kubelet forgets who has what, and gives the same devices out again. We are registered again as ever."""
+    async with production_node(ONE_PF, registration=registration) as node:
+        await node.start({CY: 4})
+        first = (await node.kubelet.allocate("first", [("main", CY, 3)])).devices
+        await node.kubelet.stop(kill=True)
+        node.kubelet.damage_checkpoint(damage)
+        began = time.monotonic()
+        assert await node.kubelet.start() == ()
+        await node.wait({CY: 4})
+        seconds = time.monotonic() - began
+        measured("kubelet killed, checkpoint damaged: its start to allocatable", seconds, 5, registration)
+        assert await node.kubelet.devices_of("first") == set()
+        second = (await node.kubelet.allocate("second", [("main", CY, 4)])).devices
+        assert set(first) < set(second)
+        assert [vf.driver for vf in (await node.status()).vfs] == ["vfio-pci"] * 4
+        await node.kubelet.free("first")
+        with pytest.raises(AdmissionError, match="Available: 0"):
+            await node.kubelet.allocate("third", [("main", CY, 1)])
+        await node.kubelet.free("second")
+
+
+async def test_200_restarts_leave_nothing_behind() -> None:
+    """In both modes, beside each other, since most of it is waiting. Every other restart is a SIGKILL."""
+    async with asyncio.TaskGroup() as tasks:
+        for registration in Registration:
+            tasks.create_task(restart_often(registration))
+
+
+async def restart_often(registration: Registration) -> None:
+    async with production_node(ONE_PF, registration=registration) as node:
+        await node.start({CY: 4})
+        held = set((await node.kubelet.allocate("pod", [("main", CY, 2)])).devices)
+        await node.until_bound()
+        for n in range(20):  # what the first restarts load stays loaded
+            await restart(node, bool(n % 2), {CY: 4})
+        before = await settled(node)
+        files = os.listdir(node.sockets)
+        for n in range(RESTARTS):
+            seconds = await restart(node, bool(n % 2), {CY: 4})
+            what = f"one of {RESTARTS} kubelet restarts in a row: its start to allocatable"
+            measured(what, seconds, 10, registration)
+        assert await node.kubelet.devices_of("pod") == held
+        after = await settled(node, before)
+        for name in before:
+            assert after[name].descriptors == before[name].descriptors, name
+            assert after[name].threads - before[name].threads < 4, name  # gRPC's own come and go
+            assert after[name].rss - before[name].rss < 4 << 20, name
+        assert len(os.listdir(node.sockets)) == len(files)
+
+
+async def settled(
+    node: ProductionNode[RealKubelet], wanted: dict[str, Footprint] | None = None
+) -> dict[str, Footprint]:
+    """What both processes hold, once it is `wanted`, or as it is after a while."""
+    assert node.helper is not None
+    assert node.server is not None
+    pids = {"helper": node.helper.pid, "server": node.server.pid}
+    deadline = time.monotonic() + 3
+    while True:
+        found = {name: footprint(pid) for name, pid in pids.items()}
+        same = wanted is not None and all(found[name].descriptors == wanted[name].descriptors for name in found)
+        if same or time.monotonic() > deadline:
+            return found
+        await asyncio.sleep(0.05)

@@ -33,7 +33,7 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     `driver` and `vf_driver`: what they are bound to; by default the kernel's own choice, "" for none. `num_vfs`: how
     many are enabled (default: all of total_vfs, none when the device is down; the QAT driver itself knows only these
-    two). `services` is what qat/cfg_services shows; on a device without qat/ it goes to dev_cfg in debugfs.
+    two). `pm_idle_enabled` None: the driver is older than it (kernel 6.5). `services` is what qat/cfg_services shows; on a device without qat/ it goes to dev_cfg in debugfs.
     `vf_offset` and `vf_stride` are the fields of the SR-IOV capability that the VFs' addresses come from.
     """
 
@@ -44,6 +44,7 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     state: Literal["up", "down"] = "up"
     services: Annotated[str, Meta(max_length=60)] | None = None
     auto_reset: bool = False
+    pm_idle_enabled: bool | None = True
     heartbeat: Literal[0, -1] = 0
     total_vfs: Annotated[int, Meta(ge=0, le=256)] = 16
     num_vfs: Annotated[int, Meta(ge=0, le=256)] | None = None

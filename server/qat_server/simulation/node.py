@@ -33,7 +33,8 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     `driver` and `vf_driver`: what they are bound to; by default the kernel's own choice, "" for none. `num_vfs`: how
     many are enabled (default: all of total_vfs, none when the device is down; the QAT driver itself knows only these
-    two). `pm_idle_enabled` None: the driver is older than it (kernel 6.5). `services` is what qat/cfg_services shows; on a device without qat/ it goes to dev_cfg in debugfs.
+    two). `services` is what qat/cfg_services shows; on a device without qat/ it goes to dev_cfg in debugfs.
+    `pm_idle_enabled` None: its driver is older than that attribute (kernel 6.5).
     `vf_offset` and `vf_stride` are the fields of the SR-IOV capability that the VFs' addresses come from.
     """
 

@@ -34,6 +34,7 @@ from qat_server.inventory import Holder, Inventory, Listing
 from qat_server.lock import only_server
 from qat_server.naming import NAMESPACE
 from qat_server.pod_resources import held_devices
+from qat_server.provisioning.plan import BEING_ADMITTED
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
 from qat_server.registration import Registrar
@@ -256,7 +257,7 @@ class Plugin:
         if self.usage.holders is None:
             return None
         just_now = {
-            device.address: "a pod that is being admitted"
+            device.address: BEING_ADMITTED
             for name, devices in self.listing.items()
             for device in devices
             if self._held(name, device.address)

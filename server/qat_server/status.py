@@ -97,7 +97,7 @@ class ResourceStatus(Struct, frozen=True):
 
 
 class ProvisioningStatus(Struct, frozen=True):
-    """How far one PF is: `stage` is done, working, waiting, failed or impossible; `held_by` who is waited for."""
+    """How far one PF is: `stage` is done, working, waiting, busy, failed or impossible; `held_by` who is waited for."""
 
     pf: str
     stage: str

@@ -27,6 +27,8 @@ from qat_shared.pci import PciAddress
 
 A_PROCESS: Final = "a process"
 """Who holds a VF that is open, but that no pod is known to have."""
+BEING_ADMITTED: Final = "a pod that is being admitted"
+"""Who holds a VF that was allocated a moment ago: PodResources may not name the pod yet."""
 NOT_KNOWN: Final = "not known"
 """Who may hold a VF while PodResources cannot be had."""
 

@@ -11,6 +11,7 @@ class Stage(StrEnum):
     DONE = "done"
     WORKING = "working"
     WAITING = "waiting"  # until nobody uses its VFs any more
+    BUSY = "busy"  # the helper says so: in use after all, or an operation has not ended yet; tried again
     FAILED = "failed"  # and tried again, unless the reason says otherwise
     IMPOSSIBLE = "impossible"  # it is left as it is
 

@@ -20,7 +20,7 @@ from qat_server import logs
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.inventory import Inventory, PhysicalFunction
 from qat_server.provisioning.configuration import Configuration
-from qat_server.provisioning.plan import PfPlan, Step, plan
+from qat_server.provisioning.plan import BEING_ADMITTED, PfPlan, Step, plan
 from qat_server.provisioning.progress import Progress, Stage
 from qat_server.provisioning.qat_conf import Services
 from qat_server.provisioning.state import read_states
@@ -69,7 +69,7 @@ class Provisioner:
         self._closed: dict[PciAddress, float] = {}  # PF: since when the kubelet has been told
         self._undecided: set[PciAddress] = set()
         self._attempts = Attempts()
-        self._failures: dict[PciAddress, str] = {}
+        self._failures: dict[PciAddress, tuple[Stage, str]] = {}
         self._refused: dict[PciAddress, Services] = {}
         self._said: set[tuple[PciAddress | None, str]] = set()
         self._waits: dict[PciAddress, str] = {}
@@ -156,8 +156,8 @@ class Provisioner:
         if not self._helper.connected:
             return Progress(Stage.FAILED, wanted, steps, reason=self._helper.error)
         if not self._attempts.due(address, self._clock()):
-            failure = self._failures.get(address, "")
-            return Progress(Stage.FAILED if failure else Stage.WORKING, wanted, steps, _names(one), failure)
+            stage, failure = self._failures.get(address, (Stage.WORKING, ""))
+            return Progress(stage, wanted, steps, _names(one), failure)
         if taking and not self._nobody_can_have_one(address):
             return Progress(Stage.WORKING, wanted, steps)
         self._running.add(address)
@@ -188,7 +188,7 @@ class Provisioner:
                     return
                 except Exception as error:  # a defect must not end what is served
                     log.exception("provisioning failed", pf=address, step=str(step))
-                    self._failures[address] = f"{step}: a defect of this server: {error!r}"
+                    self._failures[address] = (Stage.FAILED, f"{step}: a defect of this server: {error!r}")
                     return
                 log.info("PF changed", pf=address, step=str(step), before=done.before, now=done.now)
             self._failures.pop(address, None)
@@ -203,10 +203,12 @@ class Provisioner:
         if is_refused(step, error):
             self._refused[address] = getattr(step, "services", ())
             self._attempts = self._attempts.keep(self._attempts.failures.keys() - {address})
-        if self._failures.get(address) != text:
-            write = log.info if error.code == ErrorCode.BUSY else log.error
+        busy = error.code in (ErrorCode.BUSY, ErrorCode.TIMED_OUT)
+        failure = (Stage.BUSY if busy else Stage.FAILED, text)
+        if self._failures.get(address) != failure:
+            write = log.info if busy else log.error
             write("PF not changed", pf=address, code=error.code, why=text)
-        self._failures[address] = text
+        self._failures[address] = failure
 
     def _withhold(self, planned: Sequence[PfPlan]) -> dict[PciAddress, str]:
         withheld = {}
@@ -241,10 +243,12 @@ class Provisioner:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, due - now), self._on_change, None)
 
     def _say_waits(self, one: PfPlan) -> None:
+        if BEING_ADMITTED in (names := _names(one)):
+            return  # a moment later it has a name
         what = ", ".join(map(str, one.later))
         before, self._waits[one.pf.address] = self._waits.get(one.pf.address, ""), what
         if what and what != before:
-            log.info("PF waits until its VFs are free", pf=one.pf.address, steps=what, held_by=_names(one))
+            log.info("PF waits until its VFs are free", pf=one.pf.address, steps=what, held_by=names)
 
     def _say_once(self, address: PciAddress | None, message: str, text: str) -> None:
         if (address, text) not in self._said:

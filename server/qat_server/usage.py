@@ -47,6 +47,8 @@ class Usage:
         self._told = True
         self.answer_asked_at = float("-inf")
         """When, by the clock, the question was asked that the last answer is to."""
+        self._shown: dict[tuple[str, PciAddress], float] = {}
+        """When the last answer was asked for that named the device."""
         self._due = asyncio.Event()
         self._due_at = 0.0
         self.holders: Holders | None = None
@@ -85,8 +87,13 @@ class Usage:
 
         Without PodResources, whatever this server has ever allocated counts as held.
         """
-        if handed_out_at is not None and (self.holders is None or handed_out_at > self.answer_asked_at - self._settle):
-            return True  # the answer may be from before the kubelet knew
+        if handed_out_at is not None:
+            if self.holders is None:
+                return True
+            # Has the kubelet shown the pod that it was handed out to, it knows; else the answer may be from before.
+            shown = self._shown.get((resource, address), float("-inf")) > handed_out_at
+            if not shown and handed_out_at > self.answer_asked_at - self._settle:
+                return True
         return address in (self.holders or {}).get(resource, {})
 
     def by_device(self) -> dict[PciAddress, str]:
@@ -130,6 +137,7 @@ class Usage:
         self.error = ""
         self.answer_asked_at = asked_at
         self.asked = True
+        self._shown.update(((name, address), asked_at) for name, held in holders.items() for address in held)
         changed = holders != self.holders
         self.holders = holders
         if first or changed or self._unhealthy_since:

@@ -234,7 +234,9 @@ class Provisioner:
             # Where a VF is open, the kernel tells first when it is not any more.
             if now >= self._ask_at and any(one.state and not one.state.open_vfs for one in waiting):
                 self._usage.ask()
-                self._pause = min(self._pause * 2, _ASK_LAST)
+                # That one is being admitted is known for some seconds at most: its pod shows, or it has gone.
+                admitted = any(BEING_ADMITTED in _names(one) for one in waiting)
+                self._pause = POLL if admitted else min(self._pause * 2, _ASK_LAST)
                 self._ask_at = now + self._pause
         if self._timer is not None:
             self._timer.cancel()

@@ -224,12 +224,12 @@ def _address(text: str, name: str) -> PciAddress:
 
 
 def demo_node() -> Node:
-    """Three Gen4 devices, two for crypto and one for compression, and an older one in another PCI domain."""
+    """Three Gen4 devices, two for crypto, one for compression and without VFs; an older one in another domain."""
     return Node(
         pfs=(
             Pf(address="0000:6b:00.0", device="4940", numa_node=0, services="sym;asym", total_vfs=8),
             Pf(address="0000:70:00.0", device="4940", numa_node=0, services="sym;asym", total_vfs=8),
-            Pf(address="0000:e8:00.0", device="4940", numa_node=1, services="dc", total_vfs=8),
+            Pf(address="0000:e8:00.0", device="4940", numa_node=1, services="dc", total_vfs=8, num_vfs=0),
             Pf(address="0001:3d:00.0", device="37c8", numa_node=1, total_vfs=4),
         )
     )

@@ -46,6 +46,9 @@ from qat_shared.sysfs import SysfsError
 
 log = logs.get(__name__)
 
+HELPER_PATIENCE: Final = 2.0
+"""Seconds that the start waits for the first attempt to reach the helper to end."""
+
 _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
 
@@ -181,6 +184,9 @@ class Plugin:
                 sockets = http_endpoint.listen(self.settings.metrics_address)
                 tasks.create_task(http_endpoint.serve(sockets, self._handlers()))
             tasks.create_task(self.helper.run())
+            with contextlib.suppress(TimeoutError):  # one that accepts and says nothing
+                async with asyncio.timeout(HELPER_PATIENCE):
+                    await self.helper.tried.wait()
             await self._prepare_socket_directory()
             async with only_server(self.socket_directory):
                 grpc_socket.remove_leftovers(self.socket_directory)
@@ -288,8 +294,9 @@ class Plugin:
             self.usage.holders,
         )
         self.usage.observe(self.listing)
-        if not self.usage.asked:
-            return  # its answer leads to a new look: the first list has what pods hold, even if it has gone
+        if not self._knows_holders():
+            self._not_ready = f"what pods hold is not known yet: {self.usage.error}"
+            return  # the answer leads to a new look
         self._publish(work)
         self._not_ready = ""
 
@@ -306,6 +313,15 @@ class Plugin:
             self.counters.resync()
         self.counters.rescan(self._clock() - began)
         return inventory
+
+    def _knows_holders(self) -> bool:
+        """Whether a list may be published: the first one must have what pods hold, even if it has gone.
+
+        The plugin watcher needs no helper, so there the kubelet is not kept waiting for one.
+        """
+        if self.settings.registration is Registration.PLUGIN_WATCHER:
+            return self.usage.attempted
+        return self.usage.asked
 
     def _held(self, resource: str, address: PciAddress) -> bool:
         endpoint = self.endpoints.get(resource)

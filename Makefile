@@ -56,7 +56,7 @@ format: $(READY) ## format the sources and apply the safe lint fixes
 .PHONY: bench
 bench: $(READY) ## measure side by side with a plain grpc.aio service (minutes; not a test)
 	@echo "==> bench: ratios to a plain grpc.aio no-op in the same run"
-	@$(BIN)/python tests/bench
+	@PYTHONPATH=tests $(BIN)/python -m bench
 
 .PHONY: protos
 protos: $(READY) ## generate server/qat_server/generated from protos/

@@ -1,4 +1,4 @@
-"""The typer application: help, and the commands beside the server itself (demo, status).
+"""The typer application: help, and the commands beside the server itself (demo, status, doctor).
 
 The server does not come by here (main.py): typer's conversion of option values loads pydantic, 20 MiB in all that a
 running server would never use again. So the server's flags are declared here for --help only.
@@ -7,7 +7,7 @@ running server would never use again. So the server's flags are declared here fo
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +16,8 @@ import typer
 from typer.exceptions import TyperException
 
 from qat_server import values
-from qat_server.flags import SERVER_FLAGS, Flag, FlagError, plain
-from qat_server.settings import SettingsError, allocation_policy
+from qat_server.flags import SERVER_FLAGS, Flag, FlagError, from_environment, plain
+from qat_server.settings import SettingsError, allocation_policy, check_sysfs_root, parse
 from qat_shared import VERSION
 
 PROGRAM = "qat-plugin"
@@ -57,9 +57,23 @@ def _command_flags(name: str) -> list[Flag]:
     return found
 
 
-def _documented(callback: Callable[..., None]) -> Callable[..., None]:
-    """Give a callback the server's flags as options, out of the one table that there is."""
-    parameters = [
+_SWITCH = bool | None
+
+
+def _with_flags(
+    flags: Iterable[Flag], switches: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a callback flags of the server as options, out of the one table that there is, and switches of its own."""
+
+    def decorate(callback: Callable[..., None]) -> Callable[..., None]:
+        callback.__signature__ = _signature(flags, switches)  # type: ignore[attr-defined]
+        return callback
+
+    return decorate
+
+
+def _signature(flags: Iterable[Flag], switches: Mapping[str, str]) -> inspect.Signature:
+    options = [
         inspect.Parameter(
             flag.variable.lower(),
             inspect.Parameter.KEYWORD_ONLY,
@@ -69,18 +83,18 @@ def _documented(callback: Callable[..., None]) -> Callable[..., None]:
                 typer.Option(f"--{flag.name}", metavar=flag.metavar or "BOOL", help=_help(flag), show_default=False),
             ],
         )
-        for flag in SERVER_FLAGS
+        for flag in flags
     ]
-    parameters.append(
+    options += [
         inspect.Parameter(
-            "version",
+            name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[bool | None, typer.Option("--version", help="Show the version and exit.")],
+            annotation=Annotated[_SWITCH, typer.Option(f"--{name}", help=text)],
         )
-    )
-    callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return callback
+        for name, text in switches.items()
+    ]
+    return inspect.Signature(options)
 
 
 def _help(flag: Flag) -> str:
@@ -88,7 +102,7 @@ def _help(flag: Flag) -> str:
 
 
 @app.callback(invoke_without_command=True)
-@_documented
+@_with_flags(SERVER_FLAGS, {"version": "Show the version and exit."})
 def server(**_: str | bool | None) -> None:
     """Serve the QAT devices of this node to its kubelet. Without a command, the server runs.
 
@@ -160,3 +174,25 @@ def _print_status(text: bytes, *, as_json: bool) -> None:
         return
     # Into a pipe or file: no folding at 80 columns.
     status_view.show(decoded, Console() if sys.stdout.isatty() else Console(width=200))
+
+
+_LOOKED_AT = frozenset(
+    {"dpdk-driver", "kernel-vf-drivers", "sysfs-root", "kubelet-dir", "helper-socket", "registration"}
+)
+
+
+@app.command()
+@_with_flags([flag for flag in SERVER_FLAGS if flag.name in _LOOKED_AT], {"json": "print the findings as JSON"})
+def doctor(**given: str | bool | None) -> None:
+    """Check this node or VM, and say in words what to do. Give it the server's own flags, and run it as its user.
+
+    The exit status is 0 when nothing keeps the plugin from its work, else 1.
+    """
+    as_json = bool(given.pop("json"))
+    texts = {flag.name: given.get(flag.variable.lower()) for flag in SERVER_FLAGS}
+    chosen = {name: text for name, text in texts.items() if isinstance(text, str)}
+    settings = parse(from_environment(os.environ) | chosen)
+    check_sysfs_root(settings.sysfs_root)
+    from qat_server.doctor import report  # noqa: PLC0415 - the server never needs it
+
+    raise typer.Exit(report.run(settings, as_json=as_json))

@@ -17,7 +17,15 @@ from typer.exceptions import TyperException
 
 from qat_server import values
 from qat_server.flags import SERVER_FLAGS, Flag, FlagError, from_environment, plain
-from qat_server.settings import SettingsError, allocation_policy, check_sysfs_root, parse
+from qat_server.settings import (
+    STATUS_SOCKET,
+    Registration,
+    SettingsError,
+    allocation_policy,
+    check_sysfs_root,
+    parse,
+    socket_directory,
+)
 from qat_shared import VERSION
 
 PROGRAM = "qat-plugin"
@@ -133,25 +141,27 @@ def demo(
 
 @app.command()
 def status(
+    kubelet_dir: Annotated[
+        Path, typer.Option("--kubelet-dir", metavar="DIR", help="as the server has it", envvar="QAT_PLUGIN_KUBELET_DIR")
+    ] = Path("/var/lib/kubelet"),
     metrics_address: Annotated[
-        str,
-        typer.Option(
-            "--metrics-address", metavar="HOST:PORT", help="as the server has it", envvar="QAT_PLUGIN_METRICS_ADDRESS"
-        ),
+        str, typer.Option("--metrics-address", metavar="HOST:PORT", help="ask a server there, maybe of another node")
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print what the server said as it is")] = False,
 ) -> None:
-    """Show what a running server knows: PFs, VFs, resources, the helper."""
-    from qat_server.status_client import StatusError, fetch  # noqa: PLC0415 - the server never needs it
+    """Show what this node's server knows: PFs, VFs, resources, the helper. For its user and for root."""
+    from qat_server.status_client import StatusError, fetch, fetch_local  # noqa: PLC0415 - the server never needs it
 
     try:
         address = values.host_port(metrics_address)
     except ValueError as error:
         raise SettingsError(f"--metrics-address: {error}") from None
-    if address is None:
-        raise SettingsError("--metrics-address: say where the server serves its status, as in 127.0.0.1:9090")
     try:
-        _print_status(fetch(address), as_json=as_json)
+        if address is not None:
+            text = fetch(address)
+        else:
+            text = fetch_local([socket_directory(kubelet_dir, way) / STATUS_SOCKET for way in Registration])
+        _print_status(text, as_json=as_json)
     except StatusError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         raise typer.Exit(1) from None

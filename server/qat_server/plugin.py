@@ -20,7 +20,7 @@ from typing import Final
 
 import uvloop
 
-from qat_server import grpc_socket, http_endpoint, listing, logs, naming, reconcile
+from qat_server import grpc_socket, http_endpoint, listing, logs, naming, reconcile, status_socket
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.discovery import discover, with_fresh_use
@@ -190,6 +190,7 @@ class Plugin:
             await self._prepare_socket_directory()
             async with only_server(self.socket_directory):
                 grpc_socket.remove_leftovers(self.socket_directory)
+                tasks.create_task(self._serve_status())
                 self._not_ready = "the first look at the devices is not done"
                 self.changes.mark()
                 tasks.create_task(self.listener.run())
@@ -209,8 +210,16 @@ class Plugin:
             "/healthz": lambda: Response(200, b"ok\n"),
             "/readyz": self._readyz,
             "/metrics": lambda: Response(200, metrics.text(registry), metrics.CONTENT_TYPE),
-            "/status": lambda: Response(200, encode(status_from(self.state())), http_endpoint.JSON),
+            "/status": self._status,
         }
+
+    def _status(self) -> Response:
+        return Response(200, encode(status_from(self.state())), http_endpoint.JSON)
+
+    async def _serve_status(self) -> None:
+        """For `qat-plugin status`, whether or not there is a --metrics-address."""
+        with status_socket.listening(self.socket_directory) as local:
+            await http_endpoint.serve([local], {"/status": self._status})
 
     def _readyz(self) -> Response:
         reasons = self.not_ready()

@@ -13,7 +13,7 @@ from typing import Final
 
 from qat_server import logs
 from qat_server.inventory import Holder, Listing
-from qat_server.pod_resources import PodResourcesError
+from qat_server.pod_resources import NobodyToAskError, PodResourcesError
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
@@ -53,8 +53,10 @@ class Usage:
         self._due_at = 0.0
         self.holders: Holders | None = None
         self.error = "not asked yet"
+        self.attempted = False
+        """Whether a question has ended, however."""
         self.asked = False
-        """Whether there has been an answer, or none to be had."""
+        """Whether there has been an answer, or none to be had, though there was a helper to ask through."""
 
     def observe(self, listing: Listing) -> None:
         """Take note of the devices that are listed as unhealthy now."""
@@ -116,7 +118,8 @@ class Usage:
 
     async def _ask(self) -> None:
         asked_at = self._clock()
-        first, self._told = not self.asked or not self._told, True
+        before = (self.attempted, self.asked)
+        told, self._told = self._told, True
         try:
             holders = await self._query()
         except PodResourcesError as error:
@@ -128,19 +131,20 @@ class Usage:
             self.error = str(error)
             # What an old answer said may be wrong by now, and a device must not leave a list by it.
             self.holders = None
-            self.asked = True
-            if first:
+            self.attempted = True
+            self.asked = self.asked or not isinstance(error, NobodyToAskError)
+            if not told or before != (self.attempted, self.asked):
                 self._on_change()
             if self._unhealthy_since:
                 self._ask_at(asked_at + _RETRY)
             return
         self.error = ""
         self.answer_asked_at = asked_at
-        self.asked = True
+        self.attempted = self.asked = True
         self._shown.update(((name, address), asked_at) for name, held in holders.items() for address in held)
         changed = holders != self.holders
         self.holders = holders
-        if first or changed or self._unhealthy_since:
+        if not told or not before[1] or changed or self._unhealthy_since:
             self._on_change()
 
     def _ask_at(self, when: float) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from qat_server.inventory import Device, Holder, Listing
-from qat_server.pod_resources import PodResourcesError
+from qat_server.pod_resources import NobodyToAskError, PodResourcesError
 from qat_server.usage import Holders, Usage
 from qat_shared.pci import PciAddress
 from waiting import until
@@ -112,7 +112,7 @@ async def test_what_was_handed_out_is_held_until_the_kubelet_has_shown_its_pod_o
         assert usage.held("cy", VF, handed_out_at), "the kubelet may not know yet"
         kubelet.holders = {"cy": {VF: Holder("default/pod/main")}}
         usage.ask()
-        await until(lambda: usage.by_device())
+        await until(usage.by_device)
         assert usage.held("cy", VF, handed_out_at)
         kubelet.holders = {}
         usage.ask()
@@ -141,3 +141,26 @@ async def test_who_asks_is_told_even_if_nothing_has_changed() -> None:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_without_a_helper_the_kubelet_was_not_asked() -> None:
+    kubelet = Kubelet()
+    kubelet.holders = NobodyToAskError("the helper is not there")
+    changes = 0
+
+    def changed() -> None:
+        nonlocal changes
+        changes += 1
+
+    usage = Usage(kubelet.query, changed, 3600)
+    task = asyncio.create_task(usage.run())
+    await until(lambda: changes)
+    assert (usage.attempted, usage.asked) == (True, False)
+    usage.ask()
+    await until(lambda: kubelet.asked == 2)
+    kubelet.holders = PodResourcesError("the kubelet has no such service")
+    usage.ask()
+    await until(lambda: usage.asked)
+    assert kubelet.asked == 3
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -57,7 +57,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", type=kind, default=chosen, help=text + default_text, metavar=kind.__name__.upper()
         )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, number in (("server-uid", options.server_uid), ("server-gid", options.server_gid)):
+        if not 0 <= number < 2**32 - 1:  # -1 is chown's "leave it as it is"
+            parser.error(f"argument --{name}: {number} is no user's or group's number")
+    return options
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -184,7 +184,8 @@ class _Chain:
             twins = [line for line in self.places[item.sequence] if line is not item]
             if not twins:
                 return f"is line {item.sequence} of the chain, where line {number} belongs: it was moved"
-            forged = twins[0] if (item.sequence, item.hash) in self._continued else item
+            copied = any(line.hash == item.hash for line in twins)
+            forged = item if copied or (item.sequence, item.hash) not in self._continued else twins[0]
             return f"line {item.sequence} of the chain stands here and at {twins[0].place}: {forged.place} was put in"
         if before is None:
             return "does not continue the head that came before it: it was changed, or that head is not its"

@@ -71,7 +71,7 @@ class Caller(Struct, frozen=True):
     gid: int
 
 
-Facts = dict[str, str | int | None]
+Facts = dict[str, str | int | bool | None]
 
 
 class Entry(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -227,7 +227,7 @@ class AuditLog:
                 self._rotate()
                 before = 0
             if os.write(self._descriptor, data) != len(data):
-                why = "the disk is full"
+                why = os.strerror(errno.ENOSPC)  # as the next attempt will say
         except OSError as error:
             why = error.strerror or os.strerror(error.errno or 0)
         # Not what write(2) said: with O_DSYNC a line may be there whole, and not on the disk.

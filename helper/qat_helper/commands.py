@@ -101,8 +101,11 @@ def _show(options: argparse.Namespace) -> int:
         verdicts=frozenset(options.verdict),
     )
     lines = [item for item in found if isinstance(item, verify.Line)]
-    rows = [row for row in show.rows(show.entries(line.text for line in lines)) if wanted.takes(row)]
-    _print((show.json_lines(rows) if options.json else show.table(rows)).removesuffix("\n"))
+    entries = list(show.entries(line.text for line in lines))
+    rows = [row for row in show.rows(entries) if wanted.takes(row)]
+    sys.stdout.write(show.json_lines(rows) if options.json else show.table(rows))
+    if len(entries) < len(lines):
+        say(f"{len(lines) - len(entries)} lines are not shown: this version cannot read them")
     first = AuditHead(sequence=lines[0].sequence - 1, hash=lines[0].previous) if lines else verify.BEGINNING
     if faults := verify.verify(found, after=first).faults:
         say(f"this log is not intact ({len(faults)} faults): see qat-helper audit verify")

@@ -8,12 +8,11 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
-from functools import partial
 from typing import Final
 
 from qat_helper.audit import AuditError
 
-_JOURNAL: Final = "/run/systemd/journal/socket"
+JOURNAL: Final = "/run/systemd/journal/socket"
 _FIELDS: Final = b"PRIORITY=6\nSYSLOG_IDENTIFIER=qat-helper\nMESSAGE="
 
 
@@ -26,34 +25,26 @@ class Copy(StrEnum):
     AUTO = "auto"
 
 
-class Copies:
-    """The copies of one log. Raises AuditError when there can be none. `send` never waits."""
+def copier(where: Copy) -> Callable[[bytes], None]:
+    """What is to be called with each line; it never waits, and never raises. Raises AuditError."""
+    if where is Copy.STDOUT:
+        try:  # opened anew: others may share what we were given, and are not to be kept from waiting
+            own = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+            raise AuditError(f"no copies to standard output: it is no pipe, file or terminal ({why})") from error
+        # A line is shorter than PIPE_BUF, so a pipe takes it whole or not at all.
+        return lambda line: _attempt(os.write, own, line + b"\n")
+    if where is Copy.JOURNAL or (where is Copy.AUTO and _is_journal()):
+        # Its native protocol: one datagram for each entry (systemd.io/JOURNAL_NATIVE_PROTOCOL).
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        return lambda line: _attempt(sock.sendto, _FIELDS + line + b"\n", JOURNAL)
+    return lambda line: None
 
-    def __init__(self, where: Copy) -> None:
-        self._write: Callable[[bytes], int] | None = None
-        self._before = b""
-        self._cut = False
-        if where is Copy.STDOUT:
-            try:  # a description of our own, since others may share the one that we were given and must not get EAGAIN
-                own = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError as error:
-                raise AuditError(
-                    f"audit lines cannot be copied to standard output ({os.strerror(error.errno or 0)}): "
-                    "it must be a pipe, a file or a terminal"
-                ) from error
-            self._write = partial(os.write, own)
-        elif where is Copy.JOURNAL or (where is Copy.AUTO and _is_journal()):
-            # Its native protocol: one datagram for each entry (systemd.io/JOURNAL_NATIVE_PROTOCOL).
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            self._before = _FIELDS
-            self._write = lambda entry: sock.sendto(entry, _JOURNAL)
 
-    def send(self, line: bytes) -> None:
-        """Copy a line, if there is room for it."""
-        if self._write is not None:
-            entry = b"\n" * self._cut + self._before + line + b"\n"
-            with suppress(OSError):
-                self._cut = self._write(entry) < len(entry)  # of a long line, a pipe may take the first part
+def _attempt(send: Callable[..., int], *arguments: object) -> None:
+    with suppress(OSError):
+        send(*arguments)
 
 
 def _is_journal() -> bool:

@@ -9,7 +9,7 @@ from typing import Final
 
 from qat_helper.audit import AuditError, AuditLog, Entry, Sync
 from qat_helper.console import say
-from qat_helper.copies import Copies, Copy
+from qat_helper.copies import Copy, copier
 from qat_helper.listening import ListenError, listening
 from qat_helper.node import Node
 from qat_helper.operations import NAMES
@@ -79,8 +79,8 @@ def _serve(options: argparse.Namespace) -> None:
     if options.policy is not None:
         policy = narrow(policy, options.policy, os.geteuid())
     node = Node(sysfs_root=root, kubelet_dir=options.kubelet_dir, server_gid=options.server_gid, policy=policy)
-    limit, copies = options.audit_rotate * 1024, Copies(options.audit_copy)
-    audit = AuditLog(options.audit_log, sync=options.audit_sync, limit=limit, copy=copies.send)
+    limit, copy = options.audit_rotate * 1024, copier(options.audit_copy)
+    audit = AuditLog(options.audit_log, sync=options.audit_sync, limit=limit, copy=copy)
     with listening(options.socket, options.server_gid) as listener:
         audit.owe(Entry(event="start", arguments={"version": VERSION, "pid": os.getpid(), "uid": os.geteuid()}))
         Server(listener, node, audit).run()

@@ -57,7 +57,7 @@ class Filter(Struct, frozen=True, kw_only=True):
 
 
 def entries(lines: Iterable[bytes]) -> Iterator[Entry]:
-    """The lines' entries; what is none is left out (verify.py tells of it)."""
+    """The lines' entries; what a helper of another version or somebody else wrote may be none, and is left out."""
     for line in lines:
         try:
             yield msgspec.json.decode(line, type=Entry)

@@ -282,7 +282,7 @@ def is_rest(line: bytes) -> bool:
 
 
 def chain(files: Mapping[str, Lines]) -> Lines:
-    """What counts, as it is read: the lines, and between which of them rests stand (not what they say, nor how many)."""
+    """What counts, as it is read: the lines, and between which of them rests stand (not what they say)."""
     order = dict.fromkeys(item.file for item in items({name: b"\n".join((*files[name], b"")) for name in files}))
     found: Lines = []
     for line in (line for name in order for line in files[name]):

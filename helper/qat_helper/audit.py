@@ -222,7 +222,7 @@ class AuditLog:
         why, before = "", os.fstat(self._descriptor).st_size
         try:
             self._check_place()
-            full = self._limit and before and before + len(data) > self._limit and not self._torn
+            full = before and 0 < self._limit < before + len(data) and not self._torn
             if full or self._place != self._path:
                 self._rotate()
                 before = 0

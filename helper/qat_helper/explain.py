@@ -31,7 +31,7 @@ def _lines(policy: Policy) -> Iterator[str]:
     if not allowed:
         yield "  nothing"
     if any(row.audited for row in allowed):
-        yield f"  All that change something together: at most {_rate(policy.rates.get(ALL, BUILTIN_RATES[ALL]))}."
+        yield f"  Those that are audited, all together: at most {_rate(policy.rates.get(ALL, BUILTIN_RATES[ALL]))}."
     if policy.operations != NAMES:
         yield "It is denied (rule operations):"
         for name in sorted(NAMES - policy.operations):

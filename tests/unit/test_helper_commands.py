@@ -215,7 +215,7 @@ EXPLAINED = (
     "At most 64 at once, then 0.5 a second.",
     "  ReadHeartbeat: Have a PF's firmware answer a heartbeat query.",
     "  PrepareSocketDirectory: Make qat.intel.com in a directory of the kubelet, usable by the server's group.",
-    "  All that change something together: at most 100 at once, then 2 a second.",
+    "  Those that are audited, all together: at most 100 at once, then 2 a second.",
     "It is denied (rule operations):",
     "  OpenKubeletSocket: the server cannot register by the kubelet's socket, nor see which pods hold what",
     "  ReadDeviceConfig: a VF whose PF shows no services in sysfs is served as generic",
@@ -260,7 +260,7 @@ def test_an_empty_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
         "  with every id of QAT",
         "Drivers that a VF may be bound to: igb_uio, vfio-pci.",
         "VFs that one PF may be given: as many as it has.",
-        "  All that change something together: at most 2048 at once, then 10 a second.",
+        "  Those that are audited, all together: at most 2048 at once, then 10 a second.",
     ):
         assert f"{line}\n" in shown
     assert "WIDER" not in shown

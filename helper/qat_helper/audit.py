@@ -130,9 +130,10 @@ class AuditLog:
         try:
             self._descriptor = self._begin()
             tail, whole = _tail(self._descriptor)
-            self._torn = tail != b"" and not tail.endswith(b"\n")
+            # Of an attempt to end a rest and write a line, just the first part may be there.
+            self._torn = tail.endswith(b"#torn\n") or (tail != b"" and not tail.endswith(b"\n"))
             head = _last(tail, whole=whole)
-            if head is None and not (whole and all(line.startswith(b"{") for line in tail.splitlines())):
+            if head is None and not (whole and all(line.startswith((b"{", b"#torn")) for line in tail.splitlines())):
                 raise AuditError(f"{path} is not an audit log of this helper: move it away")
             self.head = head or self._older()
         except BlockingIOError:

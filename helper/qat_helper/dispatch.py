@@ -217,7 +217,8 @@ class Dispatcher:
         )
         self._counted["refused, too many"] += 1
         reply = error.reply(job.request.id)
-        if self._allowance.first_refusal(job.caller.uid, limit):
+        first = self._allowance.first_refusal(job.caller.uid, limit)
+        if first and (limit == ALL or self._allowance.take(job.caller.uid, ALL)):
             with suppress(AuditError):  # it is refused either way
                 self._audit.append(job.entry("refused", error.code.value, reply))
         return reply

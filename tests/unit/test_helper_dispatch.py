@@ -319,6 +319,21 @@ def test_an_operation_may_have_a_limit_of_its_own(tmp_path: Path, monkeypatch: p
     bench.audit.close()
 
 
+def test_lines_about_refusals_count_as_audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small limit that recovers at once, each refusal is the first in a row."""
+    bench = limited(
+        tmp_path, monkeypatch, all=Rate(burst=3, per_second=0.01), ReadHeartbeat=Rate(burst=1, per_second=1)
+    )
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=1, audit=UNSIGNED, alive=True)))
+    for number in range(8):
+        bench.ask(ReadHeartbeat(id=number, address=VF))
+        bench.run(lambda: not bench.calls)
+        bench.now += number % 2
+    assert [isinstance(reply, Failure) for reply in bench.replies] == [False, True] * 4
+    assert bench.story() == [("refused", "busy", 0)] * 3, "the fourth is counted only"
+    bench.audit.close()
+
+
 def test_denied_reads_and_strangers_cannot_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = limited(tmp_path, monkeypatch, all=Rate(burst=3, per_second=10))
     elsewhere = PciAddress(0, 0x6B, 0, 2)

@@ -65,6 +65,7 @@ class Server:
         self._calls: dict[int, Callable[[int], None]] = {}
         self._peers: list[Peer] = []
         self._disposers: list[int] = []
+        self._undisposed: list[socket.socket] = []
         self._stopping = False
         self._listening = False
         self._dispatcher = Dispatcher(node, audit, self._watch_child, self._unwatch)
@@ -244,7 +245,12 @@ class Server:
         self._unwatch(peer.sock.fileno())
         self._dispatcher.forget(peer)
         self._disposers = [pid for pid in self._disposers if os.waitpid(pid, os.WNOHANG)[0] == 0]
-        self._disposers += _dispose(peer.sock)
+        undisposed, self._undisposed = [*self._undisposed, peer.sock], []
+        for sock in undisposed:
+            try:
+                self._disposers += _dispose(sock)
+            except OSError:  # no process or descriptor to be had, which a peer may have brought about: at the next drop
+                self._undisposed.append(sock)
         for _, descriptor in peer.queue:
             _close(descriptor)
         peer.queue.clear()
@@ -255,8 +261,9 @@ class Server:
 def _dispose(sock: socket.socket) -> list[int]:
     """Close a peer's socket; the pid of the process, if one is needed, that closes what was sent and not read.
 
-    That may hold descriptors, and the last close of one may wait. A process that exits does not wait for a lingering
-    socket (the kernel's PF_EXITING), and if it waits for something else, it is not we who do.
+    What was sent may hold descriptors, and the last close of one may wait. A process that exits does not wait for a
+    lingering socket (the kernel's PF_EXITING), and if it waits for something else, it is not we who do. Raises OSError
+    when there can be no such process; the socket is as it was.
     """
     try:
         sock.shutdown(socket.SHUT_RDWR)
@@ -267,14 +274,16 @@ def _dispose(sock: socket.socket) -> list[int]:
         sock.close()
         return []
     end, ours = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os.close(ours)
+            os.read(end, 1)  # until the parent has closed its own
+            os._exit(0)
+        sock.close()
+    finally:
+        os.close(end)
         os.close(ours)
-        os.read(end, 1)  # until the parent has closed its own
-        os._exit(0)
-    os.close(end)
-    sock.close()
-    os.close(ours)
     return [pid]
 
 

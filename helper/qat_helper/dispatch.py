@@ -82,18 +82,18 @@ def _facts(message: AnyRequest | AnyReply) -> Facts:
 
 
 class Allowance:
-    """How many audited requests a uid may still make (a token bucket): the audit log must not fill the disk."""
+    """How many lines somebody may still have in the audit log (a token bucket): it must not fill the disk."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._left: dict[int, tuple[float, float]] = {}  # uid: tokens, when
+        self._left: dict[object, tuple[float, float]] = {}  # who: tokens, when
 
-    def take(self, uid: int) -> bool:
+    def take(self, who: object) -> bool:
         """Use one up, if there is one."""
         now = self._clock()
-        left, since = self._left.get(uid, (float(BURST), now))
+        left, since = self._left.get(who, (float(BURST), now))
         left = min(BURST, left + (now - since) * RATE)
-        self._left[uid] = (left - 1 if left >= 1 else left, now)
+        self._left[who] = (left - 1 if left >= 1 else left, now)
         return left >= 1
 
 
@@ -160,6 +160,9 @@ class Dispatcher:
     def turn_away(self, caller: Caller) -> OperationError:
         """A process connected whose uid is not admitted: what to answer to whatever it asks."""
         error = denied("server-uid", f"uid {caller.uid} may not use this helper: see its option --server-uid")
+        if not self._allowance.take("strangers"):  # all of them together: uids cost a hostile user nothing
+            self._counted["refused, too many"] += 1
+            return error
         entry = Entry(event="refused", peer=caller, verdict="denied", result=_facts(error.reply(0)))
         with suppress(AuditError):  # it is turned away either way, and the log's trouble has been said
             self._audit.append(entry)
@@ -207,7 +210,12 @@ class Dispatcher:
 
     def _refused(self, job: Job, error: OperationError) -> AnyReply:
         reply = error.reply(job.request.id)
-        if job.operation.audited or error.code is ErrorCode.DENIED:
+        audited = job.operation.audited
+        if not audited and error.code is ErrorCode.DENIED:
+            # A read takes nothing of its uid's allowance, yet lines about denied ones must be bounded too.
+            audited = self._allowance.take(("denied reads", job.caller.uid))
+            self._counted["refused, too many"] += not audited
+        if audited:
             try:
                 self._audit.append(job.entry("refused", error.code.value, reply))
             except AuditError as trouble:

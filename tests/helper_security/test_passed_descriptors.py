@@ -1,0 +1,95 @@
+"""Descriptors that a peer passes to the helper, who asked for none: never kept, and waited for by nobody."""
+
+import os
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+
+import msgspec
+import pytest
+
+from helper_process import heartbeat, helper, wait_until
+from qat_shared.messages import Heartbeat
+
+GOOD = {"op": "ReadHeartbeat", "id": 1, "address": [0, 0x6B, 0, 0]}
+OLD_KERNEL = """
+import sys
+from qat_helper import listening, main
+listening.SO_PASSRIGHTS = -1  # as before Linux 6.16, where peers cannot be kept from passing descriptors
+sys.exit(main.main())
+"""
+
+
+def lingering(seconds: int) -> socket.socket:
+    """A connection whose last close takes that long."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        sock = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+    sock.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(65536))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+    LINGERING.append(peer)
+    return sock
+
+
+LINGERING: list[socket.socket] = []
+
+
+@pytest.mark.parametrize("old_kernel", [False, True], ids=["this kernel", "an old kernel"])
+@pytest.mark.parametrize("busy", [False, True], ids=["read", "left unread"])
+def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool, busy: bool) -> None:
+    with helper(start=False) as running:
+        if old_kernel:
+            running.command = [sys.executable, "-c", OLD_KERNEL]
+        running.start()
+        with running.connect() as victim:
+            assert isinstance(heartbeat(victim), Heartbeat)
+            before = running.open_files()
+            slow = lingering(30)
+            with running.connect() as client, suppress(PermissionError, BrokenPipeError):
+                if busy:  # so that the helper has not read it when we are gone
+                    for _ in range(100):
+                        client.sock.send(b"nonsense")
+                socket.send_fds(client.sock, [b"nonsense"], [slow.fileno()])
+                slow.close()
+            began = time.monotonic()
+            for _ in range(20):
+                assert isinstance(heartbeat(victim), Heartbeat)
+            assert time.monotonic() - began < 15, "nobody waits for it"
+            wait_until(lambda: running.open_files() == before)
+            if slow.fileno() >= 0:  # it could not be passed at all
+                slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+                slow.close()
+    while LINGERING:
+        LINGERING.pop().close()
+
+
+@pytest.mark.parametrize("old_kernel", [False, True], ids=["this kernel", "an old kernel"])
+def test_passed_descriptors_do_not_stay_open(old_kernel: bool) -> None:
+    with helper(start=False) as running:
+        if old_kernel:
+            running.command = [sys.executable, "-c", OLD_KERNEL]
+        running.start()
+        with running.connect() as client:
+            heartbeat(client)
+        wait_until(lambda: running.open_files() > 0)
+        with running.connect() as watcher:
+            heartbeat(watcher)
+            before = running.open_files()
+            pipe_end, pipe = os.pipe()
+            for _ in range(20):
+                with running.connect() as client, suppress(PermissionError):
+                    socket.send_fds(client.sock, [msgspec.msgpack.encode(GOOD)], [pipe] * 10)
+                    assert client.at_end(), "who passes descriptors is dropped"
+            wait_until(lambda: running.open_files() == before)
+            os.close(pipe)
+            assert os.read(pipe_end, 1) == b"", "nobody else has it"
+            os.close(pipe_end)
+            assert isinstance(heartbeat(watcher), Heartbeat)

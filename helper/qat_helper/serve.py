@@ -35,6 +35,7 @@ MAX_QUEUE: Final = 32
 """Answers to one peer that its socket has no room for."""
 MAX_PASSED: Final = 16
 """Descriptors passed to one peer that it may not have taken yet."""
+_FULL: Final = OperationError(ErrorCode.BUSY, "take the connections that were passed to you before asking for more")
 _INT: Final = struct.Struct("i")
 _CREDENTIALS: Final = struct.Struct("iII")
 _GONE: Final = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
@@ -179,10 +180,7 @@ class Server:
         else:
             peer.in_flight += 1
             if isinstance(request, OpenKubeletSocket) and not self._takes_descriptors(peer):
-                full = OperationError(
-                    ErrorCode.BUSY, "take the connections that were passed to you before asking for more"
-                )
-                self._answered(peer, Outcome(full.reply(request.id)))
+                self._answered(peer, Outcome(_FULL.reply(request.id)))
                 return
             self._dispatcher.ask(peer.caller, request, partial(self._answered, peer), peer)
             self._update(peer)
@@ -190,7 +188,7 @@ class Server:
     def _takes_descriptors(self, peer: Peer) -> bool:
         """Whether it reads what it is passed: descriptors under way count against all processes of our uid."""
         (unread,) = _INT.unpack(fcntl.ioctl(peer.sock, termios.TIOCOUTQ, bytes(_INT.size)))
-        if not unread:
+        if not unread and not peer.queue:
             peer.passed = 0
         return peer.passed < MAX_PASSED
 
@@ -198,6 +196,12 @@ class Server:
         peer.in_flight -= 1
         if isinstance(outcome.reply, Welcome):
             peer.greeted = True
+        if outcome.descriptor is not None and peer.open:
+            if self._takes_descriptors(peer):
+                peer.passed += 1
+            else:  # it had asked for all of them before the first was there
+                os.close(outcome.descriptor)
+                outcome = Outcome(_FULL.reply(outcome.reply.id))
         self._answer(peer, outcome)
 
     def _answer(self, peer: Peer, outcome: Outcome) -> None:
@@ -220,9 +224,7 @@ class Server:
                 self._drop(peer)
                 return
             peer.queue.popleft()
-            if descriptor is not None:
-                peer.passed += 1
-                os.close(descriptor)
+            _close(descriptor)
         if peer.turned_away and not peer.queue:
             self._drop(peer)
         else:

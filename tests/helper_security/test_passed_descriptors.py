@@ -1,4 +1,4 @@
-"""Descriptors that a peer passes to the helper, who asked for none: never kept, and waited for by nobody."""
+"""Descriptors passed to the helper, who asked for none, and by it to a peer that does not take them."""
 
 import os
 import socket
@@ -10,8 +10,11 @@ from contextlib import suppress
 import msgspec
 import pytest
 
-from helper_process import heartbeat, helper, wait_until
-from qat_shared.messages import Heartbeat
+from helper_process import Helper, heartbeat, helper, wait_until
+from helper_security.chain import interrupted
+from qat_helper.serve import MAX_PASSED
+from qat_shared.codec import decode_reply
+from qat_shared.messages import MAX_MESSAGE, Connected, Heartbeat, KubeletService, OpenKubeletSocket
 
 GOOD = {"op": "ReadHeartbeat", "id": 1, "address": [0, 0x6B, 0, 0]}
 OLD_KERNEL = """
@@ -93,3 +96,26 @@ def test_passed_descriptors_do_not_stay_open(old_kernel: bool) -> None:
             assert os.read(pipe_end, 1) == b"", "nobody else has it"
             os.close(pipe_end)
             assert isinstance(heartbeat(watcher), Heartbeat)
+
+
+def test_connections_that_a_peer_does_not_take_are_bounded(running: Helper) -> None:
+    """Descriptors under way count against all processes of root's without capabilities, not the helper's alone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet, running.connect() as client:
+        kubelet.bind(str(running.directory / "kubelet/device-plugins/kubelet.sock"))
+        kubelet.listen(1024)
+        ask = OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION)
+        for _ in range(60):
+            client.send(ask)
+        wait_until(lambda: len(running.lines()) > 2 and not interrupted(running.lines()) and not running.at_work())
+        taken = 0
+        for _ in range(60):
+            packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 4)
+            assert isinstance(decode_reply(packet), Connected) == bool(descriptors)
+            taken += len(descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+        assert 0 < taken <= MAX_PASSED
+        client.send(ask)
+        packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 4)
+        assert isinstance(decode_reply(packet), Connected), "once they are taken, there are more"
+        os.close(descriptors[0])

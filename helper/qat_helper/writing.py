@@ -33,7 +33,8 @@ def _check_place(device: PciDevice, descriptor: int, directory: int, name: str) 
 
     Links in sysfs are the kernel's own; this holds whatever lies where sysfs should be. Raises OperationError.
     """
-    if _place(device.descriptor) != device.place:
+    # Before each write that names it by its address: once it has gone, that may be another device's.
+    if _place(device.descriptor) != device.place or device.read_optional("vendor") is None:
         raise OperationError(ErrorCode.VANISHED, f"{device.address} went away meanwhile")
     place, expected = _place(descriptor), f"{_place(directory)}/{name}"
     if place not in (expected, f"{expected} (deleted)"):  # deleted: the same attribute, replaced or gone

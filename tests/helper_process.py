@@ -24,6 +24,7 @@ from qat_shared.messages import (
     AnyRequest,
     ErrorCode,
     Failure,
+    Heartbeat,
     Hello,
     ReadHeartbeat,
     Welcome,
@@ -196,6 +197,11 @@ def failure(reply: AnyReply) -> tuple[int, ErrorCode, str]:
 def heartbeat(client: Client, number: int = 1) -> AnyReply:
     """The answer to a read that is always allowed."""
     return client.ask(ReadHeartbeat(id=number, address=address(PF)))
+
+
+def served(client: Client) -> None:
+    """Wait until a read is done, and not refused because one that somebody has left behind is at work."""
+    wait_until(lambda: isinstance(heartbeat(client), Heartbeat))
 
 
 @contextmanager

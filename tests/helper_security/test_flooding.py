@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from helper_process import PF, VF, Client, Helper, forked, heartbeat, helper, needs_root, wait_until
+from helper_process import PF, VF, Client, Helper, forked, heartbeat, helper, needs_root, served, wait_until
 from helper_security.chain import interrupted, verified
 from helper_security.figures import most, tried
 from qat_helper.serve import MAX_PEERS
@@ -49,7 +49,7 @@ def bounded(running: Helper, what: str) -> Iterator[Client]:
         most(f"KiB that the helper grew under {what}", running.peak_memory() - before)
         assert running.peak_memory() - before < MEMORY
         wait_until(lambda: running.settled() and running.open_files() == descriptors)
-        assert isinstance(heartbeat(witness), Heartbeat)
+        served(witness)
 
 
 def served_meanwhile(witness: Client) -> None:

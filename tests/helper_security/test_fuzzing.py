@@ -11,7 +11,7 @@ import select
 import typing
 from contextlib import suppress
 
-from helper_process import Helper, heartbeat, helper, wait_until
+from helper_process import Helper, heartbeat, helper, served, wait_until
 from helper_security import hostile
 from helper_security.chain import verified
 from helper_security.figures import most, tried, wanted
@@ -113,7 +113,7 @@ def test_whole_sessions_over_the_socket() -> None:
             wait_until(lambda: running.settled() and running.open_files() == descriptors)
             grown = running.peak_memory() - before
             assert grown < GROWTH, f"seed {seed}"
-            assert isinstance(heartbeat(witness), Heartbeat)
+            served(witness)
         assert running.stop() == 0
         assert verified(running.audit)[-1]["event"] == "stop"
         tried("messages over the socket", sent)

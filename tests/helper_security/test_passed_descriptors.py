@@ -1,6 +1,7 @@
 """Descriptors passed to the helper, who asked for none, and by it to a peer that does not take them."""
 
 import os
+import signal
 import socket
 import struct
 import sys
@@ -78,8 +79,13 @@ def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool
             assert isinstance(heartbeat(victim), Heartbeat)
             before = running.open_files()
             slow = lingering(30)
+            assert running.process is not None
             with running.connect() as client:
-                pass_on(client.sock, slow, 100 if busy else 0)
+                running.process.send_signal(signal.SIGSTOP)  # it has the last one, when it goes on
+                pass_on(client.sock, slow, 5 if busy else 0)
+                if busy:
+                    client.close()
+                running.process.send_signal(signal.SIGCONT)
             began = time.monotonic()
             for _ in range(20):
                 assert isinstance(heartbeat(victim), Heartbeat)

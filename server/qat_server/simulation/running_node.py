@@ -68,6 +68,10 @@ class Processes:
         self.metrics_port = free_port()
         self._server_options = tuple(server_options)
 
+    def add_server_options(self, *options: str) -> None:
+        """More options for servers that are started from now on."""
+        self._server_options += options
+
     @property
     def audit_log(self) -> Path:
         return self.directory / "run" / "audit.jsonl"

@@ -112,7 +112,7 @@ async def test_what_was_handed_out_is_held_until_the_kubelet_has_shown_its_pod_o
         assert usage.held("cy", VF, handed_out_at), "the kubelet may not know yet"
         kubelet.holders = {"cy": {VF: Holder("default/pod/main")}}
         usage.ask()
-        await until(lambda: usage.by_device())
+        await until(usage.by_device)
         assert usage.held("cy", VF, handed_out_at)
         kubelet.holders = {}
         usage.ask()

@@ -243,6 +243,7 @@ class Plugin:
     def _helper_changed(self) -> None:
         self._helper_event.set()
         if self.helper.connected:
+            self.provisioner.helper_changed()
             self.changes.mark()  # what could not be bound or read meanwhile
             self.usage.ask()
 

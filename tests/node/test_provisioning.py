@@ -345,3 +345,40 @@ async def test_the_audit_log_is_whole() -> None:
             assert after["previous"] == hashlib.sha256(before).hexdigest()
         reasons = {line["reason"] for line in map(json.loads, lines) if line.get("operation", "").startswith("Set")}
         assert reasons == {"as the provisioning configuration wants"}
+
+
+async def test_what_the_helpers_policy_denies_is_tried_once_and_vfs_stay_healthy() -> None:
+    async with running_node(bare(PF0, PF1)) as node:
+        policy = node.directory / "policy.toml"
+        policy.write_text(
+            f'addresses = ["{PF1}", {", ".join(f"{chr(34)}0001:6b:00.{n}{chr(34)}" for n in range(1, 5))}]'
+        )
+        config = ConfigMap(node.directory / "config")
+        config.write(COMPRESSION)
+        node.add_server_options(f"--provisioning-config={config.directory}", "--resync-interval=50ms")
+        node.helper_options = (f"--policy={policy}",)
+        node.start_helper()
+        node.start_server()
+        await serves(node, {DC: 4})
+        status = await node.until_status("it is said", lambda status: of(status).stage == "failed")
+        assert "is not among the addresses of the helper's policy file" in of(status).reason
+        for _ in range(5):
+            await node.status()
+        assert story(node) == [("SetServices", "denied", None, None)]
+        await node.stop_helper()
+        node.helper_options = ()
+        node.start_helper()
+        await serves(node, {DC: 8})
+
+
+async def test_while_the_helper_is_away_what_there_is_is_served() -> None:
+    async with provisioned(bare(PF0), CRYPTO) as (node, config):
+        await serves(node, {CY: 4})
+        await node.stop_helper(signal.SIGKILL)
+        await node.until_status("the server knows", lambda status: not status.helper.connected)
+        config.write(COMPRESSION)
+        status = await node.until_status("it is said", lambda status: of(status).stage in ("waiting", "failed"))
+        assert node.kubelet.allocatable() == {CY: 4}
+        assert all(not vf.reason for vf in status.vfs)
+        node.start_helper()
+        await serves(node, {DC: 4})

@@ -20,14 +20,14 @@ from qat_server import logs
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.inventory import Inventory, PhysicalFunction
 from qat_server.provisioning.configuration import Configuration
-from qat_server.provisioning.plan import BEING_ADMITTED, PfPlan, Step, plan
+from qat_server.provisioning.plan import PfPlan, Step, plan
 from qat_server.provisioning.progress import Progress, Stage
 from qat_server.provisioning.qat_conf import Services
 from qat_server.provisioning.state import read_states
 from qat_server.provisioning.steps import carry_out, is_refused, takes_vfs_away, why
 from qat_server.provisioning.table import wanted_text
 from qat_server.reconcile import Attempts
-from qat_server.usage import Usage
+from qat_server.usage import BEING_ADMITTED, Usage
 from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 
@@ -70,6 +70,7 @@ class Provisioner:
         self._undecided: set[PciAddress] = set()
         self._attempts = Attempts()
         self._failures: dict[PciAddress, tuple[Stage, str]] = {}
+        self._denied: dict[PciAddress, str] = {}
         self._refused: dict[PciAddress, Services] = {}
         self._said: set[tuple[PciAddress | None, str]] = set()
         self._waits: dict[PciAddress, str] = {}
@@ -104,10 +105,15 @@ class Provisioner:
             return
         if configuration != self._configuration:
             self._configuration = configuration
-            self._attempts, self._failures, self._refused = Attempts(), {}, {}
+            self._attempts, self._failures, self._refused, self._denied = Attempts(), {}, {}, {}
             self._said.clear()
-        states = await asyncio.to_thread(read_states, self._sysfs_root, self.settled(inventory.pfs))
+        settled = self.settled(inventory.pfs)
+        states = await asyncio.to_thread(read_states, self._sysfs_root, settled, False)
         planned = plan(inventory, states, configuration, holders(), self._refused)
+        concerned = [one.pf for one in planned.pfs if one.later or any(map(takes_vfs_away, one.steps))]
+        if concerned:  # mostly there are none, and nobody has to know which VFs are open
+            states.update(await asyncio.to_thread(read_states, self._sysfs_root, concerned))
+            planned = plan(inventory, states, configuration, holders(), self._refused)
         self._undecided.clear()
         self._forget_gone(one.pf.address for one in planned.pfs)
         for note in planned.notes:
@@ -126,6 +132,10 @@ class Provisioner:
                 log.info("PF is as wanted", pf=address, wanted=progress.wanted)
         self.withheld = self._withhold(planned.pfs)
         self._wake([one for one in planned.pfs if one.waiting and one.pf.address not in self._running])
+
+    def helper_changed(self) -> None:
+        """Another helper, another policy: what was denied may be allowed now, and what failed may go on."""
+        self._attempts, self._denied = Attempts(), {}
 
     def published(self) -> None:
         """The kubelet has been told what is withheld now."""
@@ -153,8 +163,11 @@ class Provisioner:
             return Progress(Stage.FAILED if one.refused else Stage.DONE, wanted, reason=one.refused)
         if not one.steps:
             return Progress(Stage.WAITING, wanted, steps, _names(one))
-        if not self._helper.connected:
-            return Progress(Stage.FAILED, wanted, steps, reason=self._helper.error)
+        if not self._helper.connected or address in self._denied:
+            self._closing.discard(address)
+            self._closed.pop(address, None)
+            why_not = self._helper.error or self._denied[address]
+            return Progress(Stage.FAILED, wanted, steps, _names(one), why_not)
         if not self._attempts.due(address, self._clock()):
             stage, failure = self._failures.get(address, (Stage.WORKING, ""))
             return Progress(stage, wanted, steps, _names(one), failure)
@@ -203,6 +216,8 @@ class Provisioner:
         if is_refused(step, error):
             self._refused[address] = getattr(step, "services", ())
             self._attempts = self._attempts.keep(self._attempts.failures.keys() - {address})
+        if error.code == ErrorCode.DENIED:  # nothing that another attempt would change
+            self._denied[address] = text
         busy = error.code in (ErrorCode.BUSY, ErrorCode.TIMED_OUT)
         failure = (Stage.BUSY if busy else Stage.FAILED, text)
         if self._failures.get(address) != failure:
@@ -261,7 +276,7 @@ class Provisioner:
         known = set(there) | self._running
         for gone in self.progress.keys() - known:
             del self.progress[gone]
-            for table in (self._failures, self._refused, self._closed, self._waits):
+            for table in (self._failures, self._refused, self._denied, self._closed, self._waits):
                 table.pop(gone, None)
         self._attempts = self._attempts.keep(self._attempts.failures.keys() & known)
 

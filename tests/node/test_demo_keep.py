@@ -96,7 +96,10 @@ def test_what_ends_is_started_again_and_all_that_is_told_is_done(kept: Kept) -> 
     kept.tell("open 0000:6b:00.1", "> 0000:6b:00.1 is open")
     kept.tell("close 0000:6b:00.1", "> 0000:6b:00.1 is closed")
     kept.tell("pod p qat.intel.com/none 1", "> the kubelet knows no 'qat.intel.com/none'; there is qat.intel.com/cy")
-    kept.tell("pod p qat.intel.com/cy 1", "> p got 0000:6b:00")
+    while True:  # until the server that was started again has registered
+        said = kept.tell("pod p qat.intel.com/cy 1", "> (p got 0000:6b:00|pod p .*)")[1]
+        if said.startswith("p got"):
+            break
     kept.tell("pod q qat.intel.com/cy 9", "> pod q qat.intel.com/cy 9: ")
     kept.tell(f"heartbeat {PF} 7", "> a heartbeat is 0 .* or -1")
     kept.tell(f"services {PF} dc", "> .*/qat.toml wants dc of")

@@ -6,6 +6,7 @@ step was seen and no VF that should have been bound was not.
 """
 
 import asyncio
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +24,8 @@ __all__ = ["run"]
 
 def run(node: Path | None, policy: AllocationPolicy, keep: bool, console: Console | None = None) -> int:
     """Run the demo; the exit status. `node` is a file with a node description (JSON), None the default node."""
-    console = console or Console(highlight=False)
+    # On a terminal lines end between words; what reads a pipe wants them whole.
+    console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     try:
         for program in ("qat-helper", "qat-plugin"):
             command(program)  # before anything is made

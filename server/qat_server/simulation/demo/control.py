@@ -87,6 +87,11 @@ class Control:
         pod, resource, number = arguments
         if not number.isdecimal():
             raise ControlError(f"{number[:20]!r} is not a number of devices")
+        known = self._scene.node.kubelet.capacity()
+        if resource not in known:  # of what it does not know, a kubelet gives nothing, without a word
+            raise ControlError(
+                f"the kubelet knows no {resource[:60]!r}; there is {', '.join(sorted(known)) or 'nothing'}"
+            )
         given = await self._scene.node.kubelet.allocate(pod, [("main", resource, int(number))])
         return f"{pod} got {', '.join(given.devices) or 'nothing'}"
 

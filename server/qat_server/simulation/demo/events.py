@@ -32,6 +32,8 @@ async def heartbeat(scene: Scene) -> None:
 async def kill_helper(scene: Scene) -> None:
     """The root process is killed: pods keep their devices, a new one is admitted, and all goes on when it is back."""
     node, before = scene.node, scene.node.kubelet.allocatable()
+    if not before:
+        return
     async with scene.step("helper killed: the server says so, and goes on serving"):
         await node.stop_helper(signal.SIGKILL)
         await node.until_status("the server says so", lambda status: not status.helper.connected and not status.ready)

@@ -95,3 +95,6 @@ async def _keep_up(scene: Scene, name: str) -> None:
         scene.console.print(f"> the {name} {how}: it is started again in {RESTART_AFTER:g} s", markup=False)
         await asyncio.sleep(RESTART_AFTER)
         start()
+        process = node.helper if name == "helper" else node.server
+        assert process is not None  # noqa: S101
+        scene.console.print(f"> the {name} runs again, pid {process.pid}", markup=False)

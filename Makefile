@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := shared helper server tests
+SOURCES := shared helper server tests docs
 
 .PHONY: help
 help: ## list the targets
@@ -40,13 +40,14 @@ test-kubelet: $(READY) ## run helper and server against the kubelet's own code (
 	@$(BIN)/pytest -q tests/kubelet
 
 .PHONY: check
-check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code is current
+check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code and reference are current
 	@echo "==> check: ruff, mypy, import-linter, generated code"
 	@$(BIN)/ruff format --check -q $(SOURCES)
 	@$(BIN)/ruff check -q $(SOURCES)
 	@$(BIN)/mypy
 	@PYTHONPATH=shared:helper:server $(BIN)/lint-imports
 	@protos/generate --check
+	@$(BIN)/python docs/reference.py --check
 
 .PHONY: format
 format: $(READY) ## format the sources and apply the safe lint fixes
@@ -56,11 +57,15 @@ format: $(READY) ## format the sources and apply the safe lint fixes
 .PHONY: bench
 bench: $(READY) ## measure side by side with a plain grpc.aio service (minutes; not a test)
 	@echo "==> bench: ratios to a plain grpc.aio no-op in the same run"
-	@$(BIN)/python tests/bench
+	@PYTHONPATH=tests $(BIN)/python -m bench
 
 .PHONY: protos
 protos: $(READY) ## generate server/qat_server/generated from protos/
 	@protos/generate
+
+.PHONY: docs
+docs: $(READY) ## write docs/configuration.md out of the flags
+	@$(BIN)/python docs/reference.py
 
 .PHONY: lock
 lock: ## resolve requirements/*.in into locked files with hashes (needs uv)

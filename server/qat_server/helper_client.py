@@ -88,6 +88,8 @@ class HelperClient:
         self._connection: _Connection | None = None
         self.version = ""
         self.error = "the helper is not connected yet"
+        self.tried = asyncio.Event()
+        """Set once the first attempt to connect has ended, however."""
         self._told = False
         self.audit: AuditHead | None = None
         self.operations: tuple[str, ...] = ()
@@ -113,6 +115,7 @@ class HelperClient:
             self._connection = connection
             self.error = ""
             self._told = False
+            self.tried.set()
             log.info("helper connected", socket=str(self._path), version=self.version)
             self._on_change()
             try:
@@ -230,6 +233,7 @@ class HelperClient:
             log.warning("helper not reachable", why=error)
         self._told = True
         self.error = error
+        self.tried.set()
         self._on_change()
 
 

@@ -20,7 +20,7 @@ from typing import Final
 
 import uvloop
 
-from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile
+from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile, status_socket
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.device_configs import DeviceConfigs
@@ -48,6 +48,9 @@ from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError
 
 log = logs.get(__name__)
+
+HELPER_PATIENCE: Final = 2.0
+"""Seconds that the start waits for the first attempt to reach the helper to end."""
 
 _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
@@ -186,9 +189,13 @@ class Plugin:
                 sockets = http_endpoint.listen(self.settings.metrics_address)
                 tasks.create_task(http_endpoint.serve(sockets, self._handlers()))
             tasks.create_task(self.helper.run())
+            with contextlib.suppress(TimeoutError):  # one that accepts and says nothing
+                async with asyncio.timeout(HELPER_PATIENCE):
+                    await self.helper.tried.wait()
             await self._prepare_socket_directory()
             async with only_server(self.socket_directory):
                 grpc_socket.remove_leftovers(self.socket_directory)
+                tasks.create_task(self._serve_status())
                 self._not_ready = "the first look at the devices is not done"
                 self.changes.mark()
                 if self.configuration is not None:
@@ -209,8 +216,16 @@ class Plugin:
             "/healthz": lambda: Response(200, b"ok\n"),
             "/readyz": self._readyz,
             "/metrics": lambda: Response(200, metrics.text(registry), metrics.CONTENT_TYPE),
-            "/status": lambda: Response(200, encode(status_from(self.state())), http_endpoint.JSON),
+            "/status": self._status,
         }
+
+    def _status(self) -> Response:
+        return Response(200, encode(status_from(self.state())), http_endpoint.JSON)
+
+    async def _serve_status(self) -> None:
+        """For `qat-plugin status`, whether or not there is a --metrics-address."""
+        with status_socket.listening(self.socket_directory) as local:
+            await http_endpoint.serve([local], {"/status": self._status})
 
     def _readyz(self) -> Response:
         reasons = self.not_ready()
@@ -305,8 +320,9 @@ class Plugin:
             self.usage.holders,
         )
         self.usage.observe(self.listing)
-        if not self.usage.asked:
-            return  # its answer leads to a new look: the first list has what pods hold, even if it has gone
+        if not self._knows_holders():
+            self._not_ready = f"what pods hold is not known yet: {self.usage.error}"
+            return  # the answer leads to a new look
         self._publish(work)
         self.provisioner.published()
         self._not_ready = ""
@@ -324,6 +340,15 @@ class Plugin:
             self.counters.resync()
         self.counters.rescan(self._clock() - began)
         return inventory
+
+    def _knows_holders(self) -> bool:
+        """Whether a list may be published: the first one must have what pods hold, even if it has gone.
+
+        The plugin watcher needs no helper, so there the kubelet is not kept waiting for one.
+        """
+        if self.settings.registration is Registration.PLUGIN_WATCHER:
+            return self.usage.attempted
+        return self.usage.asked
 
     def _held(self, resource: str, address: PciAddress) -> bool:
         endpoint = self.endpoints.get(resource)

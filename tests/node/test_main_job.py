@@ -1,10 +1,12 @@
 """The main job, end to end: the real helper and server processes on a simulated node, as the kubelet sees them."""
 
+import asyncio
 import errno
 import hashlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 
@@ -12,8 +14,8 @@ import pytest
 
 from qat_server.simulation.kubelet import AdmissionError
 from qat_server.simulation.node import LoneVf, Node, OtherDevice, Pf, demo_node
-from qat_server.simulation.running_node import RunningNode, running_node
-from qat_server.status import Status
+from qat_server.simulation.running_node import RunningNode, command, running_node
+from qat_server.status import Status, decode
 from waiting import until
 
 CY, DC, GENERIC = "qat.intel.com/cy", "qat.intel.com/dc", "qat.intel.com/generic"
@@ -263,3 +265,18 @@ async def test_nothing_is_left_behind() -> None:
         assert await node.stop_helper() == 0
         assert not node.helper_socket.exists()
         assert node.kernel.defects == []
+
+
+async def test_status_is_told_on_a_local_socket_without_any_address() -> None:
+    async with running_node(ONE_PF) as node:
+        await start(node, {CY: 4})
+        asked = [*command("qat-plugin"), "status", f"--kubelet-dir={node.kubelet_directory}"]
+        told = await asyncio.to_thread(subprocess.run, [*asked, "--json"], capture_output=True, check=True)
+        status = decode(told.stdout)
+        assert (status.ready, len(status.vfs)) == (True, 4)
+        screen = await asyncio.to_thread(subprocess.run, asked, capture_output=True, text=True, check=True)
+        assert "qat-plugin" in screen.stdout.splitlines()[0]
+        await node.stop_server()
+        refused = await asyncio.to_thread(subprocess.run, asked, capture_output=True, text=True, check=False)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "no server to ask" in refused.stderr

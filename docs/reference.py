@@ -67,6 +67,8 @@ def page() -> str:
     for name in plugin:
         lines += [f"### qat-plugin {name}", "", "```", help_of("qat-plugin", name), "```", ""]
     lines += ["## qat-helper", "", "```", help_of("qat-helper"), "```"]
+    for words in (("audit", "verify"), ("audit", "show"), ("policy", "check")):
+        lines += ["", f"### qat-helper {' '.join(words)}", "", "```", help_of("qat-helper", *words), "```"]
     return "\n".join(lines) + "\n"
 
 

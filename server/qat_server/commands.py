@@ -1,4 +1,4 @@
-"""The typer application: help, and the commands beside the server (demo, status, doctor, provision, config check).
+"""The typer application: help, and the commands beside the server itself (demo, status, doctor, provision, ...).
 
 The server does not come by here (main.py): typer's conversion of option values loads pydantic, 20 MiB in all that a
 running server would never use again. So the server's flags are declared here for --help only.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from qat_server import logs
+from qat_server.audit_head import AuditWatch
 from qat_server.counters import Counters
 from qat_shared import VERSION
 from qat_shared.codec import ProtocolError, decode_reply, encode
@@ -91,7 +92,7 @@ class HelperClient:
         self.tried = asyncio.Event()
         """Set once the first attempt to connect has ended, however."""
         self._told = False
-        self.audit: AuditHead | None = None
+        self.audit = AuditWatch(counters)
         self.operations: tuple[str, ...] = ()
 
     @property
@@ -192,7 +193,6 @@ class HelperClient:
             raise HelperError(
                 ErrorCode.TIMED_OUT, f"the helper did not answer {operation} in {CALL_TIMEOUT:g} s"
             ) from None
-        self.audit = reply.audit
         if isinstance(reply, Failure):
             self._counters.helper_request(operation, reply.code)
             raise HelperError(reply.code, reply.message, reply.errno, reply.rule)
@@ -209,7 +209,7 @@ class HelperClient:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             await loop.sock_connect(sock, os.fspath(self._path))
-            connection = _Connection(sock)
+            connection = _Connection(sock, self.audit.heard)
         except BaseException:
             sock.close()
             raise
@@ -238,10 +238,11 @@ class HelperClient:
 
 
 class _Connection:
-    """One connected socket and the calls that wait for answers on it."""
+    """One connected socket and the calls that wait for answers on it. `heard` is given each answer's audit head."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, heard: Callable[[AuditHead], None]) -> None:
         self._sock = sock
+        self._heard = heard
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
         self._sending = asyncio.Lock()
@@ -299,6 +300,7 @@ class _Connection:
             _close(*passed)
             self._end()
             return
+        self._heard(reply.audit)  # here, where answers still have the order in which they were sent
         answer = self._waiting.get(reply.id)
         if answer is None or answer.done():
             _close(*passed)

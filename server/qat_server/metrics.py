@@ -160,6 +160,9 @@ def _helper_metrics(state: State) -> Iterator[Metric]:
 
 def _counted(counters: Counters) -> Iterator[Metric]:
     yield _counter("helper_requests", "Requests to the helper.", ("operation", "outcome"), counters.helper_requests)
+    yield _counter(
+        "audit_breaks", "Times the helper's audit log did not continue where it was.", (), {(): counters.audit_breaks}
+    )
     yield _counter("bind_attempts", "VFs tried to bind.", ("driver",), _labelled(counters.bind_attempts))
     yield _counter("bind_failures", "VFs that could not be bound.", ("driver", "outcome"), counters.bind_failures)
     yield _histogram("bind_seconds", "Time to bind a VF through the helper.", counters.bind_seconds)

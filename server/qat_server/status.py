@@ -23,13 +23,14 @@ class EndpointState(Struct, frozen=True):
 
 
 class HelperState(Struct, frozen=True):
-    """The helper as last heard of; `audit_*` is the head of its audit log."""
+    """The helper as last heard of; `audit_*` is the head of its audit log, and how that last failed to continue."""
 
     connected: bool = False
     version: str = ""
     error: str = ""
     audit_sequence: int = 0
     audit_hash: str = ""
+    audit_broken: str = ""
 
 
 class State(Struct, frozen=True, kw_only=True):

@@ -22,6 +22,8 @@ def show(status: Status, console: Console) -> None:
     else:
         detail = f"not connected: {helper.error}" if helper.error else "not connected"
     _line(console, "helper: ", detail, good=helper.connected)
+    if helper.audit_broken:
+        _line(console, "audit: ", helper.audit_broken, good=False)
     console.print(
         _table(
             "resources",

@@ -132,7 +132,8 @@ class Usage:
 
     async def _ask(self) -> None:
         asked_at = self._clock()
-        before, tell, self._tell = (self.attempted, self.asked), self._tell, False
+        before = (self.attempted, self.asked)
+        told, self._told = self._told, True
         try:
             holders = await self._query()
         except PodResourcesError as error:
@@ -146,7 +147,7 @@ class Usage:
             self.holders = None
             self.attempted = True
             self.asked = self.asked or not isinstance(error, NobodyToAskError)
-            if tell or before != (self.attempted, self.asked):
+            if not told or before != (self.attempted, self.asked):
                 self._on_change()
             if self._unhealthy_since:
                 self._ask_at(asked_at + _RETRY)
@@ -157,7 +158,7 @@ class Usage:
         self._shown.update(((name, address), asked_at) for name, held in holders.items() for address in held)
         changed = holders != self.holders
         self.holders = holders
-        if tell or not before[1] or changed or self._unhealthy_since:
+        if not told or not before[1] or changed or self._unhealthy_since:
             self._on_change()
 
     def _ask_at(self, when: float) -> None:

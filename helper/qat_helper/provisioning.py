@@ -68,6 +68,8 @@ def set_num_vfs(node: Node, request: SetNumVfs) -> Outcome:
         total = pf.read_int("sriov_totalvfs")
         if request.count > total:
             raise denied("vf-count", f"{pf.address} can have {total} VFs at most")
+        if request.count:
+            node.policy.check_vf_count(pf.address, total)  # the QAT driver enables all, whatever number is written
         before = _shown(pf, _NUM_VFS)
         if (before != "0") != (request.count != 0):
             if request.count == 0:

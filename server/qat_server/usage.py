@@ -46,7 +46,7 @@ class Usage:
         self._settle = settle
         self._clock = clock
         self._unhealthy_since: dict[tuple[str, PciAddress], float] = {}
-        self._tell = False
+        self._told = True
         self.answer_asked_at = float("-inf")
         """When, by the clock, the question was asked that the last answer is to."""
         self._shown: dict[tuple[str, PciAddress], float] = {}
@@ -74,9 +74,9 @@ class Usage:
         """Take note that devices were handed out just now."""
         self._ask_at(self._clock() + _AFTER_ALLOCATION)
 
-    def ask(self, tell: bool = False) -> None:
-        """Ask soon: the kubelet may be reached again. `tell` of the answer even if it is as the last."""
-        self._tell = self._tell or tell
+    def ask(self) -> None:
+        """Ask now, and tell of the answer even if it is as the last."""
+        self._told = False
         self._ask_at(self._clock())
 
     def releasable(self, resource: str, address: PciAddress) -> bool:

@@ -136,7 +136,7 @@ async def test_who_asks_is_told_even_if_nothing_has_changed() -> None:
     task = asyncio.create_task(usage.run())
     try:
         await until(lambda: told == 1)
-        usage.ask(tell=True)
+        usage.ask()
         await until(lambda: told == 2)
     finally:
         task.cancel()

@@ -142,7 +142,7 @@ class Provisioner:
         if self._closing:
             self._closed.update(dict.fromkeys(self._closing, self._clock()))
             self._closing.clear()
-            self._usage.ask(tell=True)
+            self._usage.ask()
 
     def _judge(self, one: PfPlan, work: asyncio.TaskGroup) -> Progress:
         address, wanted = one.pf.address, wanted_text(one.wanted)
@@ -248,7 +248,7 @@ class Provisioner:
                 self._watched, self._ask_at, self._pause = seen, now, POLL
             # Where a VF is open, the kernel tells first when it is not any more.
             if now >= self._ask_at and any(one.state and not one.state.open_vfs for one in waiting):
-                self._usage.ask(tell=True)
+                self._usage.ask()
                 # That one is being admitted is known for some seconds at most: its pod shows, or it has gone.
                 admitted = any(BEING_ADMITTED in _names(one) for one in waiting)
                 self._pause = POLL if admitted else min(self._pause * 2, _ASK_LAST)

@@ -159,7 +159,10 @@ class _Vf:
             return OperationError(ErrorCode.VANISHED, f"{self._address} went away meanwhile", number)
         hint = ""
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            hint = "; the helper needs uid 0 and sysfs mounted read-write"
+            hint = (
+                "; the helper needs uid 0 and sysfs mounted read-write; "
+                "if the device's host bridge came after the helper's start, start the helper again"
+            )
         return OperationError(
             ErrorCode.KERNEL, f"{self._address}: the kernel refused to {doing}: {os.strerror(number)}{hint}", number
         )

@@ -22,20 +22,21 @@ class EndpointState(Struct, frozen=True):
 
 
 class HelperState(Struct, frozen=True):
-    """The helper as last heard of; `audit_*` is the head of its audit log."""
+    """The helper as last heard of; `audit_*` is the head of its audit log, `sandbox` as in State."""
 
     connected: bool = False
     version: str = ""
     error: str = ""
     audit_sequence: int = 0
     audit_hash: str = ""
+    sandbox: Mapping[str, str] = {}
 
 
 class State(Struct, frozen=True, kw_only=True):
     """One moment of the run loop. Addresses are of VFs but for `unhealthy` and `heartbeats`, which name PFs.
 
     `names`: resource by VF. `foreign`: driver that somebody else bound. `failures`: why it could not be bound.
-    `held`: the pod that holds it. `not_ready`: reasons, none when ready.
+    `held`: the pod that holds it. `not_ready`: reasons, none when ready. `sandbox`: by layer, what is missing of it.
     """
 
     inventory: Inventory
@@ -51,6 +52,7 @@ class State(Struct, frozen=True, kw_only=True):
     not_ready: tuple[str, ...] = ()
     uevents: int = 0
     uevent_overruns: int = 0
+    sandbox: Mapping[str, str] = {}
 
 
 class PfStatus(Struct, frozen=True):
@@ -105,6 +107,7 @@ class Status(Struct, frozen=True):
     resources: tuple[ResourceStatus, ...]
     problems: tuple[str, ...]
     cut: tuple[str, ...]
+    sandbox: Mapping[str, str] = {}
 
 
 def status_from(state: State) -> Status:
@@ -122,6 +125,7 @@ def status_from(state: State) -> Status:
             for problem in state.inventory.problems
         ),
         cut=tuple(str(address) for address in state.inventory.cut),
+        sandbox=state.sandbox,
     )
 
 

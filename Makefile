@@ -39,6 +39,11 @@ test-kubelet: $(READY) ## run helper and server against the kubelet's own code (
 	@tests/kubelet/build
 	@$(BIN)/pytest -q tests/kubelet
 
+.PHONY: test-security
+test-security: $(READY) ## what neither process can do once it serves; what runs as root (root for all of it)
+	@echo "==> test-security: the sandboxes from inside, and what runs as root"
+	@$(BIN)/pytest -q tests/helper_security
+
 .PHONY: check
 check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code is current
 	@echo "==> check: ruff, mypy, import-linter, generated code"

@@ -40,8 +40,8 @@ test-kubelet: $(READY) ## run helper and server against the kubelet's own code (
 	@$(BIN)/pytest -q tests/kubelet
 
 .PHONY: test-security
-test-security: $(READY) ## attack the helper as a hostile server would: fuzzing, floods, races, kills (root for all of it)
-	@echo "==> test-security: hostile clients of the helper (QAT_FUZZ_DECODER=1000000 QAT_FUZZ_SOCKET=1000000: more of it)"
+test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, floods, races, kills (root for all of it)
+	@echo "==> test-security: sandboxes, hostile clients (QAT_FUZZ_DECODER=1000000 QAT_FUZZ_SOCKET=1000000: more of it)"
 	@$(BIN)/pytest -q tests/helper_security
 
 .PHONY: check

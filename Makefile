@@ -39,6 +39,11 @@ test-kubelet: $(READY) ## run helper and server against the kubelet's own code (
 	@tests/kubelet/build
 	@$(BIN)/pytest -q tests/kubelet
 
+.PHONY: test-security
+test-security: $(READY) ## attack the helper as a hostile server would: fuzzing, floods, races, kills (root for all of it)
+	@echo "==> test-security: hostile clients of the helper (QAT_FUZZ_DECODER=1000000 QAT_FUZZ_SOCKET=1000000: more of it)"
+	@$(BIN)/pytest -q tests/helper_security
+
 .PHONY: test-deployments
 test-deployments: .venv/.deployments ## render and check the manifests, build and run the images (needs Go; root for the images)
 	@echo "==> test-deployments: manifests, units, and both images run as the base says, on the simulated node"

@@ -16,6 +16,7 @@ from deployments import containers, rendered
 from deployments.containers import Container, Sandbox
 from deployments.images import image
 from deployments.rendered import BUILT, Manifest
+from qat_server.simulation import interception
 from qat_server.simulation.kernel import Kernel
 from qat_server.simulation.kubelet import Kubelet
 from qat_server.simulation.node import Node
@@ -23,6 +24,8 @@ from qat_server.simulation.running_node import RunningNode, short_tmp
 
 _UEVENTS: Final = "/run/uevents.sock"
 _WRITTEN: Final = ("/sys/bus/pci", "/sys/devices")
+"""What the helper's container has of /sys to write. The supervisor sees paths as the container does, and the runtime
+itself writes to the real /sys/fs/cgroup, so only these are looked at."""
 
 
 class PodNode(RunningNode):
@@ -39,6 +42,7 @@ class PodNode(RunningNode):
     ) -> None:
         super().__init__(directory, kernel, kubelet, ())
         self.made: dict[str, Container] = {}
+        self._supervisors: list[interception.Supervisor] = []
         self.pod = rendered.pod_spec(manifests)
         self._shared = shared
         self._bundles = bundles
@@ -54,11 +58,20 @@ class PodNode(RunningNode):
     def start_helper(self) -> None:
         """Start the helper's container, its writes answered by the emulated kernel."""
         container = self._container("helper")
-        seen_at = {Path(path): Path(self.kernel.sysfs_root, path.removeprefix("/sys/")) for path in _WRITTEN}
         with self._open_log("helper") as log:
-            self.helper = self.kernel.spawn(
-                container.command, seen_at, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
+            self.helper, supervisor = interception.spawn(
+                container.command,
+                [Path(path) for path in _WRITTEN],
+                lambda path, data: self.kernel.intercepted(self._as_ours(path), data),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
             )
+        self._supervisors.append(supervisor)
+
+    def _as_ours(self, path: str) -> str:
+        """The path in the simulated tree of a file that a container sees beneath /sys."""
+        return os.fspath(self.kernel.sysfs_root / path.removeprefix("/sys/"))
 
     def start_server(self) -> None:
         """Start the server's container."""
@@ -76,6 +89,8 @@ class PodNode(RunningNode):
         await super().end()
         for container in self.made.values():
             container.remove()
+        for supervisor in self._supervisors:
+            supervisor.stop()
 
     def _container(self, name: str) -> Container:
         if (old := self.made.pop(name, None)) is not None:

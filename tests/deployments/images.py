@@ -22,10 +22,12 @@ from deployments.rendered import BUILT, ROOT
 _STORE: Final = BUILT / "images"
 _BASE: Final = "localhost/qat-test-base"
 _RELEASE: Final = "bookworm"
+_HOW: Final = ("deployments/images/build", "deployments/images/closure.py")
+_PYTHON: Final = (*_HOW, "deployments/images/assemble.py", "requirements/images.txt", "seccomp", "shared")
 _SOURCES: Final = {
-    "helper": ("shared", "helper", "seccomp", "requirements/helper.txt", "requirements/images.txt"),
-    "server": ("shared", "server", "seccomp", "requirements/server.txt", "requirements/images.txt"),
-    "dpdk": ("deployments/examples/dpdk/image",),
+    "helper": (*_PYTHON, "deployments/images/helper", "helper", "requirements/helper.txt"),
+    "server": (*_PYTHON, "deployments/images/server", "server", "requirements/server.txt"),
+    "dpdk": (*_HOW, "deployments/examples/dpdk/image"),
 }
 NAMES: Final = {"helper": "qat-plugin-helper", "server": "qat-plugin-server", "dpdk": "qat-dpdk"}
 
@@ -147,7 +149,7 @@ def _fingerprint(name: str) -> str:
     """Of all that an image is made of."""
     found = hashlib.sha256(repr((_RELEASE, _debootstrap_options())).encode())
     if name != "base":
-        for source in (*_SOURCES[name], "deployments/images"):
+        for source in _SOURCES[name]:
             path = ROOT / source
             files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
             for file in files:

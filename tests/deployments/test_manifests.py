@@ -268,10 +268,12 @@ def test_an_example_asks_for_qat_in_a_container_that_can_use_it(name: str) -> No
                 assert each["resources"].get("requests", each["resources"]["limits"]) == each["resources"]["limits"]
 
 
-def test_the_readme_names_everything_that_is_there() -> None:
-    text = (DEPLOYMENTS / "README.md").read_text()
-    for name in (*INSTALLATIONS, *COMPONENTS, *EXAMPLES):
-        assert f"`{name}" in text or f"{Path(name).name}" in text, name
+def test_the_readmes_name_everything_that_is_there_and_nothing_that_is_not() -> None:
+    text, examples = ((DEPLOYMENTS / folder / "README.md").read_text() for folder in ("", "examples"))
+    for name in (*INSTALLATIONS, *COMPONENTS):
+        assert f"`{name}`" in text, name
+    for name in EXAMPLES:
+        assert f"`{name.removeprefix('examples/')}`" in examples, name
     for line in re.findall(r"^kubectl .*$", text, re.MULTILINE):
         words = shlex.split(line, comments=True)
         for option, value in itertools.pairwise(words):

@@ -23,8 +23,8 @@ from qat_shared.messages import (
 from sysfs_tree import address
 
 OURS = {
-    "qat_helper": "allowance audit binding child console copies dispatch errors kubelet listening main node operations policy "
-    "provisioning reading sandbox serve writing",
+    "qat_helper": "allowance audit binding child console copies dispatch errors kubelet listening main node operations "
+    "policy provisioning reading sandbox serve writing",
     "qat_shared": "codec confinement devices messages pci seccomp sysfs",
 }
 """By package, the modules that the helper imports, all of them."""

@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := shared helper server tests docs
+SOURCES := shared helper server tests docs deployments
 
 .PHONY: help
 help: ## list the targets
@@ -40,9 +40,23 @@ test-kubelet: $(READY) ## run helper and server against the kubelet's own code (
 	@$(BIN)/pytest -q tests/kubelet
 
 .PHONY: test-security
-test-security: $(READY) ## attack the helper as a hostile server would: fuzzing, floods, races, kills (root for all of it)
-	@echo "==> test-security: hostile clients of the helper (QAT_FUZZ_DECODER=1000000 QAT_FUZZ_SOCKET=1000000: more of it)"
+test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, floods, races, kills (root for all of it)
+	@echo "==> test-security: sandboxes, hostile clients (QAT_FUZZ_DECODER=1000000 QAT_FUZZ_SOCKET=1000000: more of it)"
 	@$(BIN)/pytest -q tests/helper_security
+
+.PHONY: test-deployments
+test-deployments: .venv/.deployments ## render and check the manifests, build and run the images (needs Go; root for the images)
+	@echo "==> test-deployments: manifests, units, and both images run as the base says, on the simulated node"
+	@tests/deployments/tools/build
+	@$(BIN)/pytest -q tests/deployments
+
+.venv/.deployments: $(READY) requirements/deployments.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/deployments.txt
+	@touch $@
+
+.PHONY: images
+images: ## build both images (BASE, BUILDER, TAG, OPTIONS: see deployments/images/build)
+	@deployments/images/build
 
 .PHONY: check
 check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code and reference are current
@@ -74,7 +88,7 @@ docs: $(READY) ## write docs/configuration.md out of the flags
 
 .PHONY: lock
 lock: ## resolve requirements/*.in into locked files with hashes (needs uv)
-	@cd requirements && for f in helper server dev; do \
+	@cd requirements && for f in helper server dev deployments images; do \
 	  uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate $$f.in -o $$f.txt; done
 
 .PHONY: clean

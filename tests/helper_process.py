@@ -103,6 +103,7 @@ class Helper:
         self.log = directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
         self.command = [COMMAND]
+        self.traceable = os.geteuid() != 0  # so that tests can look at its descriptors; root can anyway
 
     def spawn(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
         """Start the command; it need not come to serve. A later option wins."""
@@ -120,6 +121,7 @@ class Helper:
             f"--server-uid={os.geteuid()}",
             f"--server-gid={os.getegid()}",
             f"--audit-log={self.audit}",
+            *(["--traceable"] if self.traceable else []),
         ]
 
     def start(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":

@@ -52,7 +52,10 @@ def _refused(device: PciDevice, doing: str, number: int) -> OperationError:
         return OperationError(ErrorCode.VANISHED, f"{device.address} went away meanwhile", number)
     hint = ""
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        hint = "; the helper needs uid 0 and sysfs mounted read-write"
+        hint = (
+            "; the helper needs uid 0 and sysfs mounted read-write; "
+            "if the device's host bridge came after the helper's start, start the helper again"
+        )
     return OperationError(
         ErrorCode.KERNEL, f"{device.address}: the kernel refused to {doing}: {os.strerror(number)}{hint}", number
     )

@@ -19,6 +19,7 @@ from qat_server.audit_head import AuditWatch
 from qat_server.counters import Counters
 from qat_shared import VERSION
 from qat_shared.codec import ProtocolError, decode_reply, encode
+from qat_shared.confinement import missing
 from qat_shared.messages import (
     MAX_MESSAGE,
     PROTOCOL,
@@ -94,6 +95,7 @@ class HelperClient:
         self._told = False
         self.audit = AuditWatch(counters)
         self.operations: tuple[str, ...] = ()
+        self.sandbox: dict[str, str] = {}
 
     @property
     def connected(self) -> bool:
@@ -120,6 +122,8 @@ class HelperClient:
             self._told = False
             self.tried.set()
             log.info("helper connected", socket=str(self._path), version=self.version)
+            if lacks := missing(self.sandbox):
+                log.warning("the helper's sandbox is not whole", missing=lacks)
             self._on_change()
             try:
                 await connection.ended
@@ -227,6 +231,7 @@ class HelperClient:
             raise
         self.version = reply.version
         self.operations = reply.operations
+        self.sandbox = reply.sandbox
         return connection
 
     def _lost(self, error: str, *, say: bool = False) -> None:

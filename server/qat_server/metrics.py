@@ -51,6 +51,7 @@ class PluginCollector(Collector):
         yield from _provisioning_metrics(state)
         yield from _kubelet_metrics(state)
         yield from _helper_metrics(state)
+        yield from _sandbox_metrics(state)
         yield _counter("uevents", "Kernel uevents that concerned PCI devices or drivers.", (), {(): state.uevents})
         yield _counter(
             "uevent_overruns",
@@ -155,6 +156,16 @@ def _helper_metrics(state: State) -> Iterator[Metric]:
     yield _gauge("helper_up", "Whether the helper is connected.", (), {(): helper.connected})
     yield _gauge(
         "audit_head_sequence", "Number of the last line of the helper's audit log.", (), {(): helper.audit_sequence}
+    )
+
+
+def _sandbox_metrics(state: State) -> Iterator[Metric]:
+    layers = {"helper": state.helper.sandbox, "server": state.sandbox}
+    yield _gauge(
+        "sandbox",
+        "Whether a layer of a process's sandbox is whole; /status says what is missing.",
+        ("process", "layer"),
+        {(process, layer): not lack for process, found in layers.items() for layer, lack in found.items()},
     )
 
 

@@ -13,14 +13,15 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import uvloop
 
-from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile, status_socket
+from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile, sandbox, status_socket
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.device_configs import DeviceConfigs
@@ -59,7 +60,10 @@ def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT: the exit status."""
     failed: list[BaseException] = []
     try:
-        uvloop.run(_serve(settings))
+        # Opened before anything is done, so that an address in use is told at once, and none can be made later.
+        address = settings.metrics_address
+        sockets = [] if address is None else http_endpoint.listen(address)
+        uvloop.run(_serve(Plugin(settings, sockets, sandbox.enter(settings))))
     except* OSError as group:
         failed = list(_leaves(group))
     for error in failed:
@@ -67,8 +71,8 @@ def run(settings: Settings) -> int:
     return 1 if failed else 0
 
 
-async def _serve(settings: Settings) -> None:
-    task = asyncio.ensure_future(Plugin(settings).run())
+async def _serve(plugin: "Plugin") -> None:
+    task = asyncio.ensure_future(plugin.run())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)
@@ -86,10 +90,18 @@ def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[BaseException]:
 
 
 class Plugin:
-    """One server. `run` until cancelled; `state` at any time."""
+    """One server. `run` until cancelled; `state` at any time. `sockets` listen for who asks after it."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sockets: Sequence[socket.socket] = (),
+        sandbox_state: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.settings = settings
+        self._sockets = sockets
+        self._sandbox = dict(sandbox_state or {})
         self.changes = Changes()
         self.counters = Counters()
         self.helper = HelperClient(settings.helper_socket, self.counters, self._helper_changed)
@@ -147,7 +159,9 @@ class Plugin:
                 audit_sequence=self.helper.audit.head.sequence if self.helper.audit.head else 0,
                 audit_hash=self.helper.audit.head.hash if self.helper.audit.head else "",
                 audit_broken=self.helper.audit.broken,
+                sandbox=self.helper.sandbox,
             ),
+            sandbox=self._sandbox,
             foreign=self.foreign,
             failures=self.binder.failures,
             held=self.usage.by_device(),
@@ -185,10 +199,8 @@ class Plugin:
             allocation_policy=self.settings.allocation_policy,
         )
         async with asyncio.TaskGroup() as tasks:
-            if self.settings.metrics_address is not None:
-                # Opened before anything is done, so that an address in use is told at once.
-                sockets = http_endpoint.listen(self.settings.metrics_address)
-                tasks.create_task(http_endpoint.serve(sockets, self._handlers()))
+            if self._sockets:
+                tasks.create_task(http_endpoint.serve(self._sockets, self._handlers()))
             tasks.create_task(self.helper.run())
             with contextlib.suppress(TimeoutError):  # one that accepts and says nothing
                 async with asyncio.timeout(HELPER_PATIENCE):

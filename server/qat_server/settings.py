@@ -95,6 +95,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     health_interval: float
     resync_interval: float
     uevents: str
+    require_sandbox: bool
+    allow_root: bool
     logging: LogSettings
 
     @property
@@ -147,6 +149,8 @@ def parse(given: Mapping[str, str] | None = None) -> Settings:
         ),
         resync_interval=read("resync-interval", lambda text: values.duration(text, _SHORTEST_INTERVAL)),
         uevents=read("uevents", _uevents),
+        require_sandbox=read("require-sandbox", values.boolean),
+        allow_root=read("allow-root", values.boolean),
         logging=_logging(read, frozenset(given or ())),
     )
     read("kubelet-dir", lambda _: _check_length(settings.longest_socket))

@@ -46,7 +46,7 @@ class Usage:
         self._settle = settle
         self._clock = clock
         self._unhealthy_since: dict[tuple[str, PciAddress], float] = {}
-        self._told = True
+        self._tell = False
         self.answer_asked_at = float("-inf")
         """When, by the clock, the question was asked that the last answer is to."""
         self._shown: dict[tuple[str, PciAddress], float] = {}
@@ -74,9 +74,9 @@ class Usage:
         """Take note that devices were handed out just now."""
         self._ask_at(self._clock() + _AFTER_ALLOCATION)
 
-    def ask(self) -> None:
-        """Ask now, and tell of the answer even if it is as the last."""
-        self._told = False
+    def ask(self, tell: bool = False) -> None:
+        """Ask soon: the kubelet may be reached again. `tell` of the answer even if it is as the last."""
+        self._tell = self._tell or tell
         self._ask_at(self._clock())
 
     def releasable(self, resource: str, address: PciAddress) -> bool:
@@ -132,8 +132,7 @@ class Usage:
 
     async def _ask(self) -> None:
         asked_at = self._clock()
-        before = (self.attempted, self.asked)
-        told, self._told = self._told, True
+        before, tell, self._tell = (self.attempted, self.asked), self._tell, False
         try:
             holders = await self._query()
         except PodResourcesError as error:
@@ -147,7 +146,7 @@ class Usage:
             self.holders = None
             self.attempted = True
             self.asked = self.asked or not isinstance(error, NobodyToAskError)
-            if not told or before != (self.attempted, self.asked):
+            if tell or before != (self.attempted, self.asked):
                 self._on_change()
             if self._unhealthy_since:
                 self._ask_at(asked_at + _RETRY)
@@ -158,7 +157,7 @@ class Usage:
         self._shown.update(((name, address), asked_at) for name, held in holders.items() for address in held)
         changed = holders != self.holders
         self.holders = holders
-        if not told or not before[1] or changed or self._unhealthy_since:
+        if tell or not before[1] or changed or self._unhealthy_since:
             self._on_change()
 
     def _ask_at(self, when: float) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import qat_helper.main
 from helper_process import PF, VF, VF2, Helper, failure, forked, heartbeat, helper, needs_root, wait_until
 from qat_helper.main import main
 from qat_shared.codec import decode_reply
@@ -382,6 +383,8 @@ def run_as(uid: int, running: Helper, *options: str) -> int:
 
     def run() -> None:
         os.dup2(os.open(running.log, os.O_WRONLY | os.O_APPEND), 2)
+        # What this test process has open belongs to objects that would close their numbers once more.
+        qat_helper.main.close_inherited = lambda: None  # type: ignore[attr-defined]
         os._exit(main(arguments))
 
     running.log.touch()

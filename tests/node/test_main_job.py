@@ -140,7 +140,20 @@ async def test_a_vf_that_vanishes_becomes_unhealthy_and_the_others_stay() -> Non
 async def test_a_new_pf_is_served_without_a_restart() -> None:
     async with running_node(ONE_PF) as node:
         await start(node, {CY: 4})
+        node.kernel.add_pf(Pf(address="0000:6b:01.0", services="dc", total_vfs=2))
+        await node.until("the new resource", lambda: node.kubelet.allocatable() == {CY: 4, DC: 2})
+
+
+async def test_a_pf_behind_a_new_host_bridge_is_served_once_the_helper_has_started_again() -> None:
+    async with running_node(ONE_PF) as node:
+        await start(node, {CY: 4})
         node.kernel.add_pf(Pf(address="0000:70:00.0", services="dc", total_vfs=2))
+        await node.until_status(
+            "what keeps them from being bound is said",
+            lambda status: sum("start the helper again" in vf.reason for vf in status.vfs) == 2,
+        )
+        assert await node.stop_helper() == 0
+        node.start_helper()
         await node.until("the new resource", lambda: node.kubelet.allocatable() == {CY: 4, DC: 2})
 
 

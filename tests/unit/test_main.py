@@ -34,6 +34,7 @@ def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     monkeypatch.setitem(sys.modules, "qat_server.plugin", plugin)
     monkeypatch.setattr("qat_server.plugin", plugin, raising=False)
     monkeypatch.setattr("qat_server.logs.configure", lambda settings: None)
+    monkeypatch.setattr("os.geteuid", lambda: 65532)
     (tmp_path / "bus/pci/devices").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return got
@@ -73,7 +74,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "phrase"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_with_one_sentence(arguments: list[str], phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_with_one_sentence(
+    arguments: list[str], phrase: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 65532)
     assert main.run(arguments, {}) == 2
 
     output = capsys.readouterr()
@@ -93,6 +97,17 @@ def test_log_file_that_cannot_be_written(
 
     assert main.run(["-sysfs-root=."], {}) == 2
     assert capsys.readouterr().err == "qat-plugin: the log file /var/log/x.log cannot be written: Permission denied\n"
+
+
+def test_root_is_refused_unless_it_is_meant(
+    served: list[Settings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert main.run(["-sysfs-root=."], {}) == 2
+    assert "--allow-root" in capsys.readouterr().err
+    assert served == []
+    assert main.run(["-sysfs-root=.", "-allow-root"], {}) == 0
+    assert len(served) == 1
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

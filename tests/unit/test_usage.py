@@ -136,7 +136,7 @@ async def test_who_asks_is_told_even_if_nothing_has_changed() -> None:
     task = asyncio.create_task(usage.run())
     try:
         await until(lambda: told == 1)
-        usage.ask()
+        usage.ask(tell=True)
         await until(lambda: told == 2)
     finally:
         task.cancel()
@@ -155,12 +155,12 @@ async def test_without_a_helper_the_kubelet_was_not_asked() -> None:
     usage = Usage(kubelet.query, changed, 3600)
     task = asyncio.create_task(usage.run())
     await until(lambda: changes)
-    assert (usage.attempted, usage.asked) == (True, False)
+    assert (usage.attempted, usage.asked, changes) == (True, False, 1)
     usage.ask()
     await until(lambda: kubelet.asked == 2)
     kubelet.holders = PodResourcesError("the kubelet has no such service")
     usage.ask()
     await until(lambda: usage.asked)
-    assert kubelet.asked == 3
+    assert (kubelet.asked, changes) == (3, 2), "what has not changed is not told again"
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -51,12 +51,13 @@ class Endpoint:
         on_allocated: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         timing: Timing | None = None,
+        on_watched: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.state = EndpointState()
         self._registrar = registrar
         self._timing = timing or Timing()
-        self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock)
+        self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock, on_watched)
         self._server: grpc.aio.Server | None = None
         self._bound: BoundSocket | None = None
         self._withdrawing = asyncio.Event()

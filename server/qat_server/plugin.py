@@ -30,10 +30,10 @@ from qat_server.facts import Facts
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.http_endpoint import Response
-from qat_server.inventory import Holder, Inventory, Listing
+from qat_server.inventory import Inventory, Listing
 from qat_server.lock import only_server
 from qat_server.naming import NAMESPACE
-from qat_server.pod_resources import held_devices
+from qat_server.pod_resources import Answer, held_devices
 from qat_server.provisioning.plan import BEING_ADMITTED
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
@@ -52,6 +52,10 @@ log = logs.get(__name__)
 
 HELPER_PATIENCE: Final = 2.0
 """Seconds that the start waits for the first attempt to reach the helper to end."""
+
+WITHOUT_HELPER: Final = 5.0
+"""Seconds that the first list waits for a helper, where the kubelet can be reached without one."""
+_KUBELET_WAIT_MS: Final = 10_000  # that the helper waits for a kubelet that is to answer who holds what
 
 _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
@@ -101,7 +105,14 @@ class Plugin:
             settings.health_interval,
             self.changes.mark_known,
         )
-        self.usage = Usage(self._query_holders, self.changes.mark_known, settings.resync_interval)
+        self.usage = Usage(
+            self._query_holders,
+            self.changes.mark_known,
+            settings.resync_interval,
+            clock=clock,
+            # The plugin watcher needs no helper, so that its absence must not keep the kubelet waiting for ever.
+            without_helper=WITHOUT_HELPER if settings.registration is Registration.PLUGIN_WATCHER else None,
+        )
         self.binder = Binder(self.helper, settings.dpdk_driver, self.counters, self.changes.mark, clock)
         self.provisioner = Provisioner(
             self.helper,
@@ -161,6 +172,8 @@ class Plugin:
     def not_ready(self) -> tuple[str, ...]:
         """The reasons why the server does not do all of its work, none when it does."""
         reasons = [self._not_ready] if self._not_ready else []
+        if not self.usage.asked and not reasons:
+            reasons.append(f"what pods hold is not known yet: {self.usage.error}")
         if not self.helper.connected:
             reasons.append(self.helper.error)
         if self.configuration is not None and self.configuration.current is None:
@@ -234,8 +247,8 @@ class Plugin:
             return Response(200, b"ok\n")
         return Response(503, "".join(f"{reason}\n" for reason in reasons).encode())
 
-    async def _query_holders(self) -> dict[str, dict[PciAddress, Holder]]:
-        return await held_devices(self.helper, self.socket_directory)
+    async def _query_holders(self) -> Answer:
+        return await held_devices(self.helper, self.socket_directory, wait_ms=_KUBELET_WAIT_MS)
 
     async def _prepare_socket_directory(self) -> None:
         """Have the helper make the directory; without a helper, go on as soon as it is there and can be written."""
@@ -327,13 +340,13 @@ class Plugin:
             self.names,
             self.health.unhealthy() | self.provisioner.withheld,
             settings.dpdk_driver,
-            self.usage.releasable,
+            self._releasable,
             self._held,
             self.usage.holders,
         )
         self.usage.observe(self.listing)
-        if not self._knows_holders():
-            self._not_ready = f"what pods hold is not known yet: {self.usage.error}"
+        if not self.usage.asked:  # the first list must have what pods hold, even if it has gone
+            self._not_ready = ""
             return  # the answer leads to a new look
         self._publish(work)
         self.provisioner.published()
@@ -353,18 +366,12 @@ class Plugin:
         self.counters.rescan(self._clock() - began)
         return inventory
 
-    def _knows_holders(self) -> bool:
-        """Whether a list may be published: the first one must have what pods hold, even if it has gone.
-
-        The plugin watcher needs no helper, so there the kubelet is not kept waiting for one.
-        """
-        if self.settings.registration is Registration.PLUGIN_WATCHER:
-            return self.usage.attempted
-        return self.usage.asked
-
     def _held(self, resource: str, address: PciAddress) -> bool:
         endpoint = self.endpoints.get(resource)
         return self.usage.held(resource, address, endpoint.handed_out.get(address) if endpoint else None)
+
+    def _releasable(self, resource: str, address: PciAddress) -> bool:
+        return self.usage.releasable(resource, address) and not self._held(resource, address)
 
     def _tell(self, inventory: Inventory) -> None:
         for problem in inventory.problems:
@@ -426,6 +433,7 @@ class Plugin:
             self.counters,
             self.usage.allocated,
             self._clock,
+            on_watched=self.usage.watched,
         )
 
     def _registrar(self, name: str) -> Registrar:

@@ -11,7 +11,6 @@ kubelet, systemd) starts it again; what fails for one device stays with that dev
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +24,13 @@ from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.discovery import discover, with_fresh_use
 from qat_server.endpoint import Endpoint
+from qat_server.endpoint_directory import DirectoryGoneError, EndpointDirectory
 from qat_server.events import Changes, UeventListener, resync
 from qat_server.facts import Facts
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.http_endpoint import Response
 from qat_server.inventory import Inventory, Listing
-from qat_server.lock import only_server
 from qat_server.naming import NAMESPACE
 from qat_server.pod_resources import Answer, held_devices
 from qat_server.provisioning.plan import BEING_ADMITTED
@@ -98,6 +97,9 @@ class Plugin:
         self.changes = Changes()
         self.counters = Counters()
         self.helper = HelperClient(settings.helper_socket, self.counters, self._helper_changed)
+        self.directory = EndpointDirectory(
+            self.helper, settings.registration, settings.socket_directory, settings.helper_socket.parent
+        )
         self.listener = UeventListener(settings.uevents, self.changes)
         self.health = HealthMonitor(
             self.helper,
@@ -135,7 +137,6 @@ class Plugin:
         self._not_ready = "starting"
         self._configs: dict[PciAddress, str] = {}
         self._facts = Facts()
-        self._helper_event = asyncio.Event()
         self._clock = clock
 
     @property
@@ -171,7 +172,7 @@ class Plugin:
 
     def not_ready(self) -> tuple[str, ...]:
         """The reasons why the server does not do all of its work, none when it does."""
-        reasons = [self._not_ready] if self._not_ready else []
+        reasons = [reason] if (reason := self.directory.waits_for or self._not_ready) else []
         if not self.usage.asked and not reasons:
             reasons.append(f"what pods hold is not known yet: {self.usage.error}")
         if not self.helper.connected:
@@ -206,12 +207,20 @@ class Plugin:
             with contextlib.suppress(TimeoutError):  # one that accepts and says nothing
                 async with asyncio.timeout(HELPER_PATIENCE):
                     await self.helper.tried.wait()
-            await self._prepare_socket_directory()
-            async with only_server(self.socket_directory):
-                grpc_socket.remove_leftovers(self.socket_directory)
+            while True:
+                await self.directory.prepare()
+                async with self.directory.held():
+                    grpc_socket.remove_leftovers(self.socket_directory)
+                    await self._work()
+
+    async def _work(self) -> None:
+        """Serve in the directory; return when it has gone."""
+        self._not_ready = "the first look at the devices is not done"
+        self.changes.mark()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.directory.until_gone())
                 tasks.create_task(self._serve_status())
-                self._not_ready = "the first look at the devices is not done"
-                self.changes.mark()
                 if self.configuration is not None:
                     tasks.create_task(self.configuration.run())
                 tasks.create_task(self.listener.run())
@@ -221,6 +230,9 @@ class Plugin:
                 async with asyncio.TaskGroup() as work:
                     while True:
                         await self._look_safely(await self.changes.wait(), work)
+        except* DirectoryGoneError:
+            self.endpoints.clear()
+            self._not_ready = "the socket directory has gone"
 
     def _handlers(self) -> dict[str, Callable[[], Response]]:
         from qat_server import metrics  # noqa: PLC0415 - prometheus_client only where metrics are wanted
@@ -250,26 +262,8 @@ class Plugin:
     async def _query_holders(self) -> Answer:
         return await held_devices(self.helper, self.socket_directory, wait_ms=_KUBELET_WAIT_MS)
 
-    async def _prepare_socket_directory(self) -> None:
-        """Have the helper make the directory; without a helper, go on as soon as it is there and can be written."""
-        while True:
-            self._helper_event.clear()
-            try:
-                await self.helper.prepare_socket_directory(self.settings.registration.socket_directory)
-            except HelperUnavailableError as error:
-                if os.access(self.socket_directory, os.W_OK | os.X_OK):
-                    return
-                self._not_ready = f"{self.socket_directory} waits for the helper, which prepares it: {error.message}"
-                await self._helper_event.wait()
-            except HelperError as error:
-                self._not_ready = f"the helper could not prepare {self.socket_directory}: {error.message}"
-                self._facts.say("socket directory not prepared", why=error.message)
-                await asyncio.sleep(1)
-            else:
-                return
-
     def _helper_changed(self) -> None:
-        self._helper_event.set()
+        self.directory.helper_changed()
         if self.helper.connected:
             self.changes.mark()  # what could not be bound or read meanwhile
             self.usage.ask()
@@ -434,6 +428,7 @@ class Plugin:
             self.usage.allocated,
             self._clock,
             on_watched=self.usage.watched,
+            on_lost=self.directory.missed,
         )
 
     def _registrar(self, name: str) -> Registrar:

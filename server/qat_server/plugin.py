@@ -19,7 +19,7 @@ from typing import Final
 
 import uvloop
 
-from qat_server import grpc_socket, http_endpoint, listing, logs, naming, reconcile, status_socket
+from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile, status_socket
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.discovery import discover, with_fresh_use
@@ -28,7 +28,7 @@ from qat_server.endpoint_directory import DirectoryGoneError, EndpointDirectory
 from qat_server.events import Changes, UeventListener, resync
 from qat_server.facts import Facts
 from qat_server.health import HealthMonitor
-from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
+from qat_server.helper_client import HelperClient
 from qat_server.http_endpoint import Response
 from qat_server.inventory import Inventory, Listing
 from qat_server.naming import NAMESPACE
@@ -39,11 +39,11 @@ from qat_server.provisioning.watch import ConfigurationWatch
 from qat_server.registration import Registrar
 from qat_server.registration_socket import SocketRegistrar
 from qat_server.registration_watcher import WatcherRegistrar
+from qat_server.services import Services
 from qat_server.settings import Registration, Settings
 from qat_server.status import HelperState, State, encode, status_from
 from qat_server.usage import Usage
 from qat_shared import VERSION
-from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError
 
@@ -116,6 +116,7 @@ class Plugin:
             without_helper=WITHOUT_HELPER if settings.registration is Registration.PLUGIN_WATCHER else None,
         )
         self.binder = Binder(self.helper, settings.dpdk_driver, self.counters, self.changes.mark, clock)
+        self.services = Services(self.helper, self.changes.mark_known, clock)
         self.provisioner = Provisioner(
             self.helper,
             settings.sysfs_root,
@@ -135,7 +136,6 @@ class Plugin:
         self.foreign: dict[PciAddress, str] = {}
         self.endpoints: dict[str, Endpoint] = {}
         self._not_ready = "starting"
-        self._configs: dict[PciAddress, str] = {}
         self._facts = Facts()
         self._clock = clock
 
@@ -321,8 +321,8 @@ class Plugin:
                 pfs=len(inventory.pfs),
                 hint="enable VFs (sriov_numvfs) on a PF whose kernel driver is loaded and named in --kernel-vf-drivers",
             )
-        await self._read_configs(inventory)
-        self.names = self._names(inventory)
+        self.services.look(inventory, self._facts, work)
+        self.names = self.services.names(inventory)
         plan = reconcile.plan(inventory, settings.dpdk_driver)
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
@@ -378,32 +378,6 @@ class Plugin:
                 first=inventory.cut[0],
                 last=inventory.cut[-1],
             )
-
-    def _names(self, inventory: Inventory) -> dict[PciAddress, str]:
-        """Resource by VF; without a VF whose PF's dev_cfg is needed and cannot be read yet, as long as that is so."""
-        pfs = {pf.address: pf for pf in inventory.pfs}
-        names = {}
-        for vf in inventory.vfs:
-            pf = pfs.get(vf.pf) if vf.pf is not None else None
-            config = self._configs.get(pf.address) if pf is not None else None
-            if config is not None or pf is None or not naming.needs_config(pf):
-                names[vf.address] = naming.resource_name(vf, pf, config)
-        return names
-
-    async def _read_configs(self, inventory: Inventory) -> None:
-        """Ask for the dev_cfg of PFs that need one for their name and have none yet."""
-        needed = {pf.address for pf in inventory.pfs if naming.needs_config(pf)}
-        self._configs = {address: text for address, text in self._configs.items() if address in needed}
-        for address in sorted(needed - self._configs.keys()):
-            try:
-                self._configs[address] = (await self.helper.device_config(address)).text
-            except HelperUnavailableError:
-                return  # asked again when it is back
-            except HelperError as error:
-                if error.code in (ErrorCode.UNAVAILABLE, ErrorCode.DENIED):
-                    self._configs[address] = ""  # this driver has none, or it is not for us to know
-                else:
-                    self._facts.say("services not read", address=address, why=error.message)
 
     def _publish(self, work: asyncio.TaskGroup) -> None:
         for name, devices in self.listing.items():

@@ -106,6 +106,7 @@ class Plugin:
             lambda: self.provisioner.settled(self.inventory.pfs),
             settings.health_interval,
             self.changes.mark_known,
+            clock,
         )
         self.usage = Usage(
             self._query_holders,
@@ -267,6 +268,7 @@ class Plugin:
         if self.helper.connected:
             self.changes.mark()  # what could not be bound or read meanwhile
             self.usage.ask()
+            self.health.ask()
 
     def _configuration_changed(self) -> None:
         current = self.configuration.current if self.configuration else None
@@ -321,6 +323,7 @@ class Plugin:
                 pfs=len(inventory.pfs),
                 hint="enable VFs (sriov_numvfs) on a PF whose kernel driver is loaded and named in --kernel-vf-drivers",
             )
+        self.health.look()
         self.services.look(inventory, self._facts, work)
         self.names = self.services.names(inventory)
         plan = reconcile.plan(inventory, settings.dpdk_driver)
@@ -331,7 +334,7 @@ class Plugin:
         self.listing = listing.advance(
             self.listing,
             inventory,
-            self.names,
+            self._offered(inventory),
             self.health.unhealthy() | self.provisioner.withheld,
             settings.dpdk_driver,
             self._releasable,
@@ -363,6 +366,15 @@ class Plugin:
     def _held(self, resource: str, address: PciAddress) -> bool:
         endpoint = self.endpoints.get(resource)
         return self.usage.held(resource, address, endpoint.handed_out.get(address) if endpoint else None)
+
+    def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
+        """The names, without VFs that are new and whose PF has not shown yet that it is alive."""
+        pending = self.health.pending()
+        if not pending:
+            return self.names
+        listed = {device.address for devices in self.listing.values() for device in devices}
+        unknown = {vf.address for vf in inventory.vfs if vf.pf in pending} - listed
+        return {address: name for address, name in self.names.items() if address not in unknown}
 
     def _releasable(self, resource: str, address: PciAddress) -> bool:
         return self.usage.releasable(resource, address) and not self._held(resource, address)

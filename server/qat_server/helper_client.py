@@ -117,7 +117,9 @@ class HelperClient:
                 connection = await self._connect()
             except (OSError, HelperError, ProtocolError) as error:
                 differs = isinstance(error, HelperError) and not isinstance(error, HelperUnavailableError)
-                self._lost(f"cannot reach the helper at {self._path}: {_sentence(error)}", say=differs)
+                nobody = isinstance(error, FileNotFoundError | ConnectionRefusedError)
+                hint = ": is qat-helper running? (--helper-socket)" if nobody else ""
+                self._lost(f"cannot reach the helper at {self._path}: {_sentence(error)}{hint}", say=differs)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RECONNECT_LAST)
                 continue

@@ -41,7 +41,7 @@ from qat_server.registration_socket import SocketRegistrar
 from qat_server.registration_watcher import WatcherRegistrar
 from qat_server.services import Services
 from qat_server.settings import Registration, Settings
-from qat_server.status import HelperState, State, encode, status_from
+from qat_server.status import HelperState, State, encode, no_vfs_hint, status_from
 from qat_server.usage import Usage
 from qat_shared import VERSION
 from qat_shared.pci import PciAddress
@@ -322,7 +322,7 @@ class Plugin:
                 "no QAT VFs found",
                 drivers=settings.kernel_vf_drivers,
                 pfs=len(inventory.pfs),
-                hint="enable VFs (sriov_numvfs) on a PF whose kernel driver is loaded and named in --kernel-vf-drivers",
+                hint=no_vfs_hint(len(inventory.pfs)),
             )
         self.health.look()
         self.services.look(inventory, self._facts, work)

@@ -39,6 +39,13 @@ test-kubelet: $(READY) ## run helper and server against the kubelet's own code (
 	@tests/kubelet/build
 	@$(BIN)/pytest -q tests/kubelet
 
+.PHONY: test-kernel
+test-kernel: $(READY) ## run both processes on a real kernel, in QEMU (x86_64, root; installs Debian packages)
+	@echo "==> test-kernel: Debian's kernel in QEMU, without hardware virtualisation, with PCI devices that a test module makes"
+	@tests/kernel/prepare
+	@tests/kubelet/build
+	@$(BIN)/pytest -q tests/kernel
+
 .PHONY: check
 check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code is current
 	@echo "==> check: ruff, mypy, import-linter, generated code"

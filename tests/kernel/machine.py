@@ -88,6 +88,9 @@ class Guest:
             *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi", "-cpu", "max"),
             *("-smp", "2", "-m", "3G"),
+            # Two NUMA nodes with a processor each.
+            *("-object", "memory-backend-ram,id=m0,size=1536M", "-numa", "node,nodeid=0,cpus=0,memdev=m0"),
+            *("-object", "memory-backend-ram,id=m1,size=1536M", "-numa", "node,nodeid=1,cpus=1,memdev=m1"),
             *(IOMMU if self.kind == "iommu" else ()),
             *("-kernel", str(image / "boot" / f"vmlinuz-{kernel}"), "-initrd", str(BUILD / "initramfs")),
             *("-append", " ".join(words)),

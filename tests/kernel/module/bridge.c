@@ -65,12 +65,16 @@ static struct fq_device *parse(const char *text)
 	return fq;
 }
 
-static int add(int index)
+/* One more root bus; `text` as in the parameter. Called when the module begins, and by a switch (hot plug). */
+int fq_add(const char *text)
 {
 	struct pci_host_bridge *bridge;
-	struct fq_device *fq = parse(devices[index]);
-	int ret;
+	struct fq_device *fq;
+	int index, ret;
 
+	for (index = 0; index < FQ_MAX && fq_devices[index]; index++)
+		;
+	fq = index < FQ_MAX ? parse(text) : ERR_PTR(-ENOSPC);
 	if (IS_ERR(fq))
 		return PTR_ERR(fq);
 	bridge = pci_alloc_host_bridge(0);
@@ -101,7 +105,7 @@ static void remove_all(void)
 {
 	int i;
 
-	fq_switches_root(false);	/* first: a switch being thrown takes the lock below */
+	fq_switches_root(false);	/* first: some switches take the lock below */
 	pci_lock_rescan_remove();
 	for (i = 0; i < FQ_MAX; i++)
 		if (fq_devices[i]) {
@@ -126,7 +130,7 @@ static int __init fake_qat_init(void)
 	fq_switches_root(true);
 	ret = fq_iommu_start();
 	for (i = 0; i < n_devices && !ret; i++)
-		ret = add(i);
+		ret = fq_add(devices[i]);
 	if (ret)
 		remove_all();
 	return ret;

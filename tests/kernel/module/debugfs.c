@@ -151,12 +151,26 @@ static int heartbeat_set(void *data, u64 value)
 }
 DEFINE_DEBUGFS_ATTRIBUTE_SIGNED(heartbeat_fops, heartbeat_get, heartbeat_set, "%lld\n");
 
+static ssize_t add_write(struct file *file, const char __user *buf, size_t count, loff_t *pos)
+{
+	char text[64] = { };
+	int ret = simple_write_to_buffer(text, sizeof(text) - 1, pos, buf, count);
+
+	if (ret >= 0)
+		ret = fq_add(text) ?: ret;
+	return ret;
+}
+
+static const struct file_operations add_fops = { .owner = THIS_MODULE, .open = simple_open, .write = add_write };
+
 void fq_switches_root(bool add)
 {
-	if (add)
+	if (add) {
 		switches = debugfs_create_dir("fake_qat", NULL);
-	else
+		debugfs_create_file("add", 0200, switches, NULL, &add_fops);
+	} else {
 		debugfs_remove(switches);
+	}
 }
 
 void fq_switches_add(struct fq_device *fq)

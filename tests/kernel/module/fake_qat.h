@@ -77,6 +77,7 @@ static inline struct fq_device *fq_of(struct device *dev)
 }
 
 /* bridge.c */
+int fq_add(const char *text);
 void fq_plug(struct fq_device *fq, bool present);
 
 /* drivers.c */

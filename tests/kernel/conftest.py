@@ -1,8 +1,8 @@
 """The tests here run in a guest. On the host this file boots it, and passes on what its pytest reports; in the guest it
-writes those reports. So `pytest tests/kernel -k name` works as everywhere, and a failure in the guest reads as one here.
+writes those reports. So `pytest tests/kernel -k name` works as everywhere, and a failure there reads as one here.
 
-A test's guest is said by a marker: `guest("iommu")`, the default, or `guest("no-iommu")`; with `fresh=True` the test has
-a guest of its own, since what it does to the kernel cannot be undone.
+A test's guest is said by a marker: `guest("iommu")`, the default, or `guest("no-iommu")`. With `fresh=True` the test
+has a guest of its own, since what it does to the kernel cannot be undone.
 """
 
 import json
@@ -81,7 +81,8 @@ class _OnHost:
         try:
             for data in self._guest.reports(item.nodeid):
                 report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
-                self._lines += [value for name, value in report.user_properties if name == "measured"]
+                if report.when == "call":
+                    self._lines += [value for name, value in report.user_properties if name == "measured"]
                 yield report
         except GuestError as error:
             self._dead = f"not run: the guest had ended or hung in {item.nodeid}"

@@ -1,7 +1,7 @@
 """The real kernel with the methods of the emulated one, so that what runs on one runs on the other.
 
-A node's description (simulation/node.py) becomes the parameter of the module fake_qat; what is done by hand is done as a
-person does it, by writing into /sys; what only hardware can do, by the module's switches.
+A node's description (simulation/node.py) becomes the parameter of the module fake_qat; what is done by hand is done as
+a person does it, by writing into /sys; what only hardware can do, by the module's switches.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ class RealKernel:
         lone = [(each.address, "8086", each.device, 0, each.numa_node) for each in self.node.vfs]
         texts = [_device(pf.address, "8086", pf.device, pf.total_vfs, pf.numa_node) for pf in self.node.pfs]
         texts += [_device(*each) for each in lone + other]
-        modprobe("fake_qat", f"devices={','.join(texts)}", f"fake_iommu={int(fake_iommu)}")
+        bars = int("igb_uio" in self.node.drivers[:1])  # igb_uio takes no device without
+        modprobe("fake_qat", f"devices={','.join(texts)}", f"fake_iommu={int(fake_iommu)}", f"bars={bars}")
         for pf in self.node.pfs:
             self._bring_to(pf)
         for vf in self.node.vfs:
@@ -143,14 +144,16 @@ class RealKernel:
         """The module's devices and their VFs, in address order."""
         found = {}
         for device in sorted((PCI / "devices").iterdir(), key=lambda path: PciAddress.parse(path.name)):
-            if (PCI / "devices" / device.name).readlink().parts[3] not in self._roots():
+            if (PCI / "devices" / device.name).readlink().parts[4] not in self._roots():
                 continue
             override = (device / "driver_override").read_text().strip()
             found[PciAddress.parse(device.name)] = DeviceState(
                 driver=self.driver(device.name),
                 override=None if override == "(null)" else override,
                 pf=PciAddress.parse((device / "physfn").readlink().name) if (device / "physfn").is_symlink() else None,
-                iommu_group=int((device / "iommu_group").readlink().name) if (device / "iommu_group").exists() else None,
+                iommu_group=int((device / "iommu_group").readlink().name)
+                if (device / "iommu_group").exists()
+                else None,
                 opened=self.driver(device.name) == "vfio-pci" and (device / "enable").read_text() == "1\n",
             )
         return found

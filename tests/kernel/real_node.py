@@ -3,12 +3,18 @@
 As tests/kubelet's nodes, but that /sys is the kernel's, uevents come by netlink, and everything takes its time.
 """
 
+import asyncio
+import json
+import os
+import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
+from helper_process import Client
 from kernel.real_kernel import RealKernel, real_kernel
+from kubelet.answers import ContainerAllocation
 from kubelet.production import ProductionNode, node_directory
 from kubelet.real_kubelet import RealKubelet
 from qat_server.settings import Registration
@@ -27,6 +33,23 @@ class RealNode(ProductionNode[RealKubelet]):
     """Made by `real_node`."""
 
     real: RealKernel
+    helper_wrapper: Sequence[str] = ()
+    """What the helper is started by: a mount namespace in which something is changed, for one."""
+
+    def helper_command(self) -> list[str]:
+        # Root, which the tests run as, may ask too: they are not the server, and need not become it.
+        policy = self.directory / "policy.toml"
+        policy.write_text("server_uids = [0]\n")
+        return [*self.helper_wrapper, *super().helper_command(), f"--policy={policy}"]
+
+    def ask(self) -> Client:
+        """A connection to the helper."""
+        return Client(self.helper_socket)
+
+    def audited(self, operation: str) -> list[dict[str, Any]]:
+        """The lines about an operation in the audit log."""
+        lines = map(json.loads, self.audit_log.read_bytes().splitlines())
+        return [line for line in lines if line.get("operation") == operation]
 
     def server_command(self) -> list[str]:
         return [word for word in super().server_command() if not word.startswith("--uevents=")]
@@ -34,9 +57,7 @@ class RealNode(ProductionNode[RealKubelet]):
     async def until(self, what: str, condition: Callable[[], _T], seconds: float = PATIENCE) -> _T:
         return await super().until(what, condition, seconds)
 
-    async def until_status(
-        self, what: str, condition: Callable[[Status], object], seconds: float = PATIENCE
-    ) -> Status:
+    async def until_status(self, what: str, condition: Callable[[Status], object], seconds: float = PATIENCE) -> Status:
         return await super().until_status(what, condition, seconds)
 
     async def wait(self, allocatable: Mapping[str, int | None], seconds: float = PATIENCE) -> None:
@@ -69,3 +90,44 @@ async def real_node(
 def group_of(address: str) -> int:
     """A function's IOMMU group."""
     return int(Path(f"/sys/bus/pci/devices/{address}/iommu_group").readlink().name)
+
+
+IN_CONTAINER: Final = Path(__file__).with_name("in_container")
+
+
+def contained(container: ContainerAllocation, *command: str) -> list[str]:
+    """A command as it runs in a container that the kubelet has started with this (script in_container)."""
+    namespaces = ["unshare", "--mount", "--pid", "--fork", "--ipc", "--net"]
+    variables = [f"{name}={value}" for name, value in container.envs.items()]
+    nodes = [node.host_path for node in container.nodes]
+    return [*namespaces, os.fspath(IN_CONTAINER), *nodes, "--", *variables, "--", *command]
+
+
+class InContainer:
+    """A program that runs in a container; ended by `end`."""
+
+    def __init__(self, container: ContainerAllocation, *command: str) -> None:
+        self.process = subprocess.Popen(
+            contained(container, *command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    async def line(self) -> Any:
+        """The next line of JSON that it prints."""
+        assert self.process.stdout is not None
+        text = await asyncio.to_thread(self.process.stdout.readline)
+        assert text, await asyncio.to_thread(self._said)
+        return json.loads(text)
+
+    def _said(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.read().decode()
+
+    async def end(self) -> int:
+        """Its standard input ends, and so does it: its exit status."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        status = await asyncio.to_thread(self.process.wait, PATIENCE)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+        return status

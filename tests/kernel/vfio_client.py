@@ -33,7 +33,9 @@ class VfioUser:
             self._container = self._hold(os.open("/dev/vfio/vfio", os.O_RDWR))
             self.seen["api"] = fcntl.ioctl(self._container, VERSION)
             self.seen["type1v2"] = fcntl.ioctl(self._container, CHECK_EXTENSION, TYPE1V2)
-            self.seen["devices"] = {address: self._device(address, not number) for number, address in enumerate(addresses)}
+            self.seen["devices"] = {
+                address: self._device(address, not number) for number, address in enumerate(addresses)
+            }
         except OSError:
             self.close()
             raise
@@ -86,7 +88,11 @@ def main() -> None:
     addresses = sys.argv[1:] or [os.environ[name] for name in variables if name in os.environ]
     user = VfioUser(*addresses)
     user.map_memory()
-    user.seen |= {"dev": sorted(os.listdir("/dev")), "environment": dict(os.environ), "vfio": sorted(os.listdir("/dev/vfio"))}
+    user.seen |= {
+        "dev": sorted(os.listdir("/dev")),
+        "environment": dict(os.environ),
+        "vfio": sorted(os.listdir("/dev/vfio")),
+    }
     user.seen |= {"uid": os.geteuid(), "capabilities": _capabilities()}
     print(json.dumps(user.seen), flush=True)
     sys.stdin.read()

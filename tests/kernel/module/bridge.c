@@ -11,6 +11,10 @@ static int n_devices = 1;
 module_param_array(devices, charp, &n_devices, 0444);
 MODULE_PARM_DESC(devices, "domain:bus:vendor:device:vfs:node, one root bus each; vfs only for a PF");
 
+bool fq_bars;
+module_param_named(bars, fq_bars, bool, 0444);
+MODULE_PARM_DESC(bars, "give each VF a BAR, which igb_uio asks for");
+
 /* Pull a device out, or put it in again: it is found by a rescan. Called by its switch. */
 void fq_plug(struct fq_device *fq, bool present)
 {
@@ -85,12 +89,16 @@ int fq_add(const char *text)
 	bridge->sysdata = &fq->sysdata;
 	bridge->busnr = fq->bus;
 	bridge->ops = &fq_ops;
+	if (fq_bars)
+		pci_add_resource(&bridge->windows, &iomem_resource);
 	pci_lock_rescan_remove();
 	ret = pci_scan_root_bus_bridge(bridge);
 	if (!ret) {
 		fq->root = bridge->bus;
 		fq_devices[index] = fq;
 		fq_switches_add(fq);
+		if (fq_bars)
+			pci_bus_assign_resources(bridge->bus);
 		pci_bus_add_devices(bridge->bus);
 	}
 	pci_unlock_rescan_remove();

@@ -60,6 +60,11 @@ static void sriov_init(struct fq_device *fq)
 	put32(f, SRIOV + PCI_SRIOV_SUP_PGSIZE, 0x553);
 	put32(f, SRIOV + PCI_SRIOV_SYS_PGSIZE, 1);
 	put_unaligned_le32(0xffffffff, f->writable + SRIOV + PCI_SRIOV_SYS_PGSIZE);
+	if (fq_bars) {	/* one page for each VF, where nothing answers */
+		put32(f, SRIOV + PCI_SRIOV_BAR, PCI_BASE_ADDRESS_MEM_TYPE_64);
+		put_unaligned_le32((u32)PAGE_MASK, f->writable + SRIOV + PCI_SRIOV_BAR);
+		put_unaligned_le32(0xffffffff, f->writable + SRIOV + PCI_SRIOV_BAR + 4);
+	}
 }
 
 void fq_config_init(struct fq_device *fq)

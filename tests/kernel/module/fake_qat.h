@@ -9,8 +9,8 @@
  *	debugfs.c	what the PF driver shows in debugfs, and the switches with which tests make faults
  *	iommu.c		a pretend IOMMU, where none is running
  *
- * The PCI core, SR-IOV, driver binding, uevents, IOMMU groups and vfio-pci are the kernel's own. There are no BARs, no
- * interrupts and no DMA.
+ * The PCI core, SR-IOV, driver binding, uevents, IOMMU groups and vfio-pci are the kernel's own. There are no
+ * interrupts and no DMA, and with bars=1 an empty BAR.
  */
 #ifndef FAKE_QAT_H
 #define FAKE_QAT_H
@@ -77,6 +77,7 @@ static inline struct fq_device *fq_of(struct device *dev)
 }
 
 /* bridge.c */
+extern bool fq_bars;
 int fq_add(const char *text);
 void fq_plug(struct fq_device *fq, bool present);
 

@@ -24,6 +24,6 @@ TWO_SMALL: Final = Node(
 )
 IN_A_VM: Final = Node(
     vfs=tuple(LoneVf(address=f"0000:a{n}:00.0", numa_node=0) for n in range(1, 4)),
-    others=(OtherDevice(address="0000:b1:00.0", vendor="8086", device="1572"),),
+    others=(OtherDevice(address="0000:b1:00.0", vendor="8086", device="1572", class_code="0b4000"),),
 )
 """VFs without their PF, as a virtual machine is passed them, and a device that is nobody's here."""

@@ -165,7 +165,8 @@ class RealKernel:
         self.write(f"bus/pci/devices/{address}/{name}", f"{text}\n")
 
     def _bring_to(self, pf: Pf) -> None:
-        if pf.services is not None and pf.has_qat_attributes:
+        services = PCI / "devices" / pf.address / "qat/cfg_services"
+        if pf.services and pf.has_qat_attributes and pf.services != services.read_text().strip():
             self.set_state(pf.address, "down")
             self.set_services(pf.address, pf.services)
         if pf.has_qat_attributes:

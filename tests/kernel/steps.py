@@ -421,7 +421,7 @@ CASES: Final[dict[str, Case]] = {
     "nobody's business": Case(
         Node(
             vfs=(LoneVf(address=LONE, numa_node=1),),
-            others=(OtherDevice(address="0000:b1:00.0", vendor="8086", device="1572"),),
+            others=(OtherDevice(address="0000:b1:00.0", vendor="8086", device="1572", class_code="0b4000"),),
         ),
         (LONE, "0000:b1:00.0"),
         (

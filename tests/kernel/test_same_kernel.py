@@ -15,4 +15,5 @@ def test_both_do_the_same(case: Case) -> None:
         ours = observe(kernel, case, uevents)
     with kernel_uevents() as uevents, real_kernel(case.node) as real:
         theirs = observe(real, case, uevents)
-    assert differences(ours, theirs) == []
+    if found := differences(ours, theirs):
+        pytest.fail("\n".join(found), pytrace=False)

@@ -267,7 +267,7 @@ def test_down_and_up_leaves_no_trace_of_vfs(kernel: Kernel) -> None:
     kernel.set_state(PF, "down")
     assert not [name for name in os.listdir(kernel.sysfs_root / f"bus/pci/devices/{PF}") if name.startswith("virtfn")]
     assert not (kernel.sysfs_root / "devices/pci0000:6b" / VF).exists()
-    assert read(kernel, f"kernel/debug/qat_4xxx_{PF}/heartbeat/status") == "-1\n"
+    assert os.listdir(kernel.sysfs_root / f"kernel/debug/qat_4xxx_{PF}") == ["dev_cfg"]
     kernel.set_state(PF, "up")
     kernel.set_numvfs(PF, 1)
     assert sorted(os.listdir(groups)) == before
@@ -276,9 +276,9 @@ def test_down_and_up_leaves_no_trace_of_vfs(kernel: Kernel) -> None:
 
 def test_heartbeat_and_dev_cfg(kernel: Kernel) -> None:
     status = f"kernel/debug/qat_4xxx_{PF}/heartbeat/status"
-    assert read(kernel, status) == "0\n"
+    assert read(kernel, status) == "0\n\0"
     kernel.set_heartbeat(PF, -1)
-    assert read(kernel, status) == "-1\n"
+    assert read(kernel, status) == "-1\n\0"
     assert "ServicesEnabled = dc\n" in read(kernel, f"kernel/debug/qat_c6xx_{OLD}/dev_cfg")
 
 

@@ -87,11 +87,8 @@ class RealKernel:
         self._attribute(address, "remove", "1")
 
     def unplug(self, address: Address) -> None:
-        """The device is pulled out. A VF cannot be: it is removed, and does not come back by a rescan either."""
-        if (SWITCHES / str(address)).is_dir():
-            self.switch(address, "present", 0)
-        else:
-            self.remove(address)
+        """The device is pulled out. Not a VF of a PF: the kernel has no way for that."""
+        self.switch(address, "present", 0)
 
     def plug(self, address: Address) -> None:
         """Put in again what was pulled out; a rescan finds it."""

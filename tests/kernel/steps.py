@@ -8,6 +8,8 @@ import difflib
 import errno
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, Final, Protocol
 from msgspec import Struct
 
 from qat_server.events import _KERNEL_GROUP, _NETLINK_KOBJECT_UEVENT
+from qat_server.simulation.kernel import Kernel
 from qat_server.simulation.node import LoneVf, Node, OtherDevice, Pf
 
 PF: Final = "0000:6b:00.0"
@@ -78,6 +81,53 @@ class Close(Struct, frozen=True):
         return "closed"
 
 
+class Begin(Struct, frozen=True):
+    """A write that waits inside the kernel; until `address` has no driver any more, which shows at once."""
+
+    write: Write
+    address: str
+
+    def run(self, kernel: AnyKernel, held: dict[str, Held]) -> object:
+        waiting = Waiting(lambda: self.write.run(kernel, {}))
+        held[self.write.path] = waiting
+        driver = kernel.sysfs_root / "bus/pci/devices" / self.address / "driver"
+        while driver.is_symlink():
+            time.sleep(0.01)
+        return waiting.is_alive()
+
+
+class End(Struct, frozen=True):
+    """The end of such a write, which must come now: what it was answered."""
+
+    path: str
+
+    def run(self, kernel: AnyKernel, held: dict[str, Held]) -> object:
+        waiting = held.pop(self.path)
+        assert isinstance(waiting, Waiting)
+        waiting.close()
+        return waiting.answer
+
+
+class Waiting(threading.Thread):
+    """A step in a thread of its own."""
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._step = step
+        self.answer: object = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.answer = self._step()
+        except OSError as error:
+            self.answer = errno.errorcode[error.errno or 0]
+
+    def close(self) -> None:
+        self.join(60)
+        assert not self.is_alive(), "it still waits"
+
+
 class Heartbeat(Struct, frozen=True):
     """The firmware dies, or lives again."""
 
@@ -89,7 +139,7 @@ class Heartbeat(Struct, frozen=True):
         return self.status
 
 
-Step = Write | Open | Close | Heartbeat
+Step = Write | Open | Close | Begin | End | Heartbeat
 
 
 class Case(Struct, frozen=True):
@@ -180,11 +230,14 @@ def kernel_uevents() -> Iterator[socket.socket]:
 
 
 @contextmanager
-def emulated_uevents(path: Path) -> Iterator[socket.socket]:
-    """The emulated kernel's."""
+def emulated_uevents(kernel: Kernel, address: str) -> Iterator[socket.socket]:
+    """The emulated kernel's. It accepts a listener a moment after it has connected: a device is asked for one."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.connect(os.fspath(path))
+        sock.connect(os.fspath(kernel.uevents_path))
         sock.setblocking(False)
+        asked = Write(f"{address}/uevent", "change")
+        while not drain(sock):
+            asked.run(kernel, {})
         yield sock
 
 
@@ -393,6 +446,26 @@ CASES: Final[dict[str, Case]] = {
             Write("bus/pci/drivers/vfio-pci/unbind", VF),
         ),
     ),
+    **{
+        f"{what} while a VF is open": Case(
+            _GEN4,
+            (PF, VF, VF2),
+            (
+                *bind_by_hand(VF, "4xxxvf", "vfio-pci"),
+                Open(VF),
+                Begin(write, VF),
+                Write("bus/pci/drivers_probe", VF2),
+                Close(VF),
+                End(write.path),
+            ),
+        )
+        for what, write in {
+            "unbind": Write("bus/pci/drivers/vfio-pci/unbind", VF),
+            "sriov_numvfs 0": Write(f"{PF}/sriov_numvfs", "0"),
+            "down": Write(f"{PF}/qat/state", "down"),
+            "unbinding the PF": Write("bus/pci/drivers/4xxx/unbind", PF),
+        }.items()
+    },
     "a heartbeat": Case(_BARE, (PF,), (Heartbeat(PF, -1), Heartbeat(PF, 0), Write(f"{PF}/qat/state", "down"))),
     "a PF without its driver": Case(
         _GEN4,

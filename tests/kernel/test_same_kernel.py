@@ -1,7 +1,5 @@
 """The emulated kernel answers as the real one does: the same steps on both, and the same seen."""
 
-from pathlib import Path
-
 import pytest
 
 from emulated import emulated
@@ -11,7 +9,7 @@ from kernel.steps import CASES, Case, differences, emulated_uevents, kernel_ueve
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_both_do_the_same(case: Case) -> None:
-    with emulated(case.node) as kernel, emulated_uevents(Path(kernel.uevents_path)) as uevents:
+    with emulated(case.node) as kernel, emulated_uevents(kernel, case.watched[0]) as uevents:
         ours = observe(kernel, case, uevents)
     with kernel_uevents() as uevents, real_kernel(case.node) as real:
         theirs = observe(real, case, uevents)

@@ -217,7 +217,9 @@ def observe(kernel: AnyKernel, case: Case, uevents: socket.socket) -> Seen:
             except OSError as error:
                 result = errno.errorcode[error.errno or 0]
             waiting = any(isinstance(each, Waiting) for each in held.values())
-            seen = {address: look(kernel, address, waiting=waiting) for address in case.watched}
+            # With what it waited for closed, the write goes on, at its own pace.
+            watched = () if waiting and isinstance(step, Close) else case.watched
+            seen = {address: look(kernel, address, waiting=waiting) for address in watched}
             steps.append((str(step), result, seen))
     finally:
         for each in held.values():

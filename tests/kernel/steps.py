@@ -1,7 +1,7 @@
 """What is done to a kernel by hand, step by step, in the same words for the real and the emulated one.
 
-A case (cases.py has them) is a node and steps; `observe` runs them and tells all that could be seen: what each write was
-answered, what the attributes and links showed after it, and the uevents. Nothing here knows which kernel it has.
+A case (cases.py has them) is a node and steps; `observe` runs them and tells all that could be seen: what each write
+was answered, what attributes and links showed after it, and the uevents. Nothing here knows which kernel it has.
 """
 
 import difflib
@@ -19,7 +19,6 @@ from msgspec import Struct
 
 from qat_server.simulation.kernel import Kernel
 from qat_server.simulation.node import Node
-
 
 NETLINK_KOBJECT_UEVENT: Final = 15
 KERNEL_GROUP: Final = 1

@@ -13,7 +13,12 @@ from deployments import containers, images, measured, rendered
 from deployments.pods import PodNode, pod_node
 from qat_server import flags
 from qat_server.allocation import AllocationPolicy
-from qat_server.simulation.demo import Demo
+from qat_server.simulation.config_map import ConfigMap
+from qat_server.simulation.demo.audit import show_audit
+from qat_server.simulation.demo.events import heartbeat, restart_kubelet
+from qat_server.simulation.demo.pods import allocate
+from qat_server.simulation.demo.scene import Scene
+from qat_server.simulation.demo.starting import bind, register, start
 from qat_server.simulation.node import demo_node, parse_node
 
 pytestmark = [
@@ -30,14 +35,16 @@ _PROVISIONS: Final = any(flag.name == "provisioning-config" for flag in flags.SE
 async def _demo(node: PodNode) -> str:
     """The demo's own steps on this node; what they print."""
     shown = io.StringIO()
-    demo = Demo(Console(file=shown, width=120), demo_node(), AllocationPolicy.NONE, keep=False)
-    await demo._start(node)
-    status = await demo._bind(node)
-    await demo._register(node, status)
-    allocations = await demo._allocate(node)
-    await demo._heartbeat(node, status)
-    await demo._restart_kubelet(node, allocations)
-    demo._show_audit(node)
+    config = ConfigMap(node.directory / "config")  # that nobody reads: the base does not provision
+    scene = Scene(Console(file=shown, width=120), demo_node(), node, config, AllocationPolicy.NONE)
+    await start(scene)
+    await bind(scene)
+    await register(scene)
+    await allocate(scene)
+    await heartbeat(scene)
+    await restart_kubelet(scene)
+    show_audit(scene)
+    assert scene.troubles == []
     return shown.getvalue()
 
 

@@ -26,7 +26,7 @@ from qat_server.counters import Counters
 from qat_server.discovery import discover, with_fresh_use
 from qat_server.endpoint import Endpoint
 from qat_server.endpoint_directory import DirectoryGoneError, EndpointDirectory
-from qat_server.events import Changes, UeventListener, resync
+from qat_server.events import Again, Changes, UeventListener, resync
 from qat_server.facts import Facts
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient
@@ -149,6 +149,7 @@ class Plugin:
         self.endpoints: dict[str, Endpoint] = {}
         self._not_ready = "starting"
         self._facts = Facts()
+        self._again = Again(self.changes)
         self._clock = clock
 
     @property
@@ -310,7 +311,9 @@ class Plugin:
             except SysfsError as error:
                 self._not_ready = str(error)
                 self._facts.say("the PCI bus cannot be read", why=str(error))
+                self._again.look([None])
                 return
+            self._again.look([problem.address for problem in self.inventory.problems])
         inventory = self.inventory
         self._tell(inventory)
         if self.configuration is not None:

@@ -39,6 +39,13 @@ test-kubelet: $(READY) ## run helper and server against the kubelet's own code (
 	@tests/kubelet/build
 	@$(BIN)/pytest -q tests/kubelet
 
+.PHONY: test-kernel
+test-kernel: $(READY) ## run both processes on a real kernel, in QEMU (x86_64, root; installs Debian packages)
+	@echo "==> test-kernel: Debian's kernel in QEMU, without hardware virtualisation, with PCI devices that a test module makes"
+	@tests/kernel/prepare
+	@tests/kubelet/build
+	@$(BIN)/pytest -q tests/kernel
+
 .PHONY: test-security
 test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, floods, races, kills (root for all of it)
 	@echo "==> test-security: sandboxes, hostile clients (QAT_FUZZ_DECODER=1000000 QAT_FUZZ_SOCKET=1000000: more of it)"

@@ -65,6 +65,9 @@ QAT: Final = {
 
 ALL: Final = COMMON | SRIOV | QAT
 
+NOT_ON_VFS: Final = ("remove", "rescan")
+"""VFs come and go with their PF only (pci_dev_hp_attrs_are_visible)."""
+
 
 def _first(sriov: Sriov) -> int:
     pf, vf = sriov.pf.pci_address, sriov.pf.vf_address(0)
@@ -76,7 +79,9 @@ def entries(device: Device) -> list[Entry]:
     table = COMMON if device.sriov is None else COMMON | SRIOV
     device.shown.clear()
     return [
-        (name, attribute.show(device) if attribute.show else "", attribute.mode) for name, attribute in table.items()
+        (name, attribute.show(device) if attribute.show else "", attribute.mode)
+        for name, attribute in table.items()
+        if device.physfn is None or name not in NOT_ON_VFS
     ]
 
 

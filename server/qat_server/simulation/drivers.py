@@ -110,8 +110,7 @@ class QatPf(Driver):
                 device.shown.pop(name, None)
             bus.tree.folder(f"{device.path}/qat")
             bus.refresh(device, *names)
-        folder = debugfs(device)
-        bus.tree.folder(folder, [("heartbeat/config", "500\n", 0o600), ("heartbeat/queries_failed", "0\n", 0o400)])
+        bus.tree.folder(debugfs(device))
         self._show(bus, device)
 
     def remove(self, bus: Bus, device: Device) -> None:
@@ -154,13 +153,20 @@ def debugfs(device: Device) -> str:
 
 
 def show_debugfs(bus: Bus, device: Device) -> None:
-    """Write what debugfs shows now. The firmware of a device that is down does not answer."""
+    """Write what debugfs shows now: heartbeat/ is there while the device is up (adf_dbgfs_add, adf_dbgfs_rm)."""
     qat = device.qat
     if qat is None or not isinstance(device.driver, QatPf):
         return
     folder = debugfs(device)
-    bus.tree.put(f"{folder}/heartbeat/status", f"{qat.heartbeat if qat.up else -1}\n", 0o400)
     bus.tree.put(f"{folder}/dev_cfg", _dev_cfg(qat.pf.dev_cfg, qat.services), 0o400)
+    heartbeat = f"{folder}/heartbeat"
+    if not qat.up:
+        bus.tree.remove_folder(heartbeat)
+        return
+    if not (bus.tree.root / heartbeat).exists():
+        bus.tree.folder(heartbeat, [("config", "500\n", 0o600), ("queries_failed", "0\n", 0o400)])
+    # With its NUL: adf_hb_status_read gives one byte more than the text has.
+    bus.tree.put(f"{heartbeat}/status", f"{qat.heartbeat}\n\0", 0o400)
 
 
 def _dev_cfg(text: str | None, services: str) -> str:

@@ -201,14 +201,16 @@ class Kernel:
         self._by_hand("bus/pci/drivers_probe", str(address))
 
     def remove(self, address: Address) -> None:
-        """echo 1 > remove: the device goes; `rescan` finds a PF or lone VF again."""
+        """echo 1 > remove: the device goes, and `rescan` finds it again. VFs of a PF do not have it: ENOENT."""
         self._attribute(address, "remove", "1")
 
     def unplug(self, address: Address) -> None:
-        """The device is pulled out: it goes, and does not come back."""
+        """The device is pulled out: it goes, and does not come back. A VF by itself, too, although that is rare."""
         with self._bus.monitor:
             self._hardware.forget(str(address))
-            self.remove(address)
+            device = self._device(address)
+            with self._bus.locked(device):
+                self._bus.remove_device(device)
 
     def rescan(self) -> None:
         """echo 1 > rescan."""

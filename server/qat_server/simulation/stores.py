@@ -11,6 +11,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from qat_server.simulation.attributes import NOT_ON_VFS
 from qat_server.simulation.bus import Bus
 from qat_server.simulation.drivers import QatPf, show_debugfs
 from qat_server.simulation.model import Device, Driver, failure
@@ -58,6 +59,8 @@ def _device_store(bus: Bus, parts: list[str], text: str) -> Store:
     if device is None or device.path != "/".join(parts[:3]):
         raise failure(errno.ENODEV)
     name = "/".join(parts[3:])
+    if device.physfn is not None and name in NOT_ON_VFS:
+        raise failure(errno.ENOENT)
     store = DEVICE_STORES.get(name)
     if store is None:
         raise failure(errno.EACCES)

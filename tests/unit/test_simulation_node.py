@@ -17,7 +17,13 @@ class Bad(NamedTuple):
 
 
 BAD = [
-    Bad("no JSON", "{", "the node description is not usable"),
+    Bad("no JSON", "{", "the node description is not usable: it is no JSON: Input data was truncated"),
+    Bad(
+        "no such state",
+        '{"pfs": [{"address": "0000:6b:00.0", "state": "sideways"}]}',
+        "Invalid enum value 'sideways' - at `$.pfs[0].state`: it is up or down",
+    ),
+    Bad("no such heartbeat", '{"pfs": [{"address": "0000:6b:00.0", "heartbeat": 1}]}', "heartbeat`: it is 0 or -1"),
     Bad("not UTF-8", '{"pfs": "\udcff"}', "the node description is not usable"),
     Bad("unknown key", '{"pf": []}', "unknown field `pf`"),
     Bad(

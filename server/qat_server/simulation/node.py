@@ -6,7 +6,7 @@ Read from JSON (`--node FILE`), checked here and trusted everywhere else; the em
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -156,8 +156,19 @@ def parse_node(text: bytes | str) -> Node:
     """Read a description from JSON. Raises NodeError."""
     try:
         return msgspec.json.decode(text, type=Node)
+    except msgspec.ValidationError as error:
+        raise NodeError(f"the node description is not usable: {_with_choices(str(error))}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise NodeError(f"the node description is not usable: {error}") from None
+        raise NodeError(f"the node description is not usable: it is no JSON: {error}") from None
+
+
+def _with_choices(sentence: str) -> str:
+    """msgspec says that a value is none of a key's, but not which these are."""
+    key = sentence.rstrip("`").rpartition(".")[2]
+    hint = get_type_hints(Pf).get(key)
+    if not sentence.startswith("Invalid enum value") or get_origin(hint) is not Literal:
+        return sentence
+    return f"{sentence}: it is {' or '.join(map(str, get_args(hint)))}"
 
 
 def check(node: Node) -> None:

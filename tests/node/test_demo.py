@@ -146,6 +146,15 @@ CASES = [
         ),
     ),
     Case(
+        "C62x denied by vfio-pci, beside Gen4",
+        {
+            "disable_denylist": False,
+            "pfs": [GEN4, {"address": OTHER, "device": "37c8", "total_vfs": 2}],
+        },
+        1,
+        (r"✓ 4 of 6 VFs bound to vfio-pci by the helper; 2 not bound", r"✗ 2 of 6 VFs could not be bound", r"✓ pod-a"),
+    ),
+    Case(
         "a PF without its driver beside one with it",
         {"pfs": [GEN4, GEN4 | {"address": OTHER, "driver": "", "num_vfs": 2}]},
         0,

@@ -82,6 +82,11 @@ BAD = [
         '{"vfs": [{"address": "0000:00:05.0", "driver": "foo"}]}',
         "VF 0000:00:05.0: driver: 'foo' is none of",
     ),
+    Bad(
+        "denied by vfio-pci",
+        '{"disable_denylist": false, "pfs": [{"address": "0000:6b:00.0", "device": "37c8", "vf_driver": "vfio-pci"}]}',
+        "vf_driver: vfio-pci does not take c6xxvf's devices; set disable_denylist",
+    ),
     Bad("driver is a path", '{"pfs": [{"address": "0000:6b:00.0", "vf_driver": "../x"}]}', "$.pfs[0].vf_driver"),
 ]
 

@@ -14,7 +14,12 @@ from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
 
 QAT_ATTRIBUTES: Final = ("qat/state", "qat/cfg_services", "qat/auto_reset", "qat/num_rps")
 _DENIED: Final = frozenset(
-    (VENDOR_INTEL, number) for number, kind in (*PHYSICAL.items(), *VIRTUAL.items()) if kind.driver in DENYLISTED
+    (VENDOR_INTEL, number)
+    for number, driver in (
+        *((number, kind.driver) for number, kind in PHYSICAL.items()),
+        *((number, kind.driver) for number, kind in VIRTUAL.items()),
+    )
+    if driver in DENYLISTED
 ) - {(VENDOR_INTEL, 0x0442)}
 _PM_IDLE: Final = "qat/pm_idle_enabled"
 # Modules whose name is not qat_<driver>.

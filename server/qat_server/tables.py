@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 _LEAST: Final = 12
-"""Columns that the last cell is left at least: it is the one that may be long, and is folded."""
+"""Letters that a longer cell may be folded to: a PCI address stays whole."""
 
 
 def show(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -24,7 +24,7 @@ def _fitting(console: Console, title: str, columns: Sequence[str], rows: Iterabl
     """A table, or else for each row a line with its first cell and, beneath it, the others with their columns."""
     held = [tuple(map(plain, row)) for row in rows]
     widths = [max(map(len, cells)) for cells in zip(columns, *held, strict=True)]
-    if sum(widths[:-1]) + min(widths[-1], _LEAST) + 2 * (len(widths) - 1) > console.width:
+    if sum(min(width, _LEAST) for width in widths) + 2 * (len(widths) - 1) > console.width:
         return Group(*([Text(title, "bold")] if title else []), *_paragraphs(columns, held))
     made = Table(
         title=title or None, title_justify="left", box=None, pad_edge=False, title_style="bold", header_style="dim"

@@ -26,7 +26,7 @@ def test_a_wide_terminal_has_a_table() -> None:
     assert second.endswith("the kernel refused it [for] now")
 
 
-def test_the_last_cell_is_folded_first() -> None:
+def test_long_cells_are_folded() -> None:
     lines = shown(50)
     assert lines[1].split() == list(COLUMNS)
     assert len(lines) > 4

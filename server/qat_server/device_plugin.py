@@ -87,7 +87,7 @@ class Streams:
     `fresh`: one was opened after the last one that ended.
     """
 
-    def __init__(self, on_opened: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_opened: Callable[[bool], None] = lambda _: None) -> None:
         self.opened = 0
         self.ended = 0
         self.fresh = False
@@ -103,7 +103,7 @@ class Streams:
         self.opened += 1
         self.fresh = True
         self._event.set()
-        self._on_opened()
+        self._on_opened(self.ended > 0)
 
     def end(self) -> None:
         self.ended += 1
@@ -115,7 +115,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
     """Serves one resource, named without its namespace.
 
     `handed_out` maps each device to when (by `clock`) it was last given to a container. `on_allocated` is called after
-    each allocation, `on_watched` when the kubelet opens a stream.
+    each allocation, `on_watched` when the kubelet opens a stream, with whether one has ended before.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
         counters: Counters,
         on_allocated: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
-        on_watched: Callable[[], None] = lambda: None,
+        on_watched: Callable[[bool], None] = lambda _: None,
     ) -> None:
         self._name = name
         self._policy = policy

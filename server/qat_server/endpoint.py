@@ -40,7 +40,8 @@ class Endpoint:
     """Made for one resource: `update` at any time, `run` once, `withdraw` to end it from outside.
 
     `state` is replaced at each change. `handed_out` maps devices to when, by `clock`, they were last allocated.
-    `on_watched` is called when the kubelet opens a stream, `on_lost` when the socket's directory cannot be used.
+    `on_watched` is called when the kubelet opens a stream, with whether one has ended before; `on_lost` when the
+    socket's directory cannot be used.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Endpoint:
         on_allocated: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         timing: Timing | None = None,
-        on_watched: Callable[[], None] = lambda: None,
+        on_watched: Callable[[bool], None] = lambda _: None,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name

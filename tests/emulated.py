@@ -65,3 +65,20 @@ def background(function: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
+
+
+class Writes:
+    """Stands for os in writing.py: a write goes to the emulated kernel, and is remembered."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.seen: list[tuple[str, str]] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(os, name)
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        relative = os.path.relpath(path, os.path.realpath(self.kernel.sysfs_root))
+        self.seen.append((relative.removeprefix("devices/pci0000:6b/"), data.decode()))
+        return self.kernel.write(relative, data)

@@ -1,15 +1,14 @@
-"""BindDriver and ReleaseDriver: the kernel's steps for giving a VF another driver. The only code that writes to sysfs.
+"""BindDriver and ReleaseDriver: the kernel's steps for giving a VF another driver.
 
     <device>/driver_override            which driver alone may take the device ("\\n": any)
     bus/pci/drivers/<driver>/unbind     take it from its driver
     bus/pci/drivers_probe               offer it to the drivers
 
-What is written is an address or a driver's name from a fixed set. Nothing is created or truncated. No write is made
-that would block: the kernel's `enable` tells beforehand whether a process holds a VF open through vfio-pci.
+What is written is an address or a driver's name from a fixed set. No write is made that would block: the kernel's
+`enable` tells beforehand whether a process holds a VF open through vfio-pci.
 Source: the kernel's Documentation/ABI/testing/sysfs-bus-pci and drivers/base/bus.c.
 """
 
-import errno
 import os
 import time
 from collections.abc import Iterator
@@ -19,10 +18,11 @@ from typing import Final
 from qat_helper.errors import UNSIGNED, OperationError
 from qat_helper.node import Node, Outcome
 from qat_helper.policy import check_own_driver
+from qat_helper.writing import write
 from qat_shared.devices import DPDK_DRIVERS
 from qat_shared.messages import BindDriver, Bound, ErrorCode, ReleaseDriver
 from qat_shared.pci import PciAddress
-from qat_shared.sysfs import MissingError, PciDevice, open_device
+from qat_shared.sysfs import PciDevice, open_device
 
 SETTLE: Final = 1.0
 """Seconds for the driver's link to show after drivers_probe. The kernel has it there before the write returns."""
@@ -140,29 +140,7 @@ class _Vf:
         return ""
 
     def _write(self, directory: int, name: str, text: str, doing: str) -> None:
-        data = text.encode("ascii")
-        try:
-            descriptor = os.open(name, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
-            try:
-                written = os.write(descriptor, data)
-            finally:
-                os.close(descriptor)
-            if written != len(data):
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-        except OSError as error:
-            raise self._refused(doing, error.errno or 0) from error
-
-    def _refused(self, doing: str, number: int) -> OperationError:
-        try:
-            self._device.read("vendor")
-        except MissingError:
-            return OperationError(ErrorCode.VANISHED, f"{self._address} went away meanwhile", number)
-        hint = ""
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            hint = "; the helper needs uid 0 and sysfs mounted read-write"
-        return OperationError(
-            ErrorCode.KERNEL, f"{self._address}: the kernel refused to {doing}: {os.strerror(number)}{hint}", number
-        )
+        write(self._device, name, text, doing, directory)
 
     def _hint(self, wanted: str) -> str:
         if wanted == "vfio-pci" and self._device.read_int("device", 16) in _DENYLIST:

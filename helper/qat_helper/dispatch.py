@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -20,7 +21,7 @@ from qat_helper.audit import AuditError, AuditLog, Caller, Entry, Facts, printab
 from qat_helper.child import Child
 from qat_helper.errors import OperationError, denied
 from qat_helper.node import Node, Outcome
-from qat_helper.operations import OPERATIONS, Operation, deadline_of
+from qat_helper.operations import OPERATIONS, PF, Operation, deadline_of
 from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure
 from qat_shared.sysfs import MissingError, SysfsError
 
@@ -30,8 +31,11 @@ BURST: Final = 2048
 RATE: Final = 10.0
 """Audited requests of one uid: so many at once (a node's VFs are bound at the start), then so many a second."""
 _SHOWN: Final = 32
+_VF_OF: Final = "vf of"
 
 Answer = Callable[[Outcome], None]
+Key = tuple[str, str]
+"""What an operation works on: a word of the table's column `alone`, and an address."""
 
 
 class Job:
@@ -51,12 +55,20 @@ class Job:
         self.asked = 0
         """The sequence number of its line in the audit log."""
         self.timed_out = False
+        self.holds: tuple[Key, ...] = ()
+        self.excludes: tuple[Key, ...] = ()
 
-    @property
-    def key(self) -> tuple[str, object] | None:
-        """What it must be alone with."""
-        alone = self.operation.alone
-        return None if alone is None else (alone, getattr(self.request, "address", None))
+    def claim(self, root: Path) -> None:
+        """Find out what it must not be done beside, and what must not be done beside it."""
+        alone, address = self.operation.alone, str(getattr(self.request, "address", ""))
+        if alone == PF:
+            self.holds = ((PF, address),)
+            self.excludes = ((PF, address), (_VF_OF, address))
+        elif alone is not None:
+            self.holds = self.excludes = ((alone, address),)
+            if alone == "driver" and (pf := _physfn(root, address)):
+                self.holds += ((_VF_OF, pf),)
+                self.excludes += ((PF, pf),)
 
     def entry(self, event: str, verdict: str = "", reply: AnyReply | None = None) -> Entry:
         """A line about it for the audit log; `reply` once it has ended."""
@@ -73,9 +85,19 @@ class Job:
         )
 
 
+def _physfn(root: Path, address: str) -> str:
+    """The address of a VF's PF, "" when there is none, or no such VF. A link's text: reading it waits for nothing."""
+    try:
+        return os.readlink(f"{root}/bus/pci/devices/{address}/physfn").rpartition("/")[2]
+    except OSError:
+        return ""
+
+
 def _facts(message: AnyRequest | AnyReply) -> Facts:
     return {
-        name: value if value is None or isinstance(value, int) else printable(str(value))
+        name: value
+        if value is None or isinstance(value, int)
+        else printable(";".join(value) if isinstance(value, tuple) else str(value))
         for name, value in msgspec.structs.asdict(message).items()
         if name not in ("id", "reason", "audit") and value != ""
     }
@@ -116,7 +138,7 @@ class Dispatcher:
         self._allowance = Allowance(clock)
         self._waiting: list[Job] = []
         self._running: dict[int, tuple[Job, Child]] = {}  # by the child's pidfd
-        self._at_work: set[tuple[str, object]] = set()
+        self._at_work: Counter[Key] = Counter()
         self._counted: Counter[str] = Counter()
 
     def ask(self, caller: Caller, request: AnyRequest, answer: Answer, owner: object = None) -> None:
@@ -132,7 +154,8 @@ class Dispatcher:
             if operation.at_once:
                 self._node.policy.check_operation(operation.name)
             operation.rule(self._node.policy, request)
-            if job.key in self._at_work:
+            job.claim(self._node.sysfs_root)
+            if any(self._at_work[key] for key in job.excludes):
                 raise OperationError(
                     ErrorCode.BUSY, "an earlier operation on this device has not ended: try again later"
                 )
@@ -152,8 +175,7 @@ class Dispatcher:
                 return
         else:
             self._counted[operation.name] += 1
-        if job.key is not None:
-            self._at_work.add(job.key)
+        self._at_work.update(job.holds)
         self._waiting.append(job)
         self._start()
 
@@ -241,7 +263,7 @@ class Dispatcher:
         self._start()
 
     def _end(self, job: Job, outcome: Outcome) -> None:
-        self._at_work.discard(job.key or ("", None))
+        self._at_work -= Counter(job.holds)
         if job.operation.audited:
             self._audit.owe(job.entry(*_ending(job, outcome.reply), outcome.reply))
         if not job.timed_out:

@@ -16,6 +16,7 @@ from qat_helper.errors import UNSIGNED, OperationError
 from qat_helper.kubelet import open_kubelet_socket, prepare_socket_directory
 from qat_helper.node import Node, Outcome
 from qat_helper.policy import Policy
+from qat_helper.provisioning import set_auto_reset, set_num_vfs, set_pm_idle, set_services
 from qat_helper.reading import read_device_config, read_heartbeat
 from qat_shared import VERSION
 from qat_shared.messages import (
@@ -30,12 +31,20 @@ from qat_shared.messages import (
     ReadHeartbeat,
     ReleaseDriver,
     Request,
+    SetAutoReset,
+    SetNumVfs,
+    SetPmIdle,
+    SetServices,
     Welcome,
 )
 
 R = TypeVar("R", bound=Request)
 
 DEADLINE: Final = 5.0
+LONG: Final = 15.0
+"""The kernel takes a second for removing VFs, and loads firmware at each way up."""
+PF: Final = "pf"
+"""Stands under `alone` for a PF with all its VFs: such an operation also excludes those on a driver of its VFs."""
 
 
 class Operation(Struct, Generic[R], frozen=True):
@@ -44,7 +53,7 @@ class Operation(Struct, Generic[R], frozen=True):
     `rule` raises OperationError when policy forbids the request; what can be known only from the device itself, the
     function checks. `alone` names what must not be done twice at a time to one device (None: it may be). `audited`: a
     line before and one after, otherwise counted. `at_once`: so many children at a time, so that those of one operation
-    that cannot end keep no other from being done; 0: it never waits, and needs no child.
+    that cannot end keep no other from being done; 0: it never waits, and needs no child. `deadline`: in seconds.
     """
 
     request: type[R]
@@ -53,6 +62,7 @@ class Operation(Struct, Generic[R], frozen=True):
     alone: str | None
     audited: bool
     at_once: int
+    deadline: float = DEADLINE
 
     @property
     def name(self) -> str:
@@ -71,7 +81,10 @@ def _hello(node: Node, request: Hello) -> Outcome:
     return Outcome(Welcome(id=request.id, audit=UNSIGNED, protocol=PROTOCOL, version=VERSION, operations=operations))
 
 
-def _address(policy: Policy, request: ReleaseDriver | ReadHeartbeat | ReadDeviceConfig) -> None:
+def _address(
+    policy: Policy,
+    request: ReleaseDriver | ReadHeartbeat | ReadDeviceConfig | SetServices | SetPmIdle | SetAutoReset | SetNumVfs,
+) -> None:
     policy.check_address(request.address)
 
 
@@ -96,6 +109,10 @@ _TABLE: Final[tuple[Operation[Any], ...]] = (
     Operation(ReleaseDriver,          _address,            release_driver,           "driver",    True,    4),
     Operation(ReadHeartbeat,          _address,            read_heartbeat,           "heartbeat", False,   8),
     Operation(ReadDeviceConfig,       _address,            read_device_config,       "dev_cfg",   False,   2),
+    Operation(SetServices,            _address,            set_services,             PF,          True,    16, LONG),
+    Operation(SetPmIdle,              _address,            set_pm_idle,              PF,          True,    16, LONG),
+    Operation(SetAutoReset,           _address,            set_auto_reset,           PF,          True,    16),
+    Operation(SetNumVfs,              _address,            set_num_vfs,              PF,          True,    16, LONG),
     Operation(PrepareSocketDirectory, _directory,          prepare_socket_directory, "directory", True,    1),
     Operation(OpenKubeletSocket,      _no_rule,            open_kubelet_socket,      None,        True,    4),
 )
@@ -108,4 +125,6 @@ NAMES: Final = frozenset(row.name for row in _TABLE if row.request is not Hello)
 
 def deadline_of(request: AnyRequest) -> float:
     """Seconds after which the client is told that the operation has timed out."""
-    return DEADLINE + (request.wait_ms / 1000 if isinstance(request, OpenKubeletSocket) else 0)
+    return OPERATIONS[type(request)].deadline + (
+        request.wait_ms / 1000 if isinstance(request, OpenKubeletSocket) else 0
+    )

@@ -1,4 +1,4 @@
-"""The typer application: help, and the commands beside the server itself (demo, status).
+"""The typer application: help, and the commands beside the server itself (demo, status, provision, config check).
 
 The server does not come by here (main.py): typer's conversion of option values loads pydantic, 20 MiB in all that a
 running server would never use again. So the server's flags are declared here for --help only.
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from qat_server import values
 from qat_server.flags import SERVER_FLAGS, Flag, FlagError, plain
+from qat_server.provisioning import command_line
 from qat_server.settings import SettingsError, allocation_policy
 from qat_shared import VERSION
 
@@ -34,7 +35,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command (its name first), or show help. Raises FlagError and SettingsError for bad input."""
     line = list(arguments)
     if line and not line[0].startswith("-"):
-        line[1:] = ["--help" if word == "--h" else word for word in plain(line[1:], _command_flags(line[0]))]
+        names = 2 if line[0] == "config" and len(line) > 1 and not line[1].startswith("-") else 1
+        flags = _command_flags(*line[:names])
+        line[names:] = ["--help" if word == "--h" else word for word in plain(line[names:], flags)]
     try:
         result: object = app(args=line, prog_name=PROGRAM, standalone_mode=False)
     except TyperException as error:
@@ -44,12 +47,14 @@ def run(arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _command_flags(name: str) -> list[Flag]:
+def _command_flags(*names: str) -> list[Flag]:
     """What typer knows of a command's options, so that Go's spellings work there too."""
-    group = typer.main.get_group(app)
-    command = group.commands.get(name)
-    if command is None:
-        raise FlagError(f"unknown command {name[:60]!r}; there are {', '.join(sorted(group.commands))}")
+    command: Any = typer.main.get_group(app)
+    for name in names:
+        known = command.commands
+        command = known.get(name)
+        if command is None:
+            raise FlagError(f"unknown command {name[:60]!r}; there are {', '.join(sorted(known))}")
     found = [Flag("help", "", "", ""), Flag("h", "", "", "")]
     for parameter in command.params:
         metavar = "" if getattr(parameter, "is_flag", False) else "VALUE"
@@ -95,6 +100,9 @@ def server(**_: str | bool | None) -> None:
     Flags are written -name value, -name=value, --name value or --name=value; a boolean alone is true. Each may be given
     as an environment variable too (QAT_PLUGIN_MAX_NUM_DEVICES=32); the flag wins. Defaults stand in brackets.
     """
+
+
+command_line.add_to(app)
 
 
 @app.command()

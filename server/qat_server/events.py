@@ -69,6 +69,13 @@ class Changes:
         """Ask for the known devices to be judged anew, without a look at any."""
         self._event.set()
 
+    def mark_or_judge(self, address: PciAddress | None) -> None:
+        """`mark` a device, or without one `mark_known`."""
+        if address is None:
+            self.mark_known()
+        else:
+            self.mark(address)
+
     async def wait(self) -> frozenset[PciAddress] | None:
         """The devices to look at (None: everything; empty: none), once there is something; a burst comes as one."""
         await self._event.wait()

@@ -14,6 +14,7 @@ from msgspec import Struct
 from qat_server.values import boolean
 
 ENVIRONMENT_PREFIX: Final = "QAT_PLUGIN_"
+_NODE_NAME: Final = "NODE_NAME"  # as manifests call it that set it by the downward API
 
 
 class FlagError(Exception):
@@ -59,6 +60,9 @@ SERVER_FLAGS: Final = (
     Flag("helper-socket", "/run/qat-plugin/helper.sock", "PATH", "where qat-helper listens"),
     Flag("registration", "kubelet-socket", "WAY", "how to register: kubelet-socket or plugin-watcher"),
     Flag("metrics-address", "", "HOST:PORT", "serve /healthz, /readyz, /metrics and /status there; off without it"),
+    Flag("provisioning-config", "", "DIR", "provision PFs as qat.conf and qat.toml there say; off without it"),
+    Flag("node-name", "", "NAME", "name in qat-NAME.conf, which wins over qat.conf (environment: NODE_NAME too)"),
+    Flag("drain-for-reconfiguration", "false", "", "give no VF of a PF to new pods while it waits to be provisioned"),
     Flag("health-interval", "5s", "DURATION", "time between heartbeat queries of a PF; 0 for none"),
     Flag("resync-interval", "1m", "DURATION", "time between looks at everything, beside uevents"),
     Flag("uevents", "netlink", "SOURCE", "where uevents come from: netlink, or unix:PATH on a simulated node"),
@@ -147,7 +151,10 @@ def is_true(name: str, value: str) -> bool:
 
 def from_environment(environment: Mapping[str, str], flags: Iterable[Flag] = SERVER_FLAGS) -> dict[str, str]:
     """The flags that environment variables give (QAT_PLUGIN_DPDK_DRIVER=igb_uio); an empty one counts as not given."""
-    return {flag.name: environment[flag.variable] for flag in flags if environment.get(flag.variable)}
+    given = {flag.name: environment[flag.variable] for flag in flags if environment.get(flag.variable)}
+    if environment.get(_NODE_NAME):
+        given.setdefault("node-name", environment[_NODE_NAME])
+    return given
 
 
 def _canonical(name: str) -> str:

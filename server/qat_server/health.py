@@ -5,6 +5,7 @@ has none held against it; while the helper is away, the last verdict stands.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 
 from qat_server import logs
@@ -26,7 +27,7 @@ def verdict(pf: PhysicalFunction, alive: bool | None) -> str:
 
 
 class HealthMonitor:
-    """Asks for the heartbeats every `interval` seconds, and tells `on_change` when an answer differs from the last."""
+    """Asks for the heartbeats every `interval` seconds (0: never), and tells `on_change` when an answer differs."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class HealthMonitor:
         self._helper = helper
         self._pfs = pfs
         self._interval = interval
+        self._set = asyncio.Event()
         self._on_change = on_change
         self.alive: dict[PciAddress, bool] = {}
         self._silent: dict[PciAddress, str] = {}
@@ -47,11 +49,26 @@ class HealthMonitor:
         verdicts = {pf.address: verdict(pf, self.alive.get(pf.address)) for pf in self._pfs()}
         return {address: reason for address, reason in verdicts.items() if reason}
 
+    def set_interval(self, seconds: float) -> None:
+        """Ask so often from now on. What was last answered is forgotten with 0, since nobody looks any more."""
+        if seconds == self._interval:
+            return
+        log.info("time between heartbeat queries", seconds=seconds)
+        self._interval = seconds
+        if not seconds:
+            self.alive = {}
+            self._on_change()
+        self._set.set()
+
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await self.check()
-            await asyncio.sleep(self._interval)
+            self._set.clear()
+            if self._interval:
+                await self.check()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._interval or None):
+                    await self._set.wait()
 
     async def check(self) -> None:
         """One round: all PFs side by side, each by itself."""

@@ -37,6 +37,7 @@ from qat_shared.messages import (
     KubeletService,
     OpenKubeletSocket,
     PrepareSocketDirectory,
+    Provisioned,
     ReadDeviceConfig,
     ReadHeartbeat,
     ReleaseDriver,
@@ -143,6 +144,10 @@ class HelperClient:
         return await self._call(
             lambda i: ReadDeviceConfig(id=i, address=address, reason="name the resource"), DeviceConfig
         )
+
+    async def provision(self, make: Callable[[int], AnyRequest]) -> Provisioned:
+        """Carry out an operation on a PF; `make` is given the request's id. Raises HelperError."""
+        return await self._call(make, Provisioned)
 
     async def prepare_socket_directory(self, directory: SocketDirectory) -> None:
         """Have the endpoints' directory made and given to the server's group. Raises HelperError."""

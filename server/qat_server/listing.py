@@ -33,7 +33,7 @@ def advance(
     held: Callable[[str, PciAddress], bool] | None = None,
     holders: Mapping[str, Mapping[PciAddress, Holder]] | None = None,
 ) -> Listing:
-    """The next Listing. `names`: VF to resource, a VF without one is not served. `unhealthy`: PF to why it is.
+    """The next Listing. `names`: VF to resource, a VF without one is not served. `unhealthy`: PF or VF to why it is.
 
     `releasable(resource, address)`: nobody has the device through this resource, nor is about to.
     A VF whose resource has changed is Unhealthy in the old one. In the new one it is healthy once nobody has it through
@@ -52,7 +52,7 @@ def advance(
         name = names.get(vf.address)
         if name is None or vf.address in refused:
             continue
-        reason = unhealthy.get(vf.pf, "") if vf.pf is not None else ""
+        reason = unhealthy.get(vf.address, "") or (unhealthy.get(vf.pf, "") if vf.pf is not None else "")
         for other, devices in before.items():
             if reason or other == name or vf.address not in devices:
                 continue

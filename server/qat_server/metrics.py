@@ -14,6 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from qat_server.counters import Counters, Histogram
+from qat_server.provisioning.progress import Stage
 from qat_server.status import State
 from qat_shared import VERSION
 
@@ -47,6 +48,7 @@ class PluginCollector(Collector):
         yield _gauge("build_info", "Always 1; the version is the label.", ("version",), {(VERSION,): 1})
         yield _gauge("ready", "Whether /readyz says so.", (), {(): not state.not_ready})
         yield from _device_metrics(state)
+        yield from _provisioning_metrics(state)
         yield from _kubelet_metrics(state)
         yield from _helper_metrics(state)
         yield _counter("uevents", "Kernel uevents that concerned PCI devices or drivers.", (), {(): state.uevents})
@@ -106,6 +108,29 @@ def _device_metrics(state: State) -> Iterator[Metric]:
         "Whether a PF answered its last heartbeat query; PFs never asked are left out.",
         ("pf",),
         {(str(address),): alive for address, alive in state.heartbeats.items()},
+    )
+
+
+def _provisioning_metrics(state: State) -> Iterator[Metric]:
+    yield _gauge(
+        "provisioning_pfs",
+        "PFs by how far they are on the way to what the provisioning configuration wants.",
+        ("stage",),
+        {(stage,): sum(each.stage == stage for each in state.provisioning.values()) for stage in Stage}
+        if state.provisioning
+        else {},
+    )
+    yield _gauge(
+        "provisioning_held",
+        "Always 1; who holds VFs of a PF that waits to be provisioned (a pod's container, or a process).",
+        ("pf", "holder"),
+        {(str(pf), holder): 1 for pf, each in state.provisioning.items() for holder in each.held_by},
+    )
+    yield _gauge(
+        "provisioning_configuration_error",
+        "Whether the provisioning configuration is not usable as it is now.",
+        (),
+        {(): bool(state.provisioning_error)},
     )
 
 

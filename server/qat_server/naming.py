@@ -29,8 +29,8 @@ def resource_name(vf: VirtualFunction, pf: PhysicalFunction | None, config: str 
     if kind is None or not kind.named_by_services or pf is None:
         return GENERIC
     if _says_services(pf):
-        return _name(pf.services)
-    return _name(_enabled_services(config)) if config else GENERIC
+        return resource_of(pf.services)
+    return resource_of(_enabled_services(config)) if config else GENERIC
 
 
 def is_resource_name(name: str) -> bool:
@@ -47,7 +47,8 @@ def _says_services(pf: PhysicalFunction) -> bool:
     return pf.state == "up" and pf.services is not None
 
 
-def _name(services: str | None) -> str:
+def resource_of(services: str | None) -> str:
+    """The name for services as in qat/cfg_services, in any order; generic for what cannot be understood."""
     words = [word.strip() for word in (services or "").split(";")]
     if len(set(words)) != len(words) or not set(words) <= set(SERVICES):
         return GENERIC

@@ -1,8 +1,8 @@
 """The server's run loop: the one place that holds state which changes, and the tasks that own it.
 
-    uevents, resync, health, usage  →  Changes  →  look: discovery → names → plan → listing  →  endpoints
-                                                            │
-                                                            └→ binder → helper → Changes
+    uevents, resync, health, usage  →  Changes  →  look: discovery → provisioner → names → plan → listing  →  endpoints
+                                                              │                  │
+                                                              └──── helper ──────┴→ binder → helper → Changes
 
 `_look` is the only function that replaces the inventory and the listing; all others ask for a look by `changes.mark`.
 Everything runs in one task group: what fails beyond repair ends the process with its error, and the supervisor (the
@@ -26,6 +26,7 @@ from qat_server.counters import Counters
 from qat_server.discovery import discover, with_fresh_use
 from qat_server.endpoint import Endpoint
 from qat_server.events import Changes, UeventListener, resync
+from qat_server.facts import Facts
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.http_endpoint import Response
@@ -33,6 +34,9 @@ from qat_server.inventory import Holder, Inventory, Listing
 from qat_server.lock import only_server
 from qat_server.naming import NAMESPACE
 from qat_server.pod_resources import held_devices
+from qat_server.provisioning.plan import BEING_ADMITTED
+from qat_server.provisioning.provisioner import Provisioner
+from qat_server.provisioning.watch import ConfigurationWatch
 from qat_server.registration import Registrar
 from qat_server.registration_socket import SocketRegistrar
 from qat_server.registration_watcher import WatcherRegistrar
@@ -79,25 +83,6 @@ def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[BaseException]:
             yield error
 
 
-class Facts:
-    """What is not as it should be, found again by each look, and said once for as long as it stays so."""
-
-    def __init__(self) -> None:
-        self._before: set[tuple[str, str]] = set()
-        self._now: set[tuple[str, str]] = set()
-
-    def say(self, message: str, /, **fields: object) -> None:
-        """Log a warning, unless it was said already and has been found by every look since."""
-        key = (message, repr(fields))
-        if key not in self._before and key not in self._now:
-            log.warning(message, **fields)
-        self._now.add(key)
-
-    def settle(self) -> None:
-        """A look has ended: what it has not found is over."""
-        self._before, self._now = self._now, set()
-
-
 class Plugin:
     """One server. `run` until cancelled; `state` at any time."""
 
@@ -108,10 +93,26 @@ class Plugin:
         self.helper = HelperClient(settings.helper_socket, self.counters, self._helper_changed)
         self.listener = UeventListener(settings.uevents, self.changes)
         self.health = HealthMonitor(
-            self.helper, lambda: self.inventory.pfs, settings.health_interval, self.changes.mark_known
+            self.helper,
+            lambda: self.provisioner.settled(self.inventory.pfs),
+            settings.health_interval,
+            self.changes.mark_known,
         )
         self.usage = Usage(self._query_holders, self.changes.mark_known, settings.resync_interval)
         self.binder = Binder(self.helper, settings.dpdk_driver, self.counters, self.changes.mark, clock)
+        self.provisioner = Provisioner(
+            self.helper,
+            settings.sysfs_root,
+            self.usage,
+            self.changes.mark_or_judge,
+            settings.drain,
+            clock,
+        )
+        self.configuration: ConfigurationWatch | None = None
+        if settings.provisioning_config is not None:
+            self.configuration = ConfigurationWatch(
+                settings.provisioning_config, settings.node_name, self._configuration_changed
+            )
         self.inventory = _EMPTY
         self.listing: Listing = {}
         self.names: dict[PciAddress, str] = {}
@@ -147,6 +148,8 @@ class Plugin:
             foreign=self.foreign,
             failures=self.binder.failures,
             held=self.usage.by_device(),
+            provisioning=self.provisioner.progress,
+            provisioning_error=self.configuration.error if self.configuration else "",
             not_ready=self.not_ready(),
             uevents=self.listener.received,
             uevent_overruns=self.listener.overruns,
@@ -157,6 +160,9 @@ class Plugin:
         reasons = [self._not_ready] if self._not_ready else []
         if not self.helper.connected:
             reasons.append(self.helper.error)
+        if self.configuration is not None and self.configuration.current is None:
+            reasons.append(f"no provisioning configuration: {self.configuration.error or 'not read yet'}")
+        reasons += [f"PF {address} is being provisioned" for address in self.provisioner.working]
         reasons += [
             f"{NAMESPACE}/{name} is not registered with the kubelet: {endpoint.state.error or 'under way'}"
             for name, endpoint in self.endpoints.items()
@@ -186,11 +192,12 @@ class Plugin:
                 grpc_socket.remove_leftovers(self.socket_directory)
                 self._not_ready = "the first look at the devices is not done"
                 self.changes.mark()
+                if self.configuration is not None:
+                    tasks.create_task(self.configuration.run())
                 tasks.create_task(self.listener.run())
                 tasks.create_task(resync(self.changes, self.settings.resync_interval))
                 tasks.create_task(self.usage.run())
-                if self.settings.health_interval:
-                    tasks.create_task(self.health.run())
+                tasks.create_task(self.health.run())
                 async with asyncio.TaskGroup() as work:
                     while True:
                         await self._look_safely(await self.changes.wait(), work)
@@ -236,8 +243,27 @@ class Plugin:
     def _helper_changed(self) -> None:
         self._helper_event.set()
         if self.helper.connected:
+            self.provisioner.helper_changed()
             self.changes.mark()  # what could not be bound or read meanwhile
             self.usage.ask()
+
+    def _configuration_changed(self) -> None:
+        current = self.configuration.current if self.configuration else None
+        interval = current.heartbeat_interval if current else None
+        self.health.set_interval(self.settings.health_interval if interval is None else interval)
+        self.changes.mark_known()
+
+    def _holders(self) -> dict[PciAddress, str] | None:
+        """Which pods have, or may have, a VF; None while the kubelet does not say."""
+        if self.usage.holders is None:
+            return None
+        just_now = {
+            device.address: BEING_ADMITTED
+            for name, devices in self.listing.items()
+            for device in devices
+            if self._held(name, device.address)
+        }
+        return just_now | self.usage.by_device()
 
     async def _look_safely(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
         """A look; a defect in it must not end what is served already."""
@@ -263,7 +289,11 @@ class Plugin:
                 return
         inventory = self.inventory
         self._tell(inventory)
-        if not inventory.vfs:
+        if self.configuration is not None:
+            if changed is None:
+                self.configuration.load()
+            await self.provisioner.look(inventory, self.configuration.current, self._holders, work)
+        if not inventory.vfs and not self.provisioner.working:
             self._facts.say(
                 "no QAT VFs found",
                 drivers=settings.kernel_vf_drivers,
@@ -276,12 +306,12 @@ class Plugin:
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
             self._facts.say("VF left alone: somebody bound it to another driver", address=address, driver=driver)
-        self.binder.wanted(plan.bind, work)
+        self.binder.wanted(self.provisioner.may_be_bound(inventory, plan.bind), work)
         self.listing = listing.advance(
             self.listing,
             inventory,
             self.names,
-            self.health.unhealthy(),
+            self.health.unhealthy() | self.provisioner.withheld,
             settings.dpdk_driver,
             self.usage.releasable,
             self._held,
@@ -291,6 +321,7 @@ class Plugin:
         if not self.usage.asked:
             return  # its answer leads to a new look: the first list has what pods hold, even if it has gone
         self._publish(work)
+        self.provisioner.published()
         self._not_ready = ""
 
     async def _discover(self, changed: frozenset[PciAddress] | None) -> Inventory:

@@ -74,7 +74,7 @@ class SettingsError(Exception):
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """What the server was told. Intervals in seconds; `health_interval` 0 is off, `metrics_address` None is off."""
+    """What the server was told. Intervals in seconds; 0 is off, and so are addresses and directories that are None."""
 
     dpdk_driver: DpdkDriver
     kernel_vf_drivers: tuple[str, ...]
@@ -86,6 +86,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     helper_socket: Path
     registration: Registration
     metrics_address: HostPort | None
+    provisioning_config: Path | None
+    node_name: str | None
+    drain: bool
     health_interval: float
     resync_interval: float
     uevents: str
@@ -128,6 +131,9 @@ def parse(given: Mapping[str, str] | None = None) -> Settings:
         helper_socket=read("helper-socket", _socket_path),
         registration=read("registration", _registration),
         metrics_address=read("metrics-address", values.host_port),
+        provisioning_config=read("provisioning-config", lambda text: Path(text) if text else None),
+        node_name=read("node-name", lambda text: text or None),
+        drain=read("drain-for-reconfiguration", values.boolean),
         health_interval=read(
             "health-interval", lambda text: values.duration(text, _SHORTEST_INTERVAL, zero_is_off=True)
         ),

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct, field
 
 from qat_server.inventory import Inventory, Listing
+from qat_server.provisioning.progress import Progress
 from qat_shared import VERSION
 from qat_shared.pci import PciAddress
 
@@ -32,7 +33,7 @@ class HelperState(Struct, frozen=True):
 
 
 class State(Struct, frozen=True, kw_only=True):
-    """One moment of the run loop. Addresses are of VFs but for `unhealthy` and `heartbeats`, which name PFs.
+    """One moment of the run loop. Addresses are of VFs but for `unhealthy`, `heartbeats` and `provisioning`: PFs.
 
     `names`: resource by VF. `foreign`: driver that somebody else bound. `failures`: why it could not be bound.
     `held`: the pod that holds it. `not_ready`: reasons, none when ready.
@@ -48,6 +49,8 @@ class State(Struct, frozen=True, kw_only=True):
     foreign: Mapping[PciAddress, str] = field(default_factory=dict)
     failures: Mapping[PciAddress, str] = field(default_factory=dict)
     held: Mapping[PciAddress, str] = field(default_factory=dict)
+    provisioning: Mapping[PciAddress, Progress] = field(default_factory=dict)
+    provisioning_error: str = ""
     not_ready: tuple[str, ...] = ()
     uevents: int = 0
     uevent_overruns: int = 0
@@ -93,6 +96,17 @@ class ResourceStatus(Struct, frozen=True):
     error: str
 
 
+class ProvisioningStatus(Struct, frozen=True):
+    """How far one PF is: `stage` is done, working, waiting, busy, failed or impossible; `held_by` who is waited for."""
+
+    pf: str
+    stage: str
+    wanted: str
+    steps: tuple[str, ...]
+    held_by: tuple[str, ...]
+    reason: str
+
+
 class Status(Struct, frozen=True):
     """The whole of /status."""
 
@@ -105,6 +119,8 @@ class Status(Struct, frozen=True):
     resources: tuple[ResourceStatus, ...]
     problems: tuple[str, ...]
     cut: tuple[str, ...]
+    provisioning: tuple[ProvisioningStatus, ...] = ()
+    provisioning_error: str = ""
 
 
 def status_from(state: State) -> Status:
@@ -122,6 +138,11 @@ def status_from(state: State) -> Status:
             for problem in state.inventory.problems
         ),
         cut=tuple(str(address) for address in state.inventory.cut),
+        provisioning=tuple(
+            ProvisioningStatus(str(pf), each.stage, each.wanted, each.steps, each.held_by, each.reason)
+            for pf, each in sorted(state.provisioning.items())
+        ),
+        provisioning_error=state.provisioning_error,
     )
 
 

@@ -66,6 +66,15 @@ def show(status: Status, console: Console) -> None:
             ),
         ),
     )
+    if status.provisioning:
+        columns = ("PF", "provisioning", "wanted", "steps", "held by", "reason")
+        rows = (
+            (pf.pf, pf.stage, pf.wanted, ", ".join(pf.steps), ", ".join(pf.held_by), pf.reason)
+            for pf in status.provisioning
+        )
+        console.print(_table("provisioning", columns, rows))
+    if status.provisioning_error:
+        console.print(_text(f"provisioning configuration: {status.provisioning_error}"))
     for problem in status.problems:
         console.print(_text(f"problem: {problem}"))
     if status.cut:

@@ -44,7 +44,11 @@ class Usage:
         self._settle = settle
         self._clock = clock
         self._unhealthy_since: dict[tuple[str, PciAddress], float] = {}
-        self._answer_asked_at = float("-inf")
+        self._told = True
+        self.answer_asked_at = float("-inf")
+        """When, by the clock, the question was asked that the last answer is to."""
+        self._shown: dict[tuple[str, PciAddress], float] = {}
+        """When the last answer was asked for that named the device."""
         self._due = asyncio.Event()
         self._due_at = 0.0
         self.holders: Holders | None = None
@@ -58,7 +62,7 @@ class Usage:
         unhealthy = {(name, d.address) for name, devices in listing.items() for d in devices if not d.healthy}
         self._unhealthy_since = {key: self._unhealthy_since.get(key, now) for key in unhealthy}
         waiting = [since + self._settle for since in self._unhealthy_since.values()]
-        fresh = [at for at in waiting if at > self._answer_asked_at]
+        fresh = [at for at in waiting if at > self.answer_asked_at]
         if fresh:
             self._ask_at(min(fresh))
 
@@ -67,13 +71,14 @@ class Usage:
         self._ask_at(self._clock() + _AFTER_ALLOCATION)
 
     def ask(self) -> None:
-        """Ask soon: the kubelet may be reached again, or may be another one."""
+        """Ask now, and tell of the answer even if it is as the last."""
+        self._told = False
         self._ask_at(self._clock())
 
     def releasable(self, resource: str, address: PciAddress) -> bool:
         """Whether a device of a list cannot be in use, nor be about to be."""
         since = self._unhealthy_since.get((resource, address))
-        if since is None or self.holders is None or self._answer_asked_at < since + self._settle:
+        if since is None or self.holders is None or self.answer_asked_at < since + self._settle:
             return False
         return address not in self.holders.get(resource, {})
 
@@ -82,8 +87,13 @@ class Usage:
 
         Without PodResources, whatever this server has ever allocated counts as held.
         """
-        if handed_out_at is not None and (self.holders is None or handed_out_at > self._answer_asked_at - self._settle):
-            return True  # the answer may be from before the kubelet knew
+        if handed_out_at is not None:
+            if self.holders is None:
+                return True
+            # Has the kubelet shown the pod that it was handed out to, it knows; else the answer may be from before.
+            shown = self._shown.get((resource, address), float("-inf")) > handed_out_at
+            if not shown and handed_out_at > self.answer_asked_at - self._settle:
+                return True
         return address in (self.holders or {}).get(resource, {})
 
     def by_device(self) -> dict[PciAddress, str]:
@@ -106,7 +116,7 @@ class Usage:
 
     async def _ask(self) -> None:
         asked_at = self._clock()
-        first = not self.asked
+        first, self._told = not self.asked or not self._told, True
         try:
             holders = await self._query()
         except PodResourcesError as error:
@@ -125,8 +135,9 @@ class Usage:
                 self._ask_at(asked_at + _RETRY)
             return
         self.error = ""
-        self._answer_asked_at = asked_at
+        self.answer_asked_at = asked_at
         self.asked = True
+        self._shown.update(((name, address), asked_at) for name, held in holders.items() for address in held)
         changed = holders != self.holders
         self.holders = holders
         if first or changed or self._unhealthy_since:

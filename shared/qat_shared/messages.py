@@ -29,6 +29,16 @@ class DpdkDriver(StrEnum):
     IGB_UIO = "igb_uio"
 
 
+class Service(StrEnum):
+    """The services of a PF. In this order they are written: kernels before 6.4 know sym;asym, and not asym;sym."""
+
+    SYM = "sym"
+    ASYM = "asym"
+    DC = "dc"
+    DECOMP = "decomp"
+    DCC = "dcc"
+
+
 class KubeletService(StrEnum):
     """The sockets of the kubelet that the helper may connect to."""
 
@@ -97,6 +107,35 @@ class ReadDeviceConfig(Request, frozen=True, kw_only=True, tag="ReadDeviceConfig
     address: PciAddress
 
 
+class SetServices(Request, frozen=True, kw_only=True, tag="SetServices"):
+    """Give a PF other services: down, write, up, or back to the old ones. Its VFs go. Answer: Provisioned."""
+
+    address: PciAddress
+    services: Annotated[tuple[Service, ...], Meta(min_length=1, max_length=3)]
+
+
+class SetPmIdle(Request, frozen=True, kw_only=True, tag="SetPmIdle"):
+    """Set a PF's pm_idle_enabled: down, write, up unless it is to `stay_down`. Its VFs go. Answer: Provisioned."""
+
+    address: PciAddress
+    on: bool
+    stay_down: bool = False
+
+
+class SetAutoReset(Request, frozen=True, kw_only=True, tag="SetAutoReset"):
+    """Set a PF's auto_reset. Answer: Provisioned."""
+
+    address: PciAddress
+    on: bool
+
+
+class SetNumVfs(Request, frozen=True, kw_only=True, tag="SetNumVfs"):
+    """Enable a PF's VFs, left to no driver (the QAT driver enables all), or with 0 remove them. Answer: Provisioned."""
+
+    address: PciAddress
+    count: Annotated[int, Meta(ge=0, le=0xFFFF)]
+
+
 class PrepareSocketDirectory(Request, frozen=True, kw_only=True, tag="PrepareSocketDirectory"):
     """Make qat.intel.com in a directory of the kubelet, usable by the server's group. Answer: Done."""
 
@@ -114,7 +153,17 @@ class OpenKubeletSocket(Request, frozen=True, kw_only=True, tag="OpenKubeletSock
 
 
 AnyRequest = (
-    Hello | BindDriver | ReleaseDriver | ReadHeartbeat | ReadDeviceConfig | PrepareSocketDirectory | OpenKubeletSocket
+    Hello
+    | BindDriver
+    | ReleaseDriver
+    | ReadHeartbeat
+    | ReadDeviceConfig
+    | SetServices
+    | SetPmIdle
+    | SetAutoReset
+    | SetNumVfs
+    | PrepareSocketDirectory
+    | OpenKubeletSocket
 )
 
 
@@ -151,6 +200,13 @@ class Bound(Reply, frozen=True, kw_only=True, tag="Bound"):
     changed: bool
 
 
+class Provisioned(Reply, frozen=True, kw_only=True, tag="Provisioned"):
+    """What the attribute showed before, and what it shows now. Equal when nothing had to be changed."""
+
+    before: str
+    now: str
+
+
 class Heartbeat(Reply, frozen=True, kw_only=True, tag="Heartbeat"):
     """`alive` is False when the first line of heartbeat/status was -1."""
 
@@ -176,4 +232,4 @@ class Failure(Reply, frozen=True, kw_only=True, tag="Failure"):
     rule: str = ""
 
 
-AnyReply = Welcome | Done | Bound | Heartbeat | DeviceConfig | Connected | Failure
+AnyReply = Welcome | Done | Bound | Provisioned | Heartbeat | DeviceConfig | Connected | Failure

@@ -35,7 +35,10 @@ async def start(node: RunningNode, expected: dict[str, int], driver: str = "vfio
 
 
 async def test_the_demo_node_from_start_to_pods_and_the_audit_log() -> None:
-    async with running_node(demo_node(), ("--kernel-vf-drivers=4xxxvf,c6xxvf", "--allocation-policy=balanced")) as node:
+    options = ("--kernel-vf-drivers=4xxxvf,c6xxvf", "--allocation-policy=balanced")
+    async with running_node(demo_node(), options) as node:
+        for pf in demo_node().pfs:
+            node.kernel.set_numvfs(pf.address, pf.total_vfs)
         await start(node, {CY: 16, DC: 8, GENERIC: 4})
         assert node.kubelet.capacity() == {CY: 16, DC: 8, GENERIC: 4}
         pod = await node.kubelet.allocate("crypto", [("main", CY, 2), ("side", DC, 1)])

@@ -1,14 +1,13 @@
 """BindDriver and ReleaseDriver, step by step, with the emulated kernel answering their writes."""
 
 import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from emulated import PF, VF, VF2, attribute, emulated, read
-from qat_helper import binding
+from emulated import PF, VF, VF2, Writes, attribute, emulated, read
+from qat_helper import binding, writing
 from qat_helper.dispatch import perform
 from qat_helper.node import Node
 from qat_helper.operations import NAMES
@@ -23,23 +22,6 @@ ONE_PF = simulated.Node(
     vfs=(simulated.LoneVf(address="0000:00:05.0", device="37c9"),),
     others=(simulated.OtherDevice(address="0000:00:07.0", vendor="8086", device="1572"),),
 )
-
-
-class Writes:
-    """Stands for os in binding.py: a write goes to the emulated kernel, and is remembered."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.seen: list[tuple[str, str]] = []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(os, name)
-
-    def write(self, descriptor: int, data: bytes) -> int:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        relative = os.path.relpath(path, os.path.realpath(self.kernel.sysfs_root))
-        self.seen.append((relative.removeprefix("devices/pci0000:6b/"), data.decode()))
-        return self.kernel.write(relative, data)
 
 
 class Bench:
@@ -66,7 +48,7 @@ class Bench:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     with emulated(ONE_PF) as kernel:
         writes = Writes(kernel)
-        monkeypatch.setattr(binding, "os", writes)
+        monkeypatch.setattr(writing, "os", writes)
         yield Bench(kernel, writes)
 
 

@@ -20,12 +20,12 @@ from qat_server.provisioning.plan import (
     SetServices,
     Step,
     plan,
-    rows,
     services_problem,
 )
 from qat_server.provisioning.qat_conf import QatConf, Services, canonical
 from qat_server.provisioning.qat_toml import PfSettings, QatToml
 from qat_server.provisioning.state import ProvisionedState
+from qat_server.provisioning.table import rows
 from qat_server.simulation.services import services_allowed
 from qat_shared.pci import PciAddress
 from sysfs_tree import address
@@ -212,10 +212,26 @@ def test_any_vf_may_be_held_while_the_pods_are_not_known() -> None:
     assert _one(_pf(vfs=0), _state(num=0), _wants("dc"), known=False).steps == (SERVICES_DC, ALL_VFS)
 
 
-def test_vf_that_only_the_inventory_knows_to_be_open() -> None:
-    vf = VirtualFunction(VFS[0], 0x4941, "vfio-pci", AT, 0, 1, False, None, True)
+@pytest.mark.parametrize(
+    ("driver", "holder"),
+    [("qat_vfio_pci", "driver qat_vfio_pci"), ("vfio-pci", ""), ("igb_uio", ""), ("4xxxvf", ""), (None, "")],
+)
+def test_a_vf_on_a_driver_of_somebodys_choice_is_held_by_it(driver: str | None, holder: str) -> None:
+    # in_use of the inventory is as old as the last look at that VF: what counts is the state, read just now.
+    vf = VirtualFunction(VFS[0], 0x4941, driver, AT, 0, 1, False, None, True)
     planned = plan(Inventory((_pf(),), (vf,), (), ()), {AT: _state()}, _wants("dc"), {})
-    assert planned.pfs[0].waiting == (Hold(VFS[0], A_PROCESS),)
+    assert planned.pfs[0].waiting == ((Hold(VFS[0], holder),) if holder else ())
+
+
+@pytest.mark.parametrize(
+    ("refused", "steps", "told"), [(("dc",), (ALL_VFS,), True), (("sym",), (SERVICES_DC, ALL_VFS), False)]
+)
+def test_what_the_kernel_refused_is_not_asked_again_and_the_rest_is_done(
+    refused: Services, steps: tuple[Step, ...], told: bool
+) -> None:
+    inventory = Inventory((_pf(vfs=0),), (), (), ())
+    one = plan(inventory, {AT: _state(num=0)}, _wants("dc"), {}, {AT: refused}).pfs[0]
+    assert (one.steps, bool(one.refused)) == (steps, told)
 
 
 IMPOSSIBLE: dict[str, tuple[PhysicalFunction, ProvisionedState | Problem | None, str, str]] = {

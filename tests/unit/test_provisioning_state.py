@@ -19,20 +19,22 @@ def tree(tmp_path: Path) -> SysfsTree:
 
 
 def test_read(tree: SysfsTree) -> None:
-    tree.pf("6b:00.0", sriov_numvfs="4")
+    tree.pf("6b:00.0", sriov_numvfs="never read: that may wait")
     tree.write("6b:00.0", "qat/auto_reset", "on\n")
     tree.write("6b:00.0", "qat/pm_idle_enabled", "0\n")
     tree.vf("6b:00.1", "6b:00.0", "vfio-pci", enable="1")
     tree.vf("6b:00.2", "6b:00.0", "vfio-pci", enable="0")
     tree.vf("6b:00.3", "6b:00.0", "4xxxvf", enable="1")
     tree.vf("6b:00.4", "6b:00.0", "vfio-pci", enable=None)
+    tree.vf("6b:00.5", "6b:00.0", None, enable="1")  # half taken away, and waits for its user
+    tree.vf("6b:00.6", "6b:00.0", None)
     tree.link("6b:00.0", "virtfn9", "../0000:6b:01.0")  # vanished meanwhile
     tree.link("6b:00.0", "virtfn8", "../nonsense")
-    assert read_state(tree.root, AT) == ProvisionedState(True, False, 4, 16, (address("6b:00.1"),))
+    assert read_state(tree.root, AT) == ProvisionedState(True, False, 8, 16, (address("6b:00.1"), address("6b:00.5")))
 
 
 def test_unreadable_vf_counts_as_open(tree: SysfsTree) -> None:
-    tree.pf("6b:00.0", sriov_numvfs="1")
+    tree.pf("6b:00.0")
     tree.vf("6b:00.1", "6b:00.0", "vfio-pci")
     tree.write("6b:00.1", "enable", b"\xff")
     assert read_state(tree.root, AT).open_vfs == (address("6b:00.1"),)
@@ -47,8 +49,8 @@ def test_read_what_an_old_driver_has(tree: SysfsTree) -> None:
     ("name", "content", "why"),
     [
         ("qat/auto_reset", "maybe\n", "qat/auto_reset: 'maybe' is neither on nor off"),
-        ("sriov_numvfs", "\n", "sriov_numvfs: '' is not a number of VFs"),
-        ("sriov_numvfs", "-1\n", "sriov_numvfs: '-1' is not a number of VFs"),
+        ("sriov_totalvfs", "\n", "sriov_totalvfs: '' is not a number of VFs"),
+        ("sriov_totalvfs", "-1\n", "sriov_totalvfs: '-1' is not a number of VFs"),
         ("sriov_totalvfs", "99999\n", "sriov_totalvfs: '99999' is not a number of VFs"),
         ("sriov_totalvfs", b"\xff\n", "sriov_totalvfs: not text"),
     ],

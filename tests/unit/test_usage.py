@@ -1,6 +1,7 @@
 """Which devices may leave a list: only after the kubelet said, late enough, that no pod holds them."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 from qat_server.inventory import Device, Holder, Listing
@@ -97,3 +98,46 @@ async def test_without_an_answer_nothing_leaves() -> None:
         assert usage.error == "the kubelet has no such socket"
 
     await with_usage(kubelet, 0.01, scenario)
+
+
+async def test_what_was_handed_out_is_held_until_the_kubelet_has_shown_its_pod_or_had_the_time_to() -> None:
+    kubelet = Kubelet()
+
+    async def scenario(usage: Usage) -> None:
+        handed_out_at = time.monotonic()
+        asked = kubelet.asked
+        usage.ask()
+        await until(lambda: kubelet.asked > asked)
+        await until(lambda: usage.answer_asked_at > handed_out_at)
+        assert usage.held("cy", VF, handed_out_at), "the kubelet may not know yet"
+        kubelet.holders = {"cy": {VF: Holder("default/pod/main")}}
+        usage.ask()
+        await until(usage.by_device)
+        assert usage.held("cy", VF, handed_out_at)
+        kubelet.holders = {}
+        usage.ask()
+        await until(lambda: not usage.by_device())
+        assert not usage.held("cy", VF, handed_out_at), "it was shown, and is not any more"
+        assert usage.held("cy", VF, time.monotonic()), "but it may have been handed out again"
+        assert not usage.held("cy", VF, handed_out_at - 7200), "handed out long ago"
+
+    await with_usage(kubelet, 3600, scenario)
+
+
+async def test_who_asks_is_told_even_if_nothing_has_changed() -> None:
+    kubelet = Kubelet()
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        told += 1
+
+    usage = Usage(kubelet.query, tell, 3600, 10)
+    task = asyncio.create_task(usage.run())
+    try:
+        await until(lambda: told == 1)
+        usage.ask()
+        await until(lambda: told == 2)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -12,19 +12,23 @@ services_supported in adf_gen4_hw_data.c and adf_6xxx_hw_data.c):
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from qat_server.inventory import Inventory, PhysicalFunction, Problem
+from qat_server.inventory import Inventory, PhysicalFunction, Problem, VirtualFunction
 from qat_server.provisioning.configuration import Configuration, Wanted
 from qat_server.provisioning.qat_conf import Services, canonical
 from qat_server.provisioning.state import ProvisionedState
-from qat_shared.devices import PHYSICAL
+from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VIRTUAL
 from qat_shared.pci import PciAddress
 
 A_PROCESS: Final = "a process"
 """Who holds a VF that is open, but that no pod is known to have."""
+BEING_ADMITTED: Final = "a pod that is being admitted"
+"""Who holds a VF that was allocated a moment ago: PodResources may not name the pod yet."""
 NOT_KNOWN: Final = "not known"
 """Who may hold a VF while PodResources cannot be had."""
 
@@ -39,7 +43,7 @@ class SetAutoReset(Struct, frozen=True, tag=True):
     on: bool
 
     def __str__(self) -> str:
-        return f"auto-reset {_word(self.on)}"
+        return f"auto-reset {word(self.on)}"
 
 
 class SetServices(Struct, frozen=True, tag=True):
@@ -60,7 +64,7 @@ class SetPmIdle(Struct, frozen=True, tag=True):
     stay_down: bool
 
     def __str__(self) -> str:
-        return f"pm-idle {_word(self.on)}"
+        return f"pm-idle {word(self.on)}"
 
 
 class SetNumVfs(Struct, frozen=True, tag=True):
@@ -77,7 +81,7 @@ Step = SetAutoReset | SetServices | SetPmIdle | SetNumVfs
 
 
 class Hold(Struct, frozen=True):
-    """A VF that is in use, and by whom: namespace/pod/container, A_PROCESS or NOT_KNOWN."""
+    """A VF that is in use, and by whom: namespace/pod/container, a driver, A_PROCESS or NOT_KNOWN."""
 
     vf: PciAddress
     holder: str
@@ -86,7 +90,8 @@ class Hold(Struct, frozen=True):
 class PfPlan(Struct, frozen=True):
     """One PF. `steps` can be done now, in this order; `later` when none of `waiting` is in use any more.
 
-    `impossible` says why what is wanted cannot be had ("" when it can): then the PF is left as it is.
+    `impossible` says why what is wanted cannot be had ("" when it can): then the PF is left as it is. `refused` is a
+    sentence about services that the kernel did not take: all else is done.
     """
 
     pf: PhysicalFunction
@@ -97,6 +102,7 @@ class PfPlan(Struct, frozen=True):
     waiting: tuple[Hold, ...] = ()
     impossible: str = ""
     notes: tuple[str, ...] = ()
+    refused: str = ""
 
 
 class Plan(Struct, frozen=True):
@@ -106,28 +112,26 @@ class Plan(Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
-class Row(Struct, frozen=True):
-    """A PF's line in the table that a person reads. `notes` are sentences for below the table."""
-
-    pf: str
-    now: str
-    wanted: str
-    steps: str
-    held_by: str
-    notes: tuple[str, ...]
-
-
 def plan(
     inventory: Inventory,
     states: Mapping[PciAddress, ProvisionedState | Problem],
     configuration: Configuration,
     holders: Mapping[PciAddress, str] | None,
+    refused: Mapping[PciAddress, Services] = MappingProxyType({}),
 ) -> Plan:
-    """What is to be done. `holders` are the pods that have VFs, None while that is not known: then any may be held."""
+    """What is to be done. `holders` are the pods that have VFs, None while that is not known: then any may be held.
+
+    `refused` are services that the kernel did not take: they are not asked for again.
+    """
     pfs = [pf for pf in inventory.pfs if (kind := PHYSICAL.get(pf.device_id)) is not None and kind.provisioned]
-    opened = {vf.address for vf in inventory.vfs if vf.in_use}
+    foreign = {vf.address: f"driver {vf.driver}" for vf in inventory.vfs if _is_foreign(vf)}
     return Plan(
-        pfs=tuple(_pf_plan(pf, states.get(pf.address), configuration.wanted_for(pf), holders, opened) for pf in pfs),
+        pfs=tuple(
+            _pf_plan(
+                pf, states.get(pf.address), configuration.wanted_for(pf), holders, foreign, refused.get(pf.address)
+            )
+            for pf in pfs
+        ),
         notes=tuple(f"qat.toml {name} fits no PF of this node" for name in configuration.unmatched(pfs)),
     )
 
@@ -149,7 +153,8 @@ def _pf_plan(
     state: ProvisionedState | Problem | None,
     wanted: Wanted,
     holders: Mapping[PciAddress, str] | None,
-    opened: set[PciAddress],
+    foreign: Mapping[PciAddress, str],
+    refused: Services | None,
 ) -> PfPlan:
     if not isinstance(state, ProvisionedState):
         why = f"cannot be read: {state.text}" if state else "its state is not known"
@@ -157,18 +162,23 @@ def _pf_plan(
     if impossible := _impossible(pf, wanted):
         return PfPlan(pf, wanted, state, impossible=impossible)
     notes = _notes(pf, state, wanted)
+    refusal, asked = "", wanted
+    if refused is not None and refused == wanted.services:
+        # What else is wanted still is: without its VFs, which the attempt took away, the device would be of no use.
+        refusal = f"the kernel refused {';'.join(refused)}: not tried again until the configuration changes"
+        asked = replace(wanted, services=None)
     at_once: tuple[Step, ...] = ()
     if wanted.auto_reset is not None and state.auto_reset not in (None, wanted.auto_reset):
         at_once = (SetAutoReset(pf.address, wanted.auto_reset),)
-    steps = _device_steps(pf, state, wanted)
+    steps = _device_steps(pf, state, asked)
     if pf.state == "down" and not steps:
         notes = (*notes, "it is down, and nothing is wanted that brings it up")
     # Without VFs there is nothing that could be held; what takes none away needs not wait.
     if any(not isinstance(step, SetNumVfs) or not step.count for step in steps):
-        waiting = _holds(pf, state, holders, opened)
+        waiting = _holds(pf, state, holders, foreign)
         if waiting:
-            return PfPlan(pf, wanted, state, at_once, steps, waiting, notes=notes)
-    return PfPlan(pf, wanted, state, at_once + steps, notes=notes)
+            return PfPlan(pf, wanted, state, at_once, steps, waiting, notes=notes, refused=refusal)
+    return PfPlan(pf, wanted, state, at_once + steps, notes=notes, refused=refusal)
 
 
 def _impossible(pf: PhysicalFunction, wanted: Wanted) -> str:
@@ -221,61 +231,28 @@ def _device_steps(pf: PhysicalFunction, state: ProvisionedState, wanted: Wanted)
 
 
 def _holds(
-    pf: PhysicalFunction, state: ProvisionedState, holders: Mapping[PciAddress, str] | None, opened: set[PciAddress]
+    pf: PhysicalFunction,
+    state: ProvisionedState,
+    holders: Mapping[PciAddress, str] | None,
+    foreign: Mapping[PciAddress, str],
 ) -> tuple[Hold, ...]:
-    opened = opened.intersection(pf.vfs).union(state.open_vfs)
     holds = []
-    for vf in sorted({*pf.vfs, *opened}):
+    for vf in sorted({*pf.vfs, *state.open_vfs}):
         if holders is not None and vf in holders:
             holds.append(Hold(vf, holders[vf]))
-        elif vf in opened:
-            holds.append(Hold(vf, A_PROCESS))
+        elif vf in foreign or vf in state.open_vfs:
+            holds.append(Hold(vf, foreign.get(vf, A_PROCESS)))
         elif holders is None:
             holds.append(Hold(vf, NOT_KNOWN))
     return tuple(holds)
 
 
-def rows(planned: Plan) -> list[Row]:
-    """The plan as a table: what each PF is now, what is wanted of it, what is done or waits, and who holds it."""
-    return [
-        Row(
-            pf=f"{one.pf.address} ({one.pf.device_id:04x})",
-            now=_now(one.pf, one.state),
-            wanted=_wanted(one.wanted),
-            steps=_steps(one),
-            held_by=", ".join(dict.fromkeys(hold.holder for hold in one.waiting)),
-            notes=one.notes,
-        )
-        for one in planned.pfs
-    ]
+def _is_foreign(vf: VirtualFunction) -> bool:
+    """Somebody gave it to a driver of their own choice: to take it away is theirs too."""
+    kind = VIRTUAL.get(vf.device_id)
+    return vf.driver not in (None, *DPDK_DRIVERS, kind.driver if kind else None)
 
 
-def _now(pf: PhysicalFunction, state: ProvisionedState | None) -> str:
-    words = [] if pf.services is None else [";".join(canonical(pf.services) or (pf.services,))]
-    words += ["down"] if pf.state == "down" else []
-    if state is not None:
-        words += [] if state.auto_reset is None else [f"auto-reset {_word(state.auto_reset)}"]
-        words += [] if state.pm_idle_enabled is None else [f"pm-idle {_word(state.pm_idle_enabled)}"]
-        words.append(f"{state.num_vfs} of {state.total_vfs} VFs")
-    return ", ".join(words)
-
-
-def _wanted(wanted: Wanted) -> str:
-    words = [] if wanted.services is None else [";".join(wanted.services)]
-    words += [] if wanted.auto_reset is None else [f"auto-reset {_word(wanted.auto_reset)}"]
-    words += [] if wanted.pm_idle_enabled is None else [f"pm-idle {_word(wanted.pm_idle_enabled)}"]
-    words.append("no VFs" if wanted.vfs == 0 else "all VFs")
-    return ", ".join(words)
-
-
-def _steps(one: PfPlan) -> str:
-    if one.impossible:
-        return f"impossible: {one.impossible}"
-    words = [str(step) for step in one.steps]
-    if one.later:
-        words.append(f"when free: {', '.join(str(step) for step in one.later)}")
-    return ", ".join(words) or "none"
-
-
-def _word(on: bool) -> str:
+def word(on: bool) -> str:
+    """A switch for people."""
     return "on" if on else "off"

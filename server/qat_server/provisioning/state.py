@@ -29,36 +29,42 @@ class ProvisionedState(Struct, frozen=True):
     open_vfs: tuple[PciAddress, ...] = ()
 
 
-def read_states(sysfs_root: Path, pfs: Iterable[PhysicalFunction]) -> dict[PciAddress, ProvisionedState | Problem]:
+def read_states(
+    sysfs_root: Path, pfs: Iterable[PhysicalFunction], use: bool = True
+) -> dict[PciAddress, ProvisionedState | Problem]:
     """`read_state` of each PF, or what is wrong with it."""
     states: dict[PciAddress, ProvisionedState | Problem] = {}
     for pf in pfs:
         try:
-            states[pf.address] = read_state(sysfs_root, pf.address)
+            states[pf.address] = read_state(sysfs_root, pf.address, use)
         except SysfsError as error:
             states[pf.address] = Problem(pf.address, f"{error.path}: {error.why}")
     return states
 
 
-def read_state(sysfs_root: Path, address: PciAddress) -> ProvisionedState:
-    """Read a PF's attributes and which of its VFs are open. Raises SysfsError."""
+def read_state(sysfs_root: Path, address: PciAddress, use: bool = True) -> ProvisionedState:
+    """Read a PF's attributes, and with `use` (which costs three reads for each) which of its VFs are open.
+
+    Raises SysfsError.
+    """
     with open_device(sysfs_root, address) as device:
+        vfs = [vf for _, vf in device.virtual_functions()]
         return ProvisionedState(
             auto_reset=_switch(device, "qat/auto_reset"),
             pm_idle_enabled=_switch(device, "qat/pm_idle_enabled"),
-            num_vfs=_count(device, "sriov_numvfs"),
+            # Not sriov_numvfs: to read that waits for whoever is writing to it, maybe for ever.
+            num_vfs=len(vfs),
             total_vfs=_count(device, "sriov_totalvfs"),
-            open_vfs=tuple(
-                vf for _, vf in device.virtual_functions() if isinstance(vf, PciAddress) and _is_open(sysfs_root, vf)
-            ),
+            open_vfs=tuple(vf for vf in vfs if use and isinstance(vf, PciAddress) and _is_open(sysfs_root, vf)),
         )
 
 
 def _is_open(sysfs_root: Path, address: PciAddress) -> bool:
     try:
         with open_device(sysfs_root, address) as vf:
-            # Only vfio-pci enables a device when it is opened; other drivers when they bind.
-            return vf.link("driver") == DpdkDriver.VFIO_PCI and vf.read("enable") != "0"
+            # Only vfio-pci enables a device when it is opened; other drivers when they bind. Without a driver: one that
+            # is being taken from vfio-pci, and waits for its user.
+            return vf.link("driver") in (DpdkDriver.VFIO_PCI, None) and vf.read("enable") != "0"
     except MissingError:
         return False
     except SysfsError:

@@ -59,6 +59,7 @@ QAT: Final = {
     "qat/state": Attribute(0o644, _qat(lambda qat: "up" if qat.up else "down")),
     "qat/cfg_services": Attribute(0o644, _qat(lambda qat: qat.services)),
     "qat/auto_reset": Attribute(0o644, _qat(lambda qat: "on" if qat.auto_reset else "off")),
+    "qat/pm_idle_enabled": Attribute(0o644, _qat(lambda qat: int(bool(qat.pm_idle)))),
     "qat/num_rps": Attribute(0o444, _qat(lambda _: NUM_RPS)),
 }
 

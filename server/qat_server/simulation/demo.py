@@ -20,13 +20,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from qat_server.allocation import AllocationPolicy
-from qat_server.naming import NAMESPACE
+from qat_server.naming import NAMESPACE, resource_of
+from qat_server.simulation.config_map import ConfigMap
 from qat_server.simulation.interception import InterceptionError
 from qat_server.simulation.kubelet import AdmissionError, Allocation
 from qat_server.simulation.node import Node, NodeError, demo_node, parse_node
 from qat_server.simulation.running_node import RunningNode, SimulationError, command, running_node
 from qat_server.status import Status
-from qat_shared.devices import VIRTUAL
+from qat_shared.devices import PHYSICAL, VIRTUAL
 
 _HEALTH_INTERVAL: Final = 0.25  # seconds, so that the heartbeat's failure is soon seen
 
@@ -79,13 +80,18 @@ class Demo:
         if self.policy is not AllocationPolicy.NONE:
             options.append(f"--allocation-policy={self.policy}")
         async with running_node(self.node, options) as node:
+            config = ConfigMap(node.directory / "config")
+            config.write({"qat.conf": "# all VFs are wanted; about services nothing is said yet\n"})
+            node.add_server_options(f"--provisioning-config={config.directory}")
             self._show_node(node)
             await self._start(node)
+            await self._provision(node)
             status = await self._bind(node)
             await self._register(node, status)
             allocations = await self._allocate(node)
             await self._heartbeat(node, status)
             await self._restart_kubelet(node, allocations)
+            await self._change_services(node, config, allocations)
             self._show_audit(node)
             seen = f"[bold green]All {self._steps} steps were seen to happen[/bold green]"
             self.console.print(f"\n{seen} in {time.monotonic() - began:.1f} s.")
@@ -141,6 +147,23 @@ class Demo:
             f"  helper pid {node.helper.pid} (as root on a real node), server pid {node.server.pid} (unprivileged),"
             f" version {status.version}"
         )
+
+    async def _provision(self, node: RunningNode) -> None:
+        bare = [
+            pf for pf in self.node.pfs if pf.total_vfs and not pf.enabled_vfs and PHYSICAL[pf.device_id].provisioned
+        ]
+        if not bare:
+            return
+        names = ", ".join(pf.address for pf in bare)
+        async with self._step(f"PF {names}: VFs enabled by the helper, as qat.conf wants"):
+            await node.until_status(
+                "the VFs are there", lambda status: all(_stage(status, pf.address) == "done" for pf in bare)
+            )
+        for pf in bare:
+            path = node.kernel.sysfs_root / "bus/pci/devices" / pf.address / "sriov_drivers_autoprobe"
+            if path.read_text() != "0\n":
+                raise SimulationError(f"the VFs of {pf.address} went through the kernel's VF driver")
+        self.console.print("  without the kernel's VF driver in between (sriov_drivers_autoprobe is 0)")
 
     async def _bind(self, node: RunningNode) -> Status:
         async with self._step("every VF bound to vfio-pci by the helper"):
@@ -207,6 +230,25 @@ class Demo:
                 if node.kubelet.devices_of(pod) != set(allocation.devices):
                     raise SimulationError(f"pod {pod} lost devices over the kubelet's restart")
 
+    async def _change_services(self, node: RunningNode, config: ConfigMap, allocations: dict[str, Allocation]) -> None:
+        status, before = await node.status(), node.kubelet.allocatable()
+        held = {vf for allocation in allocations.values() for vf in allocation.devices}
+        used = {vf.pf for vf in status.vfs if vf.address in held}
+        pf = next((pf for pf in status.pfs if pf.services and pf.vfs and pf.address not in used), None)
+        if pf is None:
+            self.console.print("\n[dim]- pods use every PF whose services can be changed: a change would wait[/dim]")
+            return
+        wanted = "dc" if pf.services != "dc" else "sym;dc"
+        old, new = (f"{NAMESPACE}/{resource_of(services)}" for services in (pf.services, wanted))
+        async with self._step(f"ConfigMap swapped: PF {pf.address} from {pf.services} to {wanted}, without a restart"):
+            config.write({"qat.toml": f'[[rules]]\naddress = "{pf.address}"\nservices = "{wanted}"\n'})
+            expected = {old: before[old] - pf.vfs, new: before.get(new, 0) + pf.vfs}
+            await node.until(
+                "the VFs are in the other resource",
+                lambda: {name: node.kubelet.allocatable().get(name) for name in expected} == expected,
+            )
+        self._show_capacity(node)
+
     def _show_audit(self, node: RunningNode) -> None:
         lines = node.audit_log.read_bytes().splitlines()
         previous = None
@@ -262,6 +304,10 @@ class Demo:
         self.console.print(f"    devices: {', '.join(allocation.device_nodes)}")
         if allocation.mounts:
             self.console.print(f"    mounts: {', '.join(allocation.mounts)}")
+
+
+def _stage(status: Status, pf: str) -> str:
+    return next((each.stage for each in status.provisioning if each.pf == pf), "")
 
 
 def _in_use(status: Status, vf: str) -> bool | None:

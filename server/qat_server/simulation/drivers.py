@@ -12,6 +12,7 @@ from qat_server.simulation.model import Device, Driver, failure
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
 
 QAT_ATTRIBUTES: Final = ("qat/state", "qat/cfg_services", "qat/auto_reset", "qat/num_rps")
+_PM_IDLE: Final = "qat/pm_idle_enabled"
 # Modules whose name is not qat_<driver>.
 _MODULES: Final = {"c6xx": "qat_c62x", "c6xxvf": "qat_c62xvf"}
 
@@ -102,11 +103,13 @@ class QatPf(Driver):
         if qat is None:
             raise failure(errno.ENODEV)
         qat.up, qat.services, qat.auto_reset = True, qat.pf.services or "", qat.pf.auto_reset
+        qat.pm_idle = qat.pf.pm_idle_enabled
         if qat.pf.has_qat_attributes:
-            for name in QAT_ATTRIBUTES:
+            names = QAT_ATTRIBUTES if qat.pm_idle is None else (*QAT_ATTRIBUTES, _PM_IDLE)
+            for name in names:
                 device.shown.pop(name, None)
             bus.tree.folder(f"{device.path}/qat")
-            bus.refresh(device, *QAT_ATTRIBUTES)
+            bus.refresh(device, *names)
         bus.tree.folder(debugfs(device))
         self._show(bus, device)
 

@@ -31,6 +31,8 @@ class Faults:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._faults: list[_Fault] = []
+        self.hanging = 0
+        """Writes that wait until they are released."""
 
     def fail(self, attribute: str, address: str | None, number: int, times: int) -> None:
         """The next `times` writes fail with this errno, and do nothing."""
@@ -66,7 +68,11 @@ class Faults:
         while seconds and (left := deadline - time.monotonic()) > 0:
             self._bus.wait(left)
         while any(fault.hangs for fault in self._of(attribute, address)):
-            self._bus.wait()
+            self.hanging += 1
+            try:
+                self._bus.wait()
+            finally:
+                self.hanging -= 1
         for fault in self._of(attribute, address):
             if fault.errno:
                 fault.times -= 1

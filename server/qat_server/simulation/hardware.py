@@ -81,7 +81,14 @@ class Hardware:
         )
         if isinstance(hardware, Pf):
             device.sriov = Sriov(hardware) if hardware.total_vfs else None
-            device.qat = Qat(hardware, True, hardware.services or "", hardware.auto_reset, hardware.heartbeat)
+            device.qat = Qat(
+                hardware,
+                True,
+                hardware.services or "",
+                hardware.auto_reset,
+                hardware.heartbeat,
+                hardware.pm_idle_enabled,
+            )
         bus.add_device(device)
         self._place(device, hardware.driver if as_described else None)
         if not as_described or not isinstance(hardware, Pf):

@@ -289,6 +289,11 @@ class Kernel:
         with self._bus.monitor:
             self._faults.release(attribute, _text(address))
 
+    def hanging(self) -> int:
+        """How many writes wait now because of `hang`."""
+        with self._bus.monitor:
+            return self._faults.hanging
+
     # Looking
 
     def driver(self, address: Address) -> str | None:

@@ -34,13 +34,17 @@ class Sriov:
 
 @dataclass(eq=False, slots=True)
 class Qat:
-    """A QAT PF as its driver and its firmware have it. Lives as long as the hardware, bound or not."""
+    """A QAT PF as its driver and its firmware have it. Lives as long as the hardware, bound or not.
+
+    `pm_idle` is None where the driver has no such attribute.
+    """
 
     pf: Pf
     up: bool
     services: str
     auto_reset: bool
     heartbeat: int
+    pm_idle: bool | None = True
 
 
 @dataclass(eq=False, slots=True)

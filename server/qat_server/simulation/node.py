@@ -34,6 +34,7 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `driver` and `vf_driver`: what they are bound to; by default the kernel's own choice, "" for none. `num_vfs`: how
     many are enabled (default: all of total_vfs, none when the device is down; the QAT driver itself knows only these
     two). `services` is what qat/cfg_services shows; on a device without qat/ it goes to dev_cfg in debugfs.
+    `pm_idle_enabled` None: its driver is older than that attribute (kernel 6.5).
     `vf_offset` and `vf_stride` are the fields of the SR-IOV capability that the VFs' addresses come from.
     """
 
@@ -44,6 +45,7 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     state: Literal["up", "down"] = "up"
     services: Annotated[str, Meta(max_length=60)] | None = None
     auto_reset: bool = False
+    pm_idle_enabled: bool | None = True
     heartbeat: Literal[0, -1] = 0
     total_vfs: Annotated[int, Meta(ge=0, le=256)] = 16
     num_vfs: Annotated[int, Meta(ge=0, le=256)] | None = None
@@ -222,12 +224,12 @@ def _address(text: str, name: str) -> PciAddress:
 
 
 def demo_node() -> Node:
-    """Three Gen4 devices, two for crypto and one for compression, and an older one in another PCI domain."""
+    """Three Gen4 devices, two for crypto, one for compression and without VFs; an older one in another domain."""
     return Node(
         pfs=(
             Pf(address="0000:6b:00.0", device="4940", numa_node=0, services="sym;asym", total_vfs=8),
             Pf(address="0000:70:00.0", device="4940", numa_node=0, services="sym;asym", total_vfs=8),
-            Pf(address="0000:e8:00.0", device="4940", numa_node=1, services="dc", total_vfs=8),
+            Pf(address="0000:e8:00.0", device="4940", numa_node=1, services="dc", total_vfs=8, num_vfs=0),
             Pf(address="0001:3d:00.0", device="37c8", numa_node=1, total_vfs=4),
         )
     )

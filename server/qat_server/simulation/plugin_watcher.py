@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from qat_server.generated import pluginregistration_v1_pb2 as pb
 from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationStub
-from qat_server.simulation.inotify import Inotify
+from qat_server.inotify import Inotify
 
 TYPE: Final = "DevicePlugin"
 PERIOD: Final = 1.0  # loopSleepDuration

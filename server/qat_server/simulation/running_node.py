@@ -66,7 +66,12 @@ class Processes:
         self.helper: subprocess.Popen[bytes] | None = None
         self.server: subprocess.Popen[bytes] | None = None
         self.metrics_port = free_port()
+        self.helper_options: tuple[str, ...] = ()
         self._server_options = tuple(server_options)
+
+    def add_server_options(self, *options: str) -> None:
+        """More options for servers that are started from now on."""
+        self._server_options += options
 
     @property
     def audit_log(self) -> Path:
@@ -90,6 +95,7 @@ class Processes:
             f"--server-uid={self.server_uid}",
             f"--server-gid={self.server_gid}",
             f"--audit-log={self.audit_log}",
+            *self.helper_options,
         ]
 
     def server_command(self) -> list[str]:

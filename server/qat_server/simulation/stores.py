@@ -210,6 +210,16 @@ def _auto_reset(bus: Bus, device: Device, text: str) -> None:
     bus.refresh(device, "qat/auto_reset")
 
 
+def _pm_idle_enabled(bus: Bus, device: Device, text: str) -> None:
+    wanted, qat = boolean(text), device.qat
+    if qat is None or qat.up:
+        raise failure(errno.EINVAL)
+    if qat.pm_idle is None:  # its driver has no such attribute
+        raise failure(errno.ENODEV)
+    qat.pm_idle = wanted
+    bus.refresh(device, "qat/pm_idle_enabled")
+
+
 DEVICE_STORES: Final[dict[str, Callable[[Bus, Device, str], None]]] = {
     "driver_override": _driver_override,
     "enable": _privileged,
@@ -222,6 +232,7 @@ DEVICE_STORES: Final[dict[str, Callable[[Bus, Device, str], None]]] = {
     "qat/state": _state,
     "qat/cfg_services": _cfg_services,
     "qat/auto_reset": _auto_reset,
+    "qat/pm_idle_enabled": _pm_idle_enabled,
 }
 
 

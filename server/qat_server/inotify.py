@@ -1,4 +1,4 @@
-"""Which names appear in directories and are deleted there, as the kubelet's fsnotify tells it (inotify(7))."""
+"""Which names appear in directories, are written and are deleted there (inotify(7))."""
 
 import asyncio
 import ctypes
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+_CLOSE_WRITE: Final = 0x8
 _MOVED_TO: Final = 0x80
 _CREATE: Final = 0x100
 _DELETE: Final = 0x200
@@ -17,10 +18,19 @@ _HEADER: Final = struct.Struct("iIII")  # wd, mask, cookie, length of the name
 
 
 class Inotify:
-    """Calls `created` and `deleted` in the running loop until closed. A name that is renamed away is neither."""
+    """Calls `created`, `deleted` and `written` in the running loop until closed. A name that is renamed away is none.
 
-    def __init__(self, created: Callable[[Path], None], deleted: Callable[[Path], None]) -> None:
+    Raises OSError where no watch is to be had (a user has 128 of them, mostly).
+    """
+
+    def __init__(
+        self,
+        created: Callable[[Path], None],
+        deleted: Callable[[Path], None],
+        written: Callable[[Path], None] | None = None,
+    ) -> None:
         self._created = created
+        self._written = written
         self._deleted = deleted
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._directories: dict[int, Path] = {}
@@ -29,8 +39,8 @@ class Inotify:
         self._loop.add_reader(self._descriptor, self._read)
 
     def add(self, directory: Path) -> None:
-        """Watch a directory too. Raises OSError."""
-        mask = _CREATE | _MOVED_TO | _DELETE | _ONLYDIR
+        """Watch a directory too; one that is watched already, once all the same. Raises OSError."""
+        mask = _CREATE | _MOVED_TO | _DELETE | _ONLYDIR | (_CLOSE_WRITE if self._written else 0)
         found = self._libc.inotify_add_watch(self._descriptor, os.fsencode(directory), ctypes.c_uint32(mask))
         self._directories[self._checked(found, str(directory))] = directory
 
@@ -60,3 +70,5 @@ class Inotify:
                 self._created(directory / name)
             elif directory is not None and mask & _DELETE:
                 self._deleted(directory / name)
+            elif directory is not None and mask & _CLOSE_WRITE and self._written is not None:
+                self._written(directory / name)

@@ -94,6 +94,8 @@ class HealthMonitor:
                 self._silent[address] = error.message
                 log.info("no heartbeat to be read", pf=str(address), why=error.message)
             return
+        if not self._interval:
+            return  # was set while the helper was asked
         self._silent.pop(address, None)
         if self.alive.get(address) != answer.alive:
             if not answer.alive:

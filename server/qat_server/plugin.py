@@ -20,9 +20,10 @@ from typing import Final
 
 import uvloop
 
-from qat_server import grpc_socket, http_endpoint, listing, logs, naming, reconcile
+from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile
 from qat_server.binder import Binder
 from qat_server.counters import Counters
+from qat_server.device_configs import DeviceConfigs
 from qat_server.discovery import discover, with_fresh_use
 from qat_server.endpoint import Endpoint
 from qat_server.events import Changes, UeventListener, resync
@@ -34,7 +35,6 @@ from qat_server.inventory import Holder, Inventory, Listing
 from qat_server.lock import only_server
 from qat_server.naming import NAMESPACE
 from qat_server.pod_resources import held_devices
-from qat_server.provisioning.plan import BEING_ADMITTED
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
 from qat_server.registration import Registrar
@@ -44,7 +44,6 @@ from qat_server.settings import Registration, Settings
 from qat_server.status import HelperState, State, encode, status_from
 from qat_server.usage import Usage
 from qat_shared import VERSION
-from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError
 
@@ -119,8 +118,8 @@ class Plugin:
         self.foreign: dict[PciAddress, str] = {}
         self.endpoints: dict[str, Endpoint] = {}
         self._not_ready = "starting"
-        self._configs: dict[PciAddress, str] = {}
         self._facts = Facts()
+        self.configs = DeviceConfigs(self.helper, self._facts)
         self._helper_event = asyncio.Event()
         self._clock = clock
 
@@ -253,18 +252,6 @@ class Plugin:
         self.health.set_interval(self.settings.health_interval if interval is None else interval)
         self.changes.mark_known()
 
-    def _holders(self) -> dict[PciAddress, str] | None:
-        """Which pods have, or may have, a VF; None while the kubelet does not say."""
-        if self.usage.holders is None:
-            return None
-        just_now = {
-            device.address: BEING_ADMITTED
-            for name, devices in self.listing.items()
-            for device in devices
-            if self._held(name, device.address)
-        }
-        return just_now | self.usage.by_device()
-
     async def _look_safely(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
         """A look; a defect in it must not end what is served already."""
         try:
@@ -300,8 +287,8 @@ class Plugin:
                 pfs=len(inventory.pfs),
                 hint="enable VFs (sriov_numvfs) on a PF whose kernel driver is loaded and named in --kernel-vf-drivers",
             )
-        await self._read_configs(inventory)
-        self.names = self._names(inventory)
+        await self.configs.read(inventory)
+        self.names = self.configs.names(inventory)
         plan = reconcile.plan(inventory, settings.dpdk_driver)
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
@@ -342,6 +329,9 @@ class Plugin:
         endpoint = self.endpoints.get(resource)
         return self.usage.held(resource, address, endpoint.handed_out.get(address) if endpoint else None)
 
+    def _holders(self) -> dict[PciAddress, str] | None:
+        return self.usage.holders_of(self.listing, self._held)
+
     def _tell(self, inventory: Inventory) -> None:
         for problem in inventory.problems:
             self._facts.say("device not usable", address=problem.address, why=problem.text)
@@ -353,32 +343,6 @@ class Plugin:
                 first=inventory.cut[0],
                 last=inventory.cut[-1],
             )
-
-    def _names(self, inventory: Inventory) -> dict[PciAddress, str]:
-        """Resource by VF; without a VF whose PF's dev_cfg is needed and cannot be read yet, as long as that is so."""
-        pfs = {pf.address: pf for pf in inventory.pfs}
-        names = {}
-        for vf in inventory.vfs:
-            pf = pfs.get(vf.pf) if vf.pf is not None else None
-            config = self._configs.get(pf.address) if pf is not None else None
-            if config is not None or pf is None or not naming.needs_config(pf):
-                names[vf.address] = naming.resource_name(vf, pf, config)
-        return names
-
-    async def _read_configs(self, inventory: Inventory) -> None:
-        """Ask for the dev_cfg of PFs that need one for their name and have none yet."""
-        needed = {pf.address for pf in inventory.pfs if naming.needs_config(pf)}
-        self._configs = {address: text for address, text in self._configs.items() if address in needed}
-        for address in sorted(needed - self._configs.keys()):
-            try:
-                self._configs[address] = (await self.helper.device_config(address)).text
-            except HelperUnavailableError:
-                return  # asked again when it is back
-            except HelperError as error:
-                if error.code in (ErrorCode.UNAVAILABLE, ErrorCode.DENIED):
-                    self._configs[address] = ""  # this driver has none, or it is not for us to know
-                else:
-                    self._facts.say("services not read", address=address, why=error.message)
 
     def _publish(self, work: asyncio.TaskGroup) -> None:
         for name, devices in self.listing.items():

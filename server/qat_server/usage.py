@@ -22,6 +22,8 @@ SETTLE: Final = 10.0
 """Seconds. The kubelet chooses devices and calls Allocate within one admission, which takes milliseconds."""
 _AFTER_ALLOCATION: Final = 1.0  # the kubelet shows a pod in PodResources once it is admitted
 _RETRY: Final = 5.0
+BEING_ADMITTED: Final = "a pod that is being admitted"
+"""Who holds what was allocated a moment ago: PodResources may not name the pod yet."""
 
 Holders = Mapping[str, Mapping[PciAddress, Holder]]
 """Resource name to device to its holder."""
@@ -99,6 +101,18 @@ class Usage:
     def by_device(self) -> dict[PciAddress, str]:
         """The devices that pods are known to hold, each with its holder (namespace/pod/container)."""
         return {address: holder.name for held in (self.holders or {}).values() for address, holder in held.items()}
+
+    def holders_of(self, listing: Listing, held: Callable[[str, PciAddress], bool]) -> dict[PciAddress, str] | None:
+        """Who has, or may have, which listed device; None while the kubelet does not say. `held` is as the method."""
+        if self.holders is None:
+            return None
+        just_now = {
+            device.address: BEING_ADMITTED
+            for name, devices in listing.items()
+            for device in devices
+            if held(name, device.address)
+        }
+        return just_now | self.by_device()
 
     async def run(self) -> None:
         """Until cancelled."""

@@ -111,3 +111,8 @@ def test_every_variable_is_its_own() -> None:
     variables = [flag.variable for flag in SERVER_FLAGS]
 
     assert len(set(variables)) == len(variables)
+
+
+def test_the_nodes_name_is_in_its_usual_variable_too() -> None:
+    assert from_environment({"NODE_NAME": "n1"}) == {"node-name": "n1"}
+    assert from_environment({"NODE_NAME": "n1", "QAT_PLUGIN_NODE_NAME": "n2"}) == {"node-name": "n2"}

@@ -1,5 +1,6 @@
 """Health verdicts: a table, and rounds of heartbeats through a stand-in for the helper."""
 
+import asyncio
 from typing import cast
 
 import pytest
@@ -9,6 +10,7 @@ from qat_server.helper_client import HelperClient, HelperError, HelperUnavailabl
 from qat_server.inventory import PhysicalFunction
 from qat_shared.messages import AuditHead, ErrorCode, Heartbeat
 from qat_shared.pci import PciAddress
+from waiting import until
 
 PF = PciAddress.parse("0000:6b:00.0")
 OTHER = PciAddress.parse("0000:70:00.0")
@@ -86,3 +88,25 @@ async def test_rounds() -> None:
     await monitor.check()
     assert answers.asked == [], "a PF that is down has no firmware to ask"
     assert list(monitor.unhealthy()) == [PF]
+
+
+async def test_the_interval_can_be_set_at_any_time_and_zero_is_never() -> None:
+    answers, changes = Answers(), []
+    monitor = HealthMonitor(cast("HelperClient", answers), lambda: [physical()], 0, lambda: changes.append(1))
+    running = asyncio.create_task(monitor.run())
+    try:
+        await asyncio.sleep(0)
+        assert answers.asked == []
+        answers.by_pf[PF] = False
+        monitor.set_interval(0.001)
+        await until(lambda: len(answers.asked) > 3)
+        assert list(monitor.unhealthy()) == [PF]
+        monitor.set_interval(0)
+        assert monitor.unhealthy() == {}, "what nobody looks at any more is not held against it"
+        await until(lambda: changes == [1, 1])
+        monitor.set_interval(3600)
+        asked = len(answers.asked)
+        await until(lambda: len(answers.asked) > asked)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -58,7 +58,7 @@ def test_server_runs_without_a_command(
 
 REFUSED = {
     "unknown flag": (["-dpdk-drivr=x"], "unknown flag -dpdk-drivr: did you mean -dpdk-driver?"),
-    "unknown command": (["serve"], "unknown command 'serve'; there are demo, status"),
+    "unknown command": (["serve"], "unknown command 'serve'; there are config, demo, provision, status"),
     "server's flag before a command": (["-v=3", "demo"], "-v is the server's: it has no meaning before 'demo'"),
     "boolean's value after a space": (["-logtostderr", "false"], "takes its value after =, as in -logtostderr=false"),
     "bad setting": (["-max-num-devices", "0"], "--max-num-devices: 0 is too small, the least is 1"),

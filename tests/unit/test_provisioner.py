@@ -10,11 +10,10 @@ from qat_server.discovery import discover
 from qat_server.helper_client import HelperClient, HelperError
 from qat_server.inventory import Holder
 from qat_server.provisioning.configuration import Configuration
-from qat_server.provisioning.plan import BEING_ADMITTED
 from qat_server.provisioning.progress import Stage
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.qat_conf import QatConf
-from qat_server.usage import Usage
+from qat_server.usage import BEING_ADMITTED, Usage
 from qat_shared.messages import AnyRequest, AuditHead, ErrorCode, Provisioned, SetServices
 from qat_shared.pci import PciAddress
 from sysfs_tree import SysfsTree, address

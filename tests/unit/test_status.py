@@ -10,6 +10,7 @@ from rich.console import Console
 
 from qat_server import status_view
 from qat_server.inventory import Device, Inventory, PhysicalFunction, Problem, VirtualFunction
+from qat_server.provisioning.progress import Progress, Stage
 from qat_server.status import EndpointState, HelperState, State, decode, encode, status_from
 from qat_shared import VERSION
 from qat_shared.pci import PciAddress
@@ -153,3 +154,19 @@ def test_screen_shows_text_as_text() -> None:
 
     assert "[red]no[/red] \ufffd]0;title\ufffd" in text
     assert "helper: not connected" in text
+
+
+def test_provisioning_is_shown() -> None:
+    held = Progress(Stage.WAITING, "dc, all VFs", ("services dc", "16 VFs"), ("default/pod/main", "a process"))
+    failed = Progress(Stage.FAILED, "dc, all VFs", ("services dc",), reason="the kernel refused")
+    state = msgspec.structs.replace(
+        moment(),
+        provisioning={PciAddress.parse("0000:70:00.0"): failed, PciAddress.parse("0000:6b:00.0"): held},
+        provisioning_error="qat.conf line 1: no",
+    )
+    first, second = status_from(state).provisioning
+    assert (first.pf, first.stage, first.held_by) == ("0000:6b:00.0", "waiting", ("default/pod/main", "a process"))
+    assert (second.stage, second.reason) == ("failed", "the kernel refused")
+    text = shown(state)
+    for part in ("services dc, 16 VFs", "default/pod/main, a process", "the kernel refused", "qat.conf line 1: no"):
+        assert part in text

@@ -27,8 +27,6 @@ from qat_shared.pci import PciAddress
 
 A_PROCESS: Final = "a process"
 """Who holds a VF that is open, but that no pod is known to have."""
-BEING_ADMITTED: Final = "a pod that is being admitted"
-"""Who holds a VF that was allocated a moment ago: PodResources may not name the pod yet."""
 NOT_KNOWN: Final = "not known"
 """Who may hold a VF while PodResources cannot be had."""
 
@@ -81,7 +79,7 @@ Step = SetAutoReset | SetServices | SetPmIdle | SetNumVfs
 
 
 class Hold(Struct, frozen=True):
-    """A VF that is in use, and by whom: namespace/pod/container, a driver, A_PROCESS or NOT_KNOWN."""
+    """A VF that is in use, and by whom: namespace/pod/container, BEING_ADMITTED, a driver, A_PROCESS or NOT_KNOWN."""
 
     vf: PciAddress
     holder: str

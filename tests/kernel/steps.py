@@ -169,14 +169,18 @@ CONSTANTS: Final = (
 LINKS: Final = ("driver", "physfn", "subsystem")
 
 
-def look(kernel: AnyKernel, address: str, constants: bool = False) -> dict[str, str]:
-    """A function's attributes and links now; empty when it is not there."""
+WAITING: Final = ("driver_override", "sriov_numvfs")
+"""Reading these takes the device's lock: on the real kernel it waits for a write that waits."""
+
+
+def look(kernel: AnyKernel, address: str, *, constants: bool = False, waiting: bool = False) -> dict[str, str]:
+    """A function's attributes and links now; empty when it is not there. `waiting`: a write is."""
     device = kernel.sysfs_root / "bus/pci/devices" / address
     if not device.exists():
         return {}
     seen = {}
     for name in (*TEXTS, *(CONSTANTS if constants else ())):
-        if (device / name).exists():
+        if (device / name).exists() and not (waiting and name in WAITING):
             seen[name] = _read(device / name)
     for name in LINKS:
         if (device / name).is_symlink():
@@ -212,7 +216,9 @@ def observe(kernel: AnyKernel, case: Case, uevents: socket.socket) -> Seen:
                 result = step.run(kernel, held)
             except OSError as error:
                 result = errno.errorcode[error.errno or 0]
-            steps.append((str(step), result, {address: look(kernel, address) for address in case.watched}))
+            waiting = any(isinstance(each, Waiting) for each in held.values())
+            seen = {address: look(kernel, address, waiting=waiting) for address in case.watched}
+            steps.append((str(step), result, seen))
     finally:
         for each in held.values():
             each.close()

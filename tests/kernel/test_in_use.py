@@ -2,12 +2,15 @@
 
 import asyncio
 import os
+import signal
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from helper_process import Client
 from kernel.nodes import PF, SMALL, VF, VF2
@@ -97,16 +100,20 @@ def p99(times: list[float]) -> float:
     return statistics.quantiles(times, n=100)[98]
 
 
+def blind_to_use(directory: Path, vf: str) -> tuple[str, ...]:
+    """The race, forced: to the helper that this starts, and to it alone, `enable` says that nobody has the VF open."""
+    idle = directory / "idle"
+    idle.write_text("0\n")
+    enable = os.path.realpath(f"/sys/bus/pci/devices/{vf}/enable")
+    program = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    return ("unshare", "--mount", "sh", "-c", program, "sh", str(idle), enable)
+
+
 async def test_in_the_race_left_over_others_are_answered(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     async with real_node(SMALL) as node:
-        # The race, forced: to the helper, and to it alone, the kernel's `enable` says that nobody has the VF open.
-        idle = tmp_path / "idle"
-        idle.write_text("0\n")
-        enable = os.path.realpath(f"/sys/bus/pci/devices/{VF}/enable")
-        program = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
-        node.helper_wrapper = ("unshare", "--mount", "sh", "-c", program, "sh", str(idle), enable)
+        node.helper_wrapper = blind_to_use(tmp_path, VF)
         await node.start({CY: 4})
         await node.until_bound()
         await node.stop_server()
@@ -136,3 +143,30 @@ async def test_in_the_race_left_over_others_are_answered(
             f"{p99(during) * 1e3:.1f} ms while a write waits",
         )
         assert p99(during) < 10 * p99(before)
+
+
+@pytest.mark.guest("iommu", fresh=True)  # a child that cannot be killed: should it stay, nobody else has it
+async def test_a_waiting_child_cannot_even_be_killed_and_the_server_mends_what_it_leaves(tmp_path: Path) -> None:
+    async with real_node(SMALL) as node:
+        node.helper_wrapper = blind_to_use(tmp_path, VF)
+        await node.start({CY: 4})
+        await node.until_bound()
+        await node.stop_server()
+        with node.ask() as client:
+            with node.real.open_vfio(VF):
+                client.send(ReleaseDriver(id=1, address=PciAddress.parse(VF)))
+                await node.until("the child waits inside the kernel", lambda: blocked_children(node))
+                (child,) = blocked_children(node)
+                os.kill(child, signal.SIGKILL)
+                await node.until("the signal is there", lambda: state_of(child) == "D")
+                assert isinstance(release(client, VF2), Bound), "its neighbour is not held up"
+                assert state_of(child) == "D"
+            await node.until("it has ended", lambda: not blocked_children(node))
+        assert node.real.driver(VF) is None, "killed before it could offer it to the drivers"
+        await node.start_again({CY: 4})
+        assert node.real.driver(VF) == "vfio-pci"
+
+
+def state_of(pid: int) -> str:
+    """One letter, as in ps; D: it waits, and no signal ends that."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -107,3 +107,23 @@ async def test_services_that_the_kernel_refuses_are_undone() -> None:
             node.real.switch(PF, "busy", 0)
             assert isinstance(client.ask(SetServices(id=3, address=ADDRESS, services=(Service.DC,))), Provisioned)
             assert shown(PF, "qat/cfg_services") == "dc"
+
+
+async def test_the_server_answers_while_an_administrators_write_waits() -> None:
+    """Whoever reads sriov_numvfs then, or driver_override, waits for the device's lock, and no signal ends that."""
+    async with real_node(SMALL, ("--resync-interval=1s",)) as node:
+        configured(node, "sym;asym")
+        await node.start({CY: 4})
+        await node.until_bound()
+        with node.real.open_vfio(VF):
+            waiting = asyncio.create_task(asyncio.to_thread(node.real.set_numvfs, PF, 0))
+            await node.until("the write waits", lambda: node.real.driver(VF) is None)
+            await node.wait({CY: 0})
+            looks = 3
+            for _ in range(looks):  # a resync in between each
+                await asyncio.sleep(1)
+                async with asyncio.timeout(60):
+                    assert (await node.get("/healthz"))[0] == 200
+            assert not waiting.done()
+        await waiting
+        await node.wait({CY: 4})

@@ -3,10 +3,11 @@
 import pytest
 
 from emulated import emulated
+from kernel.cases import bind_by_hand
 from kernel.nodes import PF, VF
 from kernel.real_kernel import real_kernel
 from kernel.real_node import real_node
-from kernel.steps import Case, Write, bind_by_hand, differences, emulated_uevents, kernel_uevents, observe
+from kernel.steps import Case, Write, differences, emulated_uevents, kernel_uevents, observe
 from kubelet.nodes import CY, DC
 from qat_server.simulation.node import LoneVf, Node, Pf
 

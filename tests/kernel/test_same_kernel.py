@@ -3,8 +3,9 @@
 import pytest
 
 from emulated import emulated
+from kernel.cases import CASES
 from kernel.real_kernel import real_kernel
-from kernel.steps import CASES, Case, differences, emulated_uevents, kernel_uevents, observe
+from kernel.steps import Case, differences, emulated_uevents, kernel_uevents, observe
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -151,7 +151,11 @@ static struct attribute *qat_attributes[] = {
 	&dev_attr_pm_idle_enabled.attr, &dev_attr_rp2srv.attr, &dev_attr_num_rps.attr, NULL
 };
 static const struct attribute_group qat_group = { .name = "qat", .attrs = qat_attributes };
-const struct attribute_group *fq_pf_groups[] = { &qat_group, NULL };
+
+int fq_attributes_add(struct fq_device *fq)
+{
+	return fq_has_attributes(fq->device) ? devm_device_add_group(&fq->pdev->dev, &qat_group) : 0;
+}
 
 #define ERRORS(kind, index)										\
 static ssize_t errors_##kind##_show(struct device *dev, struct device_attribute *attr, char *buf)	\

@@ -107,7 +107,14 @@ static int pf_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	fq->pm_idle = true;
 	fq->ring = U32_MAX;
 	fq_debugfs_init(fq);
-	return fq_up(fq);
+	ret = fq_attributes_add(fq);	/* not dev_groups: these stay until remove() is done */
+	if (!ret)
+		ret = fq_up(fq);
+	if (ret) {
+		fq_debugfs_exit(fq);
+		pci_disable_device(pdev);
+	}
+	return ret;
 }
 
 static void pf_remove(struct pci_dev *pdev)
@@ -147,17 +154,17 @@ static const struct pci_device_id gen6_vf[] = { QAT(0x4949), { } };
 static const struct pci_device_id gen2_pf[] = { QAT(0x37c8), { } };
 static const struct pci_device_id gen2_vf[] = { QAT(0x37c9), { } };
 
-#define PF_DRIVER(text, ids, attributes) {						\
+#define PF_DRIVER(text, ids) {								\
 	.name = text, .id_table = ids, .probe = pf_probe, .remove = pf_remove,		\
-	.sriov_configure = pf_sriov_configure, .dev_groups = attributes }
+	.sriov_configure = pf_sriov_configure }
 #define VF_DRIVER(text, ids) {								\
 	.name = text, .id_table = ids, .probe = vf_probe, .remove = vf_remove }
 
 static struct pci_driver drivers[] = {
-	PF_DRIVER("4xxx", gen4_pf, fq_pf_groups), VF_DRIVER("4xxxvf", gen4_vf),
-	PF_DRIVER("420xx", gen4b_pf, fq_pf_groups), VF_DRIVER("420xxvf", gen4b_vf),
-	PF_DRIVER("6xxx", gen6_pf, fq_pf_groups), VF_DRIVER("6xxxvf", gen6_vf),
-	PF_DRIVER("c6xx", gen2_pf, NULL), VF_DRIVER("c6xxvf", gen2_vf),
+	PF_DRIVER("4xxx", gen4_pf), VF_DRIVER("4xxxvf", gen4_vf),
+	PF_DRIVER("420xx", gen4b_pf), VF_DRIVER("420xxvf", gen4b_vf),
+	PF_DRIVER("6xxx", gen6_pf), VF_DRIVER("6xxxvf", gen6_vf),
+	PF_DRIVER("c6xx", gen2_pf), VF_DRIVER("c6xxvf", gen2_vf),
 };
 
 bool fq_is_gen6(u16 device)

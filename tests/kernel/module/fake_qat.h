@@ -92,7 +92,7 @@ int fq_up(struct fq_device *fq);
 void fq_down(struct fq_device *fq);
 
 /* attributes.c */
-extern const struct attribute_group *fq_pf_groups[];
+int fq_attributes_add(struct fq_device *fq);
 int fq_ras_add(struct fq_device *fq);
 void fq_ras_remove(struct fq_device *fq);
 

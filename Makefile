@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := shared helper server tests
+SOURCES := shared helper server tests docs deployments
 
 .PHONY: help
 help: ## list the targets
@@ -46,14 +46,34 @@ test-kernel: $(READY) ## run both processes on a real kernel, in QEMU (x86_64, r
 	@tests/kubelet/build
 	@$(BIN)/pytest -q tests/kernel
 
+.PHONY: test-security
+test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, floods, races, kills (root for all of it)
+	@echo "==> test-security: sandboxes, hostile clients (QAT_FUZZ_DECODER=1000000 QAT_FUZZ_SOCKET=1000000: more of it)"
+	@$(BIN)/pytest -q tests/helper_security
+
+.PHONY: test-deployments
+test-deployments: .venv/.deployments ## render and check the manifests, build and run the images (needs Go; root for the images)
+	@echo "==> test-deployments: manifests, units, and both images run as the base says, on the simulated node"
+	@tests/deployments/tools/build
+	@$(BIN)/pytest -q tests/deployments
+
+.venv/.deployments: $(READY) requirements/deployments.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/deployments.txt
+	@touch $@
+
+.PHONY: images
+images: ## build both images (BASE, BUILDER, TAG, OPTIONS: see deployments/images/build)
+	@deployments/images/build
+
 .PHONY: check
-check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code is current
+check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code and reference are current
 	@echo "==> check: ruff, mypy, import-linter, generated code"
 	@$(BIN)/ruff format --check -q $(SOURCES)
 	@$(BIN)/ruff check -q $(SOURCES)
 	@$(BIN)/mypy
 	@PYTHONPATH=shared:helper:server $(BIN)/lint-imports
 	@protos/generate --check
+	@$(BIN)/python docs/reference.py --check
 
 .PHONY: format
 format: $(READY) ## format the sources and apply the safe lint fixes
@@ -63,15 +83,19 @@ format: $(READY) ## format the sources and apply the safe lint fixes
 .PHONY: bench
 bench: $(READY) ## measure side by side with a plain grpc.aio service (minutes; not a test)
 	@echo "==> bench: ratios to a plain grpc.aio no-op in the same run"
-	@$(BIN)/python tests/bench
+	@PYTHONPATH=tests $(BIN)/python -m bench
 
 .PHONY: protos
 protos: $(READY) ## generate server/qat_server/generated from protos/
 	@protos/generate
 
+.PHONY: docs
+docs: $(READY) ## write docs/configuration.md out of the flags
+	@$(BIN)/python docs/reference.py
+
 .PHONY: lock
 lock: ## resolve requirements/*.in into locked files with hashes (needs uv)
-	@cd requirements && for f in helper server dev; do \
+	@cd requirements && for f in helper server dev deployments images; do \
 	  uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate $$f.in -o $$f.txt; done
 
 .PHONY: clean

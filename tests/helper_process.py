@@ -10,15 +10,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from qat_shared.codec import decode_reply, encode
-from qat_shared.messages import MAX_MESSAGE, PROTOCOL, AnyReply, AnyRequest, Hello, Welcome
-from sysfs_tree import SysfsTree
+from qat_shared.messages import (
+    MAX_MESSAGE,
+    PROTOCOL,
+    AnyReply,
+    AnyRequest,
+    ErrorCode,
+    Failure,
+    Heartbeat,
+    Hello,
+    ReadHeartbeat,
+    Welcome,
+)
+from sysfs_tree import SysfsTree, address
 
 PF, VF, VF2 = "6b:00.0", "6b:00.1", "6b:00.2"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 COMMAND = str(Path(sys.executable).with_name("qat-helper"))
 
 
@@ -89,6 +103,7 @@ class Helper:
         self.log = directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
         self.command = [COMMAND]
+        self.traceable = os.geteuid() != 0  # so that tests can look at its descriptors; root can anyway
 
     def spawn(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
         """Start the command; it need not come to serve. A later option wins."""
@@ -106,6 +121,7 @@ class Helper:
             f"--server-uid={os.geteuid()}",
             f"--server-gid={os.getegid()}",
             f"--audit-log={self.audit}",
+            *(["--traceable"] if self.traceable else []),
         ]
 
     def start(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
@@ -139,8 +155,55 @@ class Helper:
         """The audit log."""
         return [json.loads(line) for line in self.audit.read_bytes().splitlines()]
 
+    def open_files(self) -> int:
+        """How many descriptors it has."""
+        assert self.process is not None
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def children(self) -> list[int]:
+        """The processes that it has started and has not seen the end of."""
+        assert self.process is not None
+        pid = self.process.pid
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def at_work(self) -> list[int]:
+        """Those of its children that have not ended."""
+        working = []
+        for pid in self.children():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z":
+                    working.append(pid)
+        return working
+
+    def settled(self) -> bool:
+        """Whether none of its processes is at work. One that has ended it waits for when the next peer leaves."""
+        self.connect(greet=False).close()
+        return not self.children()
+
+    def peak_memory(self) -> int:
+        """KiB of the most memory that it has had so far (VmHWM)."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
     def connect(self, *, greet: bool = True) -> Client:
         return Client(self.socket, greet=greet)
+
+
+def failure(reply: AnyReply) -> tuple[int, ErrorCode, str]:
+    """A Failure's id, code and sentence."""
+    assert isinstance(reply, Failure), reply
+    return reply.id, reply.code, reply.message
+
+
+def heartbeat(client: Client, number: int = 1) -> AnyReply:
+    """The answer to a read that is always allowed."""
+    return client.ask(ReadHeartbeat(id=number, address=address(PF)))
+
+
+def served(client: Client) -> None:
+    """Wait until a read is done, and not refused because one that somebody has left behind is at work."""
+    wait_until(lambda: isinstance(heartbeat(client), Heartbeat))
 
 
 @contextmanager

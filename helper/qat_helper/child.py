@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, NoReturn
 
 from qat_helper.errors import OperationError
@@ -35,11 +36,14 @@ class Child:
             self._channel.close()  # not told to begin, it ends
             os.waitpid(self.pid, 0)
             raise
-        self._channel.send(_BEGIN)
+        with suppress(OSError):  # it was killed already: its outcome will say so
+            self._channel.send(_BEGIN)
 
     def outcome(self) -> Outcome:
         """What it has passed back. Only once it has ended. Raises OperationError when it has passed nothing."""
-        with self._channel:
+        packet: bytes = b""
+        descriptors: list[int] = []
+        with self._channel, suppress(OSError):  # a reset: it was killed before it had begun
             self._channel.setblocking(False)
             packet, descriptors, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE, 1)
         for descriptor in descriptors:

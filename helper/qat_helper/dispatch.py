@@ -17,19 +17,20 @@ from typing import Final
 
 import msgspec
 
+from qat_helper.allowance import Allowance
 from qat_helper.audit import AuditError, AuditLog, Caller, Entry, Facts, printable
 from qat_helper.child import Child
 from qat_helper.errors import OperationError, denied
 from qat_helper.node import Node, Outcome
 from qat_helper.operations import OPERATIONS, PF, Operation, deadline_of
+from qat_helper.policy import ALL
 from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure
 from qat_shared.sysfs import MissingError, SysfsError
 
 MAX_WAITING: Final = 128
 """Requests for one operation that wait for a child."""
-BURST: Final = 2048
-RATE: Final = 10.0
-"""Audited requests of one uid: so many at once (a node's VFs are bound at the start), then so many a second."""
+_STRANGERS: Final = -1
+"""The uid that all those have in common, in the rate limits, that are not admitted: they may be many."""
 _SHOWN: Final = 32
 _VF_OF: Final = "vf of"
 
@@ -103,22 +104,6 @@ def _facts(message: AnyRequest | AnyReply) -> Facts:
     }
 
 
-class Allowance:
-    """How many audited requests a uid may still make (a token bucket): the audit log must not fill the disk."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._left: dict[int, tuple[float, float]] = {}  # uid: tokens, when
-
-    def take(self, uid: int) -> bool:
-        """Use one up, if there is one."""
-        now = self._clock()
-        left, since = self._left.get(uid, (float(BURST), now))
-        left = min(BURST, left + (now - since) * RATE)
-        self._left[uid] = (left - 1 if left >= 1 else left, now)
-        return left >= 1
-
-
 class Dispatcher:
     """`watch(descriptor, call)` has the serving loop call when the descriptor is readable; `unwatch` ends that."""
 
@@ -135,7 +120,7 @@ class Dispatcher:
         self._watch = watch
         self._unwatch = unwatch
         self._clock = clock
-        self._allowance = Allowance(clock)
+        self._allowance = Allowance(node.policy.rates, clock)
         self._waiting: list[Job] = []
         self._running: dict[int, tuple[Job, Child]] = {}  # by the child's pidfd
         self._at_work: Counter[Key] = Counter()
@@ -145,11 +130,10 @@ class Dispatcher:
         """Have a request done or refused; `answer` is called once, now or later, unless its `owner` is forgotten."""
         job = Job(caller, request, answer, owner, self._clock)
         operation = job.operation
-        if operation.audited and not self._allowance.take(caller.uid):
-            self._counted["refused, too many"] += 1
-            error = OperationError(ErrorCode.BUSY, f"more than {RATE:g} requests a second: try again later")
-            answer(Outcome(error.reply(request.id)))
-            return
+        for limit in (operation.name, ALL) if operation.audited else (operation.name,):
+            if not self._allowance.take(caller.uid, limit):
+                answer(Outcome(self._too_many(job, limit)))
+                return
         try:
             if operation.at_once:
                 self._node.policy.check_operation(operation.name)
@@ -162,7 +146,7 @@ class Dispatcher:
             if sum(waiting.operation is operation for waiting in self._waiting) >= MAX_WAITING:
                 raise OperationError(ErrorCode.BUSY, f"{MAX_WAITING} requests of this kind wait already")
         except OperationError as error:
-            answer(Outcome(self._refused(job, error)))
+            answer(Outcome(self._refused(job, error.reply(request.id))))
             return
         if not operation.at_once:
             answer(perform(self._node, request))
@@ -183,8 +167,11 @@ class Dispatcher:
         """A process connected whose uid is not admitted: what to answer to whatever it asks."""
         error = denied("server-uid", f"uid {caller.uid} may not use this helper: see its option --server-uid")
         entry = Entry(event="refused", peer=caller, verdict="denied", result=_facts(error.reply(0)))
-        with suppress(AuditError):  # it is turned away either way, and the log's trouble has been said
-            self._audit.append(entry)
+        if self._allowance.take(_STRANGERS, ALL):
+            with suppress(AuditError):  # it is turned away either way, and the log's trouble has been said
+                self._audit.append(entry)
+        else:
+            self._counted["turned away, not written"] += 1
         return error
 
     def timeout(self) -> float | None:
@@ -227,13 +214,35 @@ class Dispatcher:
         running = (job for job, _ in self._running.values())
         return [job for job in (*self._waiting, *running) if not job.timed_out]
 
-    def _refused(self, job: Job, error: OperationError) -> AnyReply:
+    def _refused(self, job: Job, reply: Failure) -> AnyReply:
+        """The answer to one that is refused: this failure, when it is in the log, if it belongs there."""
+        if not job.operation.audited:  # of a read only that it is denied, and not more often than may be audited
+            if reply.code is not ErrorCode.DENIED:
+                return reply
+            if not self._allowance.take(job.caller.uid, ALL):
+                self._counted[f"{job.operation.name} denied, not written"] += 1
+                return reply
+        try:
+            self._audit.append(job.entry("refused", reply.code.value, reply))
+        except AuditError as trouble:
+            return OperationError(ErrorCode.AUDIT, str(trouble)).reply(job.request.id)
+        return reply
+
+    def _too_many(self, job: Job, limit: str) -> AnyReply:
+        """Its answer. Only the first of those in a row has a line: many of them must not fill the disk."""
+        rate, what = self._node.policy.rates[limit], "audited requests" if limit == ALL else job.operation.name
+        error = OperationError(
+            ErrorCode.BUSY,
+            f"more than {rate.per_second:g} {what} a second, after {rate.burst} at once: ask less often, or raise "
+            f"rates.{limit} in the helper's policy file",
+            rule=f"rates.{limit}",
+        )
+        self._counted["refused, too many"] += 1
         reply = error.reply(job.request.id)
-        if job.operation.audited or error.code is ErrorCode.DENIED:
-            try:
+        first = self._allowance.first_refusal(job.caller.uid, limit)
+        if first and (limit == ALL or self._allowance.take(job.caller.uid, ALL)):
+            with suppress(AuditError):  # it is refused either way
                 self._audit.append(job.entry("refused", error.code.value, reply))
-            except AuditError as trouble:
-                return OperationError(ErrorCode.AUDIT, str(trouble)).reply(job.request.id)
         return reply
 
     def _start(self) -> None:
@@ -266,6 +275,8 @@ class Dispatcher:
         self._at_work -= Counter(job.holds)
         if job.operation.audited:
             self._audit.owe(job.entry(*_ending(job, outcome.reply), outcome.reply))
+        elif isinstance(outcome.reply, Failure):
+            outcome = Outcome(self._refused(job, outcome.reply))
         if not job.timed_out:
             job.answer(outcome)
         elif outcome.descriptor is not None:

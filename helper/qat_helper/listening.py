@@ -1,4 +1,7 @@
-"""The helper's socket: made for the server's group and nobody else, and removed at the end if it is still ours."""
+"""The helper's socket: made for the server's group and nobody else, and removed at the end if it is still ours.
+
+Or systemd's: then its path, group and mode are those of the socket unit, and it outlives this process.
+"""
 
 import errno
 import os
@@ -13,6 +16,7 @@ PATH_LIMIT: Final = 107  # struct sockaddr_un, less the zero at its end
 _BACKLOG: Final = 16
 SO_PASSRIGHTS: Final = 83
 """Whether peers may pass descriptors here (asm-generic/socket.h); connections have it from their listener."""
+_INHERITED: Final = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 
 
 class ListenError(Exception):
@@ -21,13 +25,16 @@ class ListenError(Exception):
 
 @contextmanager
 def listening(path: Path, gid: int) -> Iterator[socket.socket]:
-    """A SEQPACKET socket that does not block, mode 0660, of group `gid`. Raises ListenError."""
+    """A SEQPACKET socket that does not block, mode 0660, of group `gid`; or systemd's. Raises ListenError."""
+    if (inherited := _inherited()) is not None:
+        with inherited:
+            _prepare(inherited)
+            yield inherited
+        return
     if len(os.fsencode(path)) > PATH_LIMIT:
         raise ListenError(f"the socket's path is longer than the {PATH_LIMIT} bytes that the system allows: {path}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.setblocking(False)
-        with suppress(OSError):  # before Linux 6.16; serve.py does without it
-            listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        _prepare(listener)
         try:
             _remove_stale(path)
             _bind(listener, path, gid)
@@ -40,6 +47,26 @@ def listening(path: Path, gid: int) -> Iterator[socket.socket]:
             with suppress(OSError):
                 if _identity(path) == ours:
                     path.unlink()
+
+
+def _inherited() -> socket.socket | None:
+    """The socket that systemd started this process for (sd_listen_fds(3)), if it did. Raises ListenError."""
+    pid, number = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    if pid != str(os.getpid()):
+        return None
+    with suppress(OSError):  # no socket, or none that listens
+        listener = socket.socket(fileno=_INHERITED)  # finds out family and type itself
+        is_ours = (listener.family, listener.type, number) == (socket.AF_UNIX, socket.SOCK_SEQPACKET, "1")
+        if is_ours and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listener.set_inheritable(False)
+            return listener
+    raise ListenError("what systemd passed is not one listening socket: use ListenSequentialPacket=, and Accept=no")
+
+
+def _prepare(listener: socket.socket) -> None:
+    listener.setblocking(False)
+    with suppress(OSError):  # before Linux 6.16; serve.py does without it
+        listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
 def _bind(listener: socket.socket, path: Path, gid: int) -> None:

@@ -16,6 +16,8 @@ class Node(Struct, frozen=True):
     kubelet_dir: Path
     server_gid: int
     policy: Policy
+    sandbox: dict[str, str] = {}
+    """By layer, what is missing of it (confinement.py)."""
 
 
 class Outcome(NamedTuple):

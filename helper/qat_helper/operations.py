@@ -78,7 +78,15 @@ def _hello(node: Node, request: Hello) -> Outcome:
             f"(version {request.version}): install the same version of both",
         )
     operations = tuple(sorted(node.policy.operations))
-    return Outcome(Welcome(id=request.id, audit=UNSIGNED, protocol=PROTOCOL, version=VERSION, operations=operations))
+    welcome = Welcome(
+        id=request.id,
+        audit=UNSIGNED,
+        protocol=PROTOCOL,
+        version=VERSION,
+        operations=operations,
+        sandbox=node.sandbox,
+    )
+    return Outcome(welcome)
 
 
 def _address(

@@ -6,11 +6,13 @@ against the device's own files, read at the time of use through its directory de
 
 import os
 import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Annotated, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from qat_helper.errors import denied
 from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
@@ -19,16 +21,33 @@ from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice
 
 FILE_LIMIT: Final = 64 * 1024
+ALL: Final = "all"
+"""The rate limit that all audited operations of a uid have in common."""
 
 
 class PolicyError(Exception):
     """The policy file cannot be used: one sentence."""
 
 
-class Policy(Struct, frozen=True):
-    """Who may ask for what. `addresses` None: every address, as long as the device is in the device table.
+class Rate(Struct, frozen=True, forbid_unknown_fields=True):
+    """A limit for each uid: so many requests at once, and so many a second after that."""
 
-    `extra_virtual_ids` are (vendor, device) pairs that may be bound and released beyond the table: for tests.
+    burst: Annotated[int, Meta(ge=1, le=1_000_000)]
+    per_second: Annotated[float, Meta(gt=0, le=1_000_000)]
+
+
+BUILTIN_RATES: Final = MappingProxyType({ALL: Rate(burst=2048, per_second=10)})
+"""A node's VFs are bound all at once at the start; after that the audit log must not fill the disk."""
+
+Id = tuple[int, int]
+"""A PCI vendor and device id."""
+
+
+class Policy(Struct, frozen=True):
+    """Who may ask for what. `addresses`, `device_ids` None: all, as long as the device is in the device table.
+
+    `max_vfs`: the most VFs that one PF may be given (None: any number). `rates` by operation, and `ALL`. The extra ids
+    may be used beyond the table: for tests.
     """
 
     uids: frozenset[int]
@@ -36,7 +55,11 @@ class Policy(Struct, frozen=True):
     addresses: frozenset[PciAddress] | None = None
     drivers: frozenset[DpdkDriver] = frozenset(DpdkDriver)
     directories: frozenset[SocketDirectory] = frozenset(SocketDirectory)
-    extra_virtual_ids: frozenset[tuple[int, int]] = frozenset()
+    device_ids: frozenset[Id] | None = None
+    max_vfs: int | None = None
+    rates: Mapping[str, Rate] = BUILTIN_RATES
+    extra_virtual_ids: frozenset[Id] = frozenset()
+    extra_physical_ids: frozenset[Id] = frozenset()
 
     def check_operation(self, name: str) -> None:
         """Raises OperationError."""
@@ -58,29 +81,47 @@ class Policy(Struct, frozen=True):
         if directory not in self.directories:
             raise denied("directories", f"{directory} is not among the directories of the helper's policy file")
 
+    def check_vf_count(self, address: PciAddress, count: int) -> None:
+        """`count`: the VFs that the PF would have then, whatever number was asked for. Raises OperationError."""
+        if self.max_vfs is not None and count > self.max_vfs:
+            raise denied(
+                "max_vfs", f"{address} would have {count} VFs, the helper's policy file allows {self.max_vfs} (max_vfs)"
+            )
+
     def check_virtual(self, device: PciDevice) -> str | None:
         """The kernel VF driver of a VF that may be bound (None: it has none). Raises OperationError, SysfsError."""
-        vendor, number = device.read_int("vendor", 16), device.read_int("device", 16)
-        if (vendor, number) in self.extra_virtual_ids:
+        number = self._known_id(device, self.extra_virtual_ids)
+        if number is None:
             return None
-        if vendor == VENDOR_INTEL and number in VIRTUAL:
+        if number in VIRTUAL:
             return VIRTUAL[number].driver
-        if vendor == VENDOR_INTEL and number in PHYSICAL:
-            raise denied("virtual-functions-only", f"{device.address} is a PF: ask for one of its VFs")
-        raise denied(
-            "device-table", f"{device.address} ({vendor:04x}:{number:04x}) is not a QAT device and is never touched"
-        )
+        raise denied("virtual-functions-only", f"{device.address} is a PF: ask for one of its VFs")
 
     def check_physical(self, device: PciDevice) -> str:
-        """The PF driver of a PF that may be read. Raises OperationError, SysfsError."""
-        vendor, number = device.read_int("vendor", 16), device.read_int("device", 16)
-        if vendor == VENDOR_INTEL and number in PHYSICAL:
+        """The driver of a PF that may be read or provisioned ("": an extra one). Raises OperationError, SysfsError."""
+        number = self._known_id(device, self.extra_physical_ids)
+        if number is None:
+            return ""
+        if number in PHYSICAL:
             return PHYSICAL[number].driver
-        if vendor == VENDOR_INTEL and number in VIRTUAL:
-            raise denied("physical-functions-only", f"{device.address} is a VF: ask for its PF")
-        raise denied(
-            "device-table", f"{device.address} ({vendor:04x}:{number:04x}) is not a QAT device and is never read"
-        )
+        raise denied("physical-functions-only", f"{device.address} is a VF: ask for its PF")
+
+    def _known_id(self, device: PciDevice, extra: frozenset[Id]) -> int | None:
+        """Its device id in the device table, None if it is one of `extra`."""
+        vendor, number = device.read_int("vendor", 16), device.read_int("device", 16)
+        if (vendor, number) in extra:
+            return None
+        shown = f"{device.address} ({vendor:04x}:{number:04x})"
+        if not is_qat(vendor, number):
+            raise denied("device-table", f"{shown} is not a QAT device and is never touched")
+        if self.device_ids is not None and (vendor, number) not in self.device_ids:
+            raise denied("device_ids", f"{shown} is not among the device_ids of the helper's policy file")
+        return number
+
+
+def is_qat(vendor: int, number: int) -> bool:
+    """Whether it is in the device table."""
+    return vendor == VENDOR_INTEL and (number in VIRTUAL or number in PHYSICAL)
 
 
 def check_own_driver(address: PciAddress, driver: str | None, kernel_driver: str | None, how: str = "bound to") -> None:
@@ -97,9 +138,13 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     server_uids: frozenset[int] = frozenset()
     operations: frozenset[str] | None = None
     addresses: frozenset[str] | None = None
+    device_ids: frozenset[str] | None = None
     drivers: frozenset[DpdkDriver] | None = None
     directories: frozenset[SocketDirectory] | None = None
+    max_vfs: Annotated[int, Meta(ge=0)] | None = None
+    rates: dict[str, Rate] = {}
     extra_virtual_ids: tuple[str, ...] = ()
+    extra_physical_ids: tuple[str, ...] = ()
 
 
 def narrow(builtin: Policy, path: Path, owner: int) -> Policy:
@@ -111,15 +156,19 @@ def narrow(builtin: Policy, path: Path, owner: int) -> Policy:
 
     try:
         file = msgspec.convert(tomllib.loads(_read(path, owner)), _File)
-        if unknown := (file.operations or frozenset()) - builtin.operations:
-            raise ValueError(f"{', '.join(sorted(unknown))} is no operation - at `$.operations`")
+        _check_names("operations", file.operations or (), builtin.operations)
+        _check_names("rates", file.rates, builtin.operations | {ALL})
         return Policy(
             uids=builtin.uids | file.server_uids,
             operations=builtin.operations if file.operations is None else file.operations,
             addresses=None if file.addresses is None else frozenset(map(_address, file.addresses)),
+            device_ids=None if file.device_ids is None else _ids("device_ids", file.device_ids, qat=True),
             drivers=builtin.drivers if file.drivers is None else file.drivers,
             directories=builtin.directories if file.directories is None else file.directories,
-            extra_virtual_ids=frozenset(map(_virtual_id, file.extra_virtual_ids)),
+            max_vfs=file.max_vfs,
+            rates={**builtin.rates, **file.rates},
+            extra_virtual_ids=_ids("extra_virtual_ids", file.extra_virtual_ids, qat=False),
+            extra_physical_ids=_ids("extra_physical_ids", file.extra_physical_ids, qat=False),
         )
     except OSError as error:
         raise PolicyError(f"the policy file {path} cannot be read: {os.strerror(error.errno or 0)}") from error
@@ -133,16 +182,24 @@ def _read(path: Path, owner: int) -> str:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise PolicyError(f"the policy file {path} is not a plain file")
-        if status.st_uid not in (0, owner):
-            raise PolicyError(f"the policy file {path} belongs to uid {status.st_uid}: make it root's")
-        if status.st_mode & 0o022:
-            raise PolicyError(f"the policy file {path} can be written by others: make its mode 0644 or stricter")
+        # Where links lead (a ConfigMap's are links). Who can write there could put another file of root's in its place.
+        folder = Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent
+        for what, who in ((f"the policy file {path}", status), (f"{folder}, where {path} is,", os.stat(folder))):
+            if who.st_uid not in (0, owner):
+                raise PolicyError(f"{what} belongs to uid {who.st_uid}: make it root's")
+            if who.st_mode & 0o022:
+                raise PolicyError(f"{what} can be written by others: chmod go-w, or put it elsewhere")
         text = os.read(descriptor, FILE_LIMIT + 1)
     finally:
         os.close(descriptor)
     if len(text) > FILE_LIMIT:
         raise PolicyError(f"the policy file {path} is longer than {FILE_LIMIT} bytes")
     return text.decode()
+
+
+def _check_names(key: str, names: Iterable[str], known: frozenset[str]) -> None:
+    if unknown := frozenset(names) - known:
+        raise ValueError(f"{', '.join(sorted(unknown))} is no operation - at `$.{key}`")
 
 
 def _address(text: str) -> PciAddress:
@@ -152,11 +209,15 @@ def _address(text: str) -> PciAddress:
         raise ValueError(f"{error} - at `$.addresses`") from None
 
 
-def _virtual_id(text: str) -> tuple[int, int]:
-    vendor, colon, device = text.partition(":")
-    if not (colon and len(vendor) == len(device) == 4 and set(vendor + device) <= set("0123456789abcdef")):
-        raise ValueError(f"{text[:40]!r} is no id such as 8086:4941 - at `$.extra_virtual_ids`")
-    pair = (int(vendor, 16), int(device, 16))
-    if pair[0] == VENDOR_INTEL and pair[1] in PHYSICAL:
-        raise ValueError(f"{text} is a QAT PF, and a PF is never bound - at `$.extra_virtual_ids`")
-    return pair
+def _ids(key: str, texts: Iterable[str], *, qat: bool) -> frozenset[Id]:
+    """Ids that are all of QAT devices, or none is: the table knows what those may be used for."""
+    found = set()
+    for text in texts:
+        vendor, colon, device = text.partition(":")
+        if not (colon and len(vendor) == len(device) == 4 and set(vendor + device) <= set("0123456789abcdef")):
+            raise ValueError(f"{text[:40]!r} is no id such as 8086:4941 - at `$.{key}`")
+        pair = (int(vendor, 16), int(device, 16))
+        if is_qat(*pair) is not qat:
+            raise ValueError(f"{text} is {'no' if qat else 'a'} QAT device - at `$.{key}`")
+        found.add(pair)
+    return frozenset(found)

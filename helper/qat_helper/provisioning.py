@@ -68,6 +68,8 @@ def set_num_vfs(node: Node, request: SetNumVfs) -> Outcome:
         total = pf.read_int("sriov_totalvfs")
         if request.count > total:
             raise denied("vf-count", f"{pf.address} can have {total} VFs at most")
+        if request.count:
+            node.policy.check_vf_count(pf.address, total)  # the QAT driver enables all, whatever number is written
         before = _shown(pf, _NUM_VFS)
         if (before != "0") != (request.count != 0):
             if request.count == 0:
@@ -157,8 +159,9 @@ def _pf(node: Node, address: PciAddress) -> Iterator[PciDevice]:
     """A PF of the table that is provisioned and has its own driver. Raises OperationError, SysfsError."""
     with open_device(node.sysfs_root, address) as device:
         driver = node.policy.check_physical(device)
-        if not PHYSICAL[device.read_int("device", 16)].provisioned:
+        kind = PHYSICAL.get(device.read_int("device", 16))
+        if kind is not None and not kind.provisioned:
             raise denied("not-provisioned", f"{address} is of a kind that is not provisioned")
-        if device.link("driver") != driver:
+        if driver and device.link("driver") != driver:
             raise OperationError(ErrorCode.UNAVAILABLE, f"{address} is not bound to {driver}, the driver of its kind")
         yield device

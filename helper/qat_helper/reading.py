@@ -40,7 +40,8 @@ def _read(node: Node, address: PciAddress, name: str, limit: int) -> str:
         driver = node.policy.check_physical(device)
         if device.link("driver") != driver:
             raise OperationError(
-                ErrorCode.UNAVAILABLE, f"{address} is not bound to {driver}: only that driver can tell its {name}"
+                ErrorCode.UNAVAILABLE,
+                f"{address} is not bound to {driver or 'a QAT driver'}: only that driver can tell its {name}",
             )
     path = node.sysfs_root / "kernel" / "debug" / f"qat_{driver}_{address}" / name
     try:

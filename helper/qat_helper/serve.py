@@ -35,6 +35,7 @@ MAX_QUEUE: Final = 32
 """Answers to one peer that its socket has no room for."""
 MAX_PASSED: Final = 16
 """Descriptors passed to one peer that it may not have taken yet."""
+_FULL: Final = OperationError(ErrorCode.BUSY, "take the connections that were passed to you before asking for more")
 _INT: Final = struct.Struct("i")
 _CREDENTIALS: Final = struct.Struct("iII")
 _GONE: Final = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
@@ -65,6 +66,7 @@ class Server:
         self._calls: dict[int, Callable[[int], None]] = {}
         self._peers: list[Peer] = []
         self._disposers: list[int] = []
+        self._undisposed: list[socket.socket] = []
         self._stopping = False
         self._listening = False
         self._dispatcher = Dispatcher(node, audit, self._watch_child, self._unwatch)
@@ -178,10 +180,7 @@ class Server:
         else:
             peer.in_flight += 1
             if isinstance(request, OpenKubeletSocket) and not self._takes_descriptors(peer):
-                full = OperationError(
-                    ErrorCode.BUSY, "take the connections that were passed to you before asking for more"
-                )
-                self._answered(peer, Outcome(full.reply(request.id)))
+                self._answered(peer, Outcome(_FULL.reply(request.id)))
                 return
             self._dispatcher.ask(peer.caller, request, partial(self._answered, peer), peer)
             self._update(peer)
@@ -189,7 +188,7 @@ class Server:
     def _takes_descriptors(self, peer: Peer) -> bool:
         """Whether it reads what it is passed: descriptors under way count against all processes of our uid."""
         (unread,) = _INT.unpack(fcntl.ioctl(peer.sock, termios.TIOCOUTQ, bytes(_INT.size)))
-        if not unread:
+        if not unread and not peer.queue:
             peer.passed = 0
         return peer.passed < MAX_PASSED
 
@@ -197,6 +196,12 @@ class Server:
         peer.in_flight -= 1
         if isinstance(outcome.reply, Welcome):
             peer.greeted = True
+        if outcome.descriptor is not None and peer.open:
+            if self._takes_descriptors(peer):
+                peer.passed += 1
+            else:  # it had asked for all of them before the first was there
+                os.close(outcome.descriptor)
+                outcome = Outcome(_FULL.reply(outcome.reply.id))
         self._answer(peer, outcome)
 
     def _answer(self, peer: Peer, outcome: Outcome) -> None:
@@ -219,9 +224,7 @@ class Server:
                 self._drop(peer)
                 return
             peer.queue.popleft()
-            if descriptor is not None:
-                peer.passed += 1
-                os.close(descriptor)
+            _close(descriptor)
         if peer.turned_away and not peer.queue:
             self._drop(peer)
         else:
@@ -244,7 +247,12 @@ class Server:
         self._unwatch(peer.sock.fileno())
         self._dispatcher.forget(peer)
         self._disposers = [pid for pid in self._disposers if os.waitpid(pid, os.WNOHANG)[0] == 0]
-        self._disposers += _dispose(peer.sock)
+        undisposed, self._undisposed = [*self._undisposed, peer.sock], []
+        for sock in undisposed:
+            try:
+                self._disposers += _dispose(sock)
+            except OSError:  # no process or descriptor to be had, which a peer may have brought about: at the next drop
+                self._undisposed.append(sock)
         for _, descriptor in peer.queue:
             _close(descriptor)
         peer.queue.clear()
@@ -255,8 +263,9 @@ class Server:
 def _dispose(sock: socket.socket) -> list[int]:
     """Close a peer's socket; the pid of the process, if one is needed, that closes what was sent and not read.
 
-    That may hold descriptors, and the last close of one may wait. A process that exits does not wait for a lingering
-    socket (the kernel's PF_EXITING), and if it waits for something else, it is not we who do.
+    What was sent may hold descriptors, and the last close of one may wait. A process that exits does not wait for a
+    lingering socket (the kernel's PF_EXITING), and if it waits for something else, it is not we who do. Raises OSError
+    when there can be no such process; the socket is as it was.
     """
     try:
         sock.shutdown(socket.SHUT_RDWR)
@@ -267,14 +276,16 @@ def _dispose(sock: socket.socket) -> list[int]:
         sock.close()
         return []
     end, ours = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os.close(ours)
+            os.read(end, 1)  # until the parent has closed its own
+            os._exit(0)
+        sock.close()
+    finally:
+        os.close(end)
         os.close(ours)
-        os.read(end, 1)  # until the parent has closed its own
-        os._exit(0)
-    os.close(end)
-    sock.close()
-    os.close(ours)
     return [pid]
 
 

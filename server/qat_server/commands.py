@@ -1,4 +1,4 @@
-"""The typer application: help, and the commands beside the server itself (demo, status, provision, config check).
+"""The typer application: help, and the commands beside the server itself (demo, status, doctor, provision, ...).
 
 The server does not come by here (main.py): typer's conversion of option values loads pydantic, 20 MiB in all that a
 running server would never use again. So the server's flags are declared here for --help only.
@@ -7,7 +7,7 @@ running server would never use again. So the server's flags are declared here fo
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +16,17 @@ import typer
 from typer.exceptions import TyperException
 
 from qat_server import values
-from qat_server.flags import SERVER_FLAGS, Flag, FlagError, plain
+from qat_server.flags import SERVER_FLAGS, Flag, FlagError, from_environment, plain
 from qat_server.provisioning import command_line
-from qat_server.settings import SettingsError, allocation_policy
+from qat_server.settings import (
+    STATUS_SOCKET,
+    Registration,
+    SettingsError,
+    allocation_policy,
+    check_sysfs_root,
+    parse,
+    socket_directory,
+)
 from qat_shared import VERSION
 
 PROGRAM = "qat-plugin"
@@ -62,9 +70,23 @@ def _command_flags(*names: str) -> list[Flag]:
     return found
 
 
-def _documented(callback: Callable[..., None]) -> Callable[..., None]:
-    """Give a callback the server's flags as options, out of the one table that there is."""
-    parameters = [
+_SWITCH = bool | None
+
+
+def _with_flags(
+    flags: Iterable[Flag], switches: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a callback flags of the server as options, out of the one table that there is, and switches of its own."""
+
+    def decorate(callback: Callable[..., None]) -> Callable[..., None]:
+        callback.__signature__ = _signature(flags, switches)  # type: ignore[attr-defined]
+        return callback
+
+    return decorate
+
+
+def _signature(flags: Iterable[Flag], switches: Mapping[str, str]) -> inspect.Signature:
+    options = [
         inspect.Parameter(
             flag.variable.lower(),
             inspect.Parameter.KEYWORD_ONLY,
@@ -74,18 +96,18 @@ def _documented(callback: Callable[..., None]) -> Callable[..., None]:
                 typer.Option(f"--{flag.name}", metavar=flag.metavar or "BOOL", help=_help(flag), show_default=False),
             ],
         )
-        for flag in SERVER_FLAGS
+        for flag in flags
     ]
-    parameters.append(
+    options += [
         inspect.Parameter(
-            "version",
+            name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[bool | None, typer.Option("--version", help="Show the version and exit.")],
+            annotation=Annotated[_SWITCH, typer.Option(f"--{name}", help=text)],
         )
-    )
-    callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return callback
+        for name, text in switches.items()
+    ]
+    return inspect.Signature(options)
 
 
 def _help(flag: Flag) -> str:
@@ -93,7 +115,7 @@ def _help(flag: Flag) -> str:
 
 
 @app.callback(invoke_without_command=True)
-@_documented
+@_with_flags(SERVER_FLAGS, {"version": "Show the version and exit."})
 def server(**_: str | bool | None) -> None:
     """Serve the QAT devices of this node to its kubelet. Without a command, the server runs.
 
@@ -127,25 +149,27 @@ def demo(
 
 @app.command()
 def status(
+    kubelet_dir: Annotated[
+        Path, typer.Option("--kubelet-dir", metavar="DIR", help="as the server has it", envvar="QAT_PLUGIN_KUBELET_DIR")
+    ] = Path("/var/lib/kubelet"),
     metrics_address: Annotated[
-        str,
-        typer.Option(
-            "--metrics-address", metavar="HOST:PORT", help="as the server has it", envvar="QAT_PLUGIN_METRICS_ADDRESS"
-        ),
+        str, typer.Option("--metrics-address", metavar="HOST:PORT", help="ask a server there, maybe of another node")
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print what the server said as it is")] = False,
 ) -> None:
-    """Show what a running server knows: PFs, VFs, resources, the helper."""
-    from qat_server.status_client import StatusError, fetch  # noqa: PLC0415 - the server never needs it
+    """Show what this node's server knows: PFs, VFs, resources, the helper. For its user and for root."""
+    from qat_server.status_client import StatusError, fetch, fetch_local  # noqa: PLC0415 - the server never needs it
 
     try:
         address = values.host_port(metrics_address)
     except ValueError as error:
         raise SettingsError(f"--metrics-address: {error}") from None
-    if address is None:
-        raise SettingsError("--metrics-address: say where the server serves its status, as in 127.0.0.1:9090")
     try:
-        _print_status(fetch(address), as_json=as_json)
+        if address is not None:
+            text = fetch(address)
+        else:
+            text = fetch_local([socket_directory(kubelet_dir, way) / STATUS_SOCKET for way in Registration])
+        _print_status(text, as_json=as_json)
     except StatusError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         raise typer.Exit(1) from None
@@ -168,3 +192,25 @@ def _print_status(text: bytes, *, as_json: bool) -> None:
         return
     # Into a pipe or file: no folding at 80 columns.
     status_view.show(decoded, Console() if sys.stdout.isatty() else Console(width=200))
+
+
+_LOOKED_AT = frozenset(
+    {"dpdk-driver", "kernel-vf-drivers", "sysfs-root", "kubelet-dir", "helper-socket", "registration"}
+)
+
+
+@app.command()
+@_with_flags([flag for flag in SERVER_FLAGS if flag.name in _LOOKED_AT], {"json": "print the findings as JSON"})
+def doctor(**given: str | bool | None) -> None:
+    """Check this node or VM, and say in words what to do. Give it the server's own flags, and run it as its user.
+
+    The exit status is 0 when nothing keeps the plugin from its work, else 1.
+    """
+    as_json = bool(given.pop("json"))
+    texts = {flag.name: given.get(flag.variable.lower()) for flag in SERVER_FLAGS}
+    chosen = {name: text for name, text in texts.items() if isinstance(text, str)}
+    settings = parse(from_environment(os.environ) | chosen)
+    check_sysfs_root(settings.sysfs_root)
+    from qat_server.doctor import report  # noqa: PLC0415 - the server never needs it
+
+    raise typer.Exit(report.run(settings, as_json=as_json))

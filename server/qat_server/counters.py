@@ -30,6 +30,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.helper_requests: Counter[tuple[str, ...]] = Counter()  # operation, outcome
+        self.audit_breaks = 0
         self.bind_attempts: Counter[str] = Counter()  # driver
         self.bind_failures: Counter[tuple[str, ...]] = Counter()  # driver, outcome
         self.bind_seconds = Histogram((0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0))
@@ -42,6 +43,10 @@ class Counters:
     def helper_request(self, operation: str, outcome: str = "ok") -> None:
         """A request to the helper was answered, or failed."""
         self.helper_requests[operation, outcome] += 1
+
+    def audit_break(self) -> None:
+        """The head of the helper's audit log did not follow the one before."""
+        self.audit_breaks += 1
 
     def bind(self, driver: str, seconds: float, outcome: str = "ok") -> None:
         """A VF's binding ended after `seconds`."""

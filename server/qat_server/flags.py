@@ -66,6 +66,8 @@ SERVER_FLAGS: Final = (
     Flag("health-interval", "5s", "DURATION", "time between heartbeat queries of a PF; 0 for none"),
     Flag("resync-interval", "1m", "DURATION", "time between looks at everything, beside uevents"),
     Flag("uevents", "netlink", "SOURCE", "where uevents come from: netlink, or unix:PATH on a simulated node"),
+    Flag("require-sandbox", "false", "", "do not start when any part of the sandbox is missing"),
+    Flag("allow-root", "false", "", "run as root all the same: nothing here needs it"),
     Flag("log-format", "text", "FORMAT", "text (as klog) or json"),
     Flag("v", "0", "N", "verbosity: 0 to 4 detail, 5 and more debugging", klog=True),
     Flag("vmodule", "", "LIST", "verbosity for some source files: discovery=4,sim*=2", klog=True),

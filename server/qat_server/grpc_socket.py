@@ -18,7 +18,8 @@ from typing import Final
 import grpc.aio
 from msgspec import Struct
 
-_PRIVATE: Final = ".qat-"
+PRIVATE: Final = ".qat-"
+"""How the names begin that only the process knows which has made them."""
 
 
 class BoundSocket(Struct, frozen=True):
@@ -55,7 +56,7 @@ def short(directory: Path) -> Iterator[str]:
 
 async def start(server: grpc.aio.Server, path: Path, mode: int) -> BoundSocket:
     """Start `server` at `path`, in place of whatever socket was there. Raises OSError."""
-    private = f"{_PRIVATE}{secrets.token_hex(4)}"
+    private = f"{PRIVATE}{secrets.token_hex(4)}"
     with short(path.parent) as directory:
         bound = f"{directory}/{private}"
         try:
@@ -90,7 +91,7 @@ async def stop(server: grpc.aio.Server, grace: float) -> None:
 @contextlib.contextmanager
 def private_directory(directory: Path) -> Iterator[Path]:
     """A fresh 0700 directory in `directory`, removed at the end. Raises OSError."""
-    made = Path(tempfile.mkdtemp(prefix=_PRIVATE, dir=directory))
+    made = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=directory))
     try:
         yield made
     finally:
@@ -102,7 +103,7 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what a killed process left, its sockets too: only where no other process works in `directory`."""
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            if not (entry.name.startswith(_PRIVATE) or _is_socket(entry)):
+            if not (entry.name.startswith(PRIVATE) or _is_socket(entry)):
                 continue
             with contextlib.suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):

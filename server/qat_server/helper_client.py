@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from qat_server import logs
+from qat_server.audit_head import AuditWatch
 from qat_server.counters import Counters
 from qat_shared import VERSION
 from qat_shared.codec import ProtocolError, decode_reply, encode
+from qat_shared.confinement import missing
 from qat_shared.messages import (
     MAX_MESSAGE,
     PROTOCOL,
@@ -88,9 +90,12 @@ class HelperClient:
         self._connection: _Connection | None = None
         self.version = ""
         self.error = "the helper is not connected yet"
+        self.tried = asyncio.Event()
+        """Set once the first attempt to connect has ended, however."""
         self._told = False
-        self.audit: AuditHead | None = None
+        self.audit = AuditWatch(counters)
         self.operations: tuple[str, ...] = ()
+        self.sandbox: dict[str, str] = {}
 
     @property
     def connected(self) -> bool:
@@ -113,7 +118,10 @@ class HelperClient:
             self._connection = connection
             self.error = ""
             self._told = False
+            self.tried.set()
             log.info("helper connected", socket=str(self._path), version=self.version)
+            if lacks := missing(self.sandbox):
+                log.warning("the helper's sandbox is not whole", missing=lacks)
             self._on_change()
             try:
                 await connection.ended
@@ -189,7 +197,6 @@ class HelperClient:
             raise HelperError(
                 ErrorCode.TIMED_OUT, f"the helper did not answer {operation} in {CALL_TIMEOUT:g} s"
             ) from None
-        self.audit = reply.audit
         if isinstance(reply, Failure):
             self._counters.helper_request(operation, reply.code)
             raise HelperError(reply.code, reply.message, reply.errno, reply.rule)
@@ -206,7 +213,7 @@ class HelperClient:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             await loop.sock_connect(sock, os.fspath(self._path))
-            connection = _Connection(sock)
+            connection = _Connection(sock, self.audit.heard)
         except BaseException:
             sock.close()
             raise
@@ -222,6 +229,7 @@ class HelperClient:
             raise
         self.version = reply.version
         self.operations = reply.operations
+        self.sandbox = reply.sandbox
         return connection
 
     def _lost(self, error: str, *, say: bool = False) -> None:
@@ -230,14 +238,16 @@ class HelperClient:
             log.warning("helper not reachable", why=error)
         self._told = True
         self.error = error
+        self.tried.set()
         self._on_change()
 
 
 class _Connection:
-    """One connected socket and the calls that wait for answers on it."""
+    """One connected socket and the calls that wait for answers on it. `heard` is given each answer's audit head."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, heard: Callable[[AuditHead], None]) -> None:
         self._sock = sock
+        self._heard = heard
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
         self._sending = asyncio.Lock()
@@ -295,6 +305,7 @@ class _Connection:
             _close(*passed)
             self._end()
             return
+        self._heard(reply.audit)  # here, where answers still have the order in which they were sent
         answer = self._waiting.get(reply.id)
         if answer is None or answer.done():
             _close(*passed)

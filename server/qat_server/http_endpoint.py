@@ -93,7 +93,8 @@ async def serve(
     async with asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as servers:
         endpoint = _Endpoint(handlers, limits or Limits(), group)
         for sock in sockets:
-            server = await asyncio.start_server(endpoint.connected, sock=sock, limit=HEAD_LIMIT)
+            start = asyncio.start_unix_server if sock.family == socket.AF_UNIX else asyncio.start_server
+            server = await start(endpoint.connected, sock=sock, limit=HEAD_LIMIT)
             servers.callback(server.close)
         log.info("status endpoint open", addresses=[_name(sock) for sock in sockets], paths=sorted(handlers))
         await asyncio.get_running_loop().create_future()
@@ -220,5 +221,7 @@ class _Endpoint:
 
 
 def _name(sock: socket.socket) -> str:
+    if sock.family == socket.AF_UNIX:
+        return "unix"
     host, port = sock.getsockname()[:2]
     return str(HostPort(host, port))

@@ -71,6 +71,8 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 def _serve(settings: Settings) -> int:
     from qat_server import logs  # noqa: PLC0415 - only once the settings are good
 
+    if os.geteuid() == 0 and not settings.allow_root:
+        raise SettingsError("the server needs no root, and does not run as root unless told to: --allow-root")
     check_sysfs_root(settings.sysfs_root)
     try:
         logs.configure(settings.logging)

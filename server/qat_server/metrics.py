@@ -51,6 +51,7 @@ class PluginCollector(Collector):
         yield from _provisioning_metrics(state)
         yield from _kubelet_metrics(state)
         yield from _helper_metrics(state)
+        yield from _sandbox_metrics(state)
         yield _counter("uevents", "Kernel uevents that concerned PCI devices or drivers.", (), {(): state.uevents})
         yield _counter(
             "uevent_overruns",
@@ -158,8 +159,21 @@ def _helper_metrics(state: State) -> Iterator[Metric]:
     )
 
 
+def _sandbox_metrics(state: State) -> Iterator[Metric]:
+    layers = {"helper": state.helper.sandbox, "server": state.sandbox}
+    yield _gauge(
+        "sandbox",
+        "Whether a layer of a process's sandbox is whole; /status says what is missing.",
+        ("process", "layer"),
+        {(process, layer): not lack for process, found in layers.items() for layer, lack in found.items()},
+    )
+
+
 def _counted(counters: Counters) -> Iterator[Metric]:
     yield _counter("helper_requests", "Requests to the helper.", ("operation", "outcome"), counters.helper_requests)
+    yield _counter(
+        "audit_breaks", "Times the helper's audit log did not continue where it was.", (), {(): counters.audit_breaks}
+    )
     yield _counter("bind_attempts", "VFs tried to bind.", ("driver",), _labelled(counters.bind_attempts))
     yield _counter("bind_failures", "VFs that could not be bound.", ("driver", "outcome"), counters.bind_failures)
     yield _histogram("bind_seconds", "Time to bind a VF through the helper.", counters.bind_seconds)

@@ -13,14 +13,15 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import uvloop
 
-from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile
+from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile, sandbox, status_socket
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.device_configs import DeviceConfigs
@@ -49,6 +50,9 @@ from qat_shared.sysfs import SysfsError
 
 log = logs.get(__name__)
 
+HELPER_PATIENCE: Final = 2.0
+"""Seconds that the start waits for the first attempt to reach the helper to end."""
+
 _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
 
@@ -56,7 +60,10 @@ def run(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT: the exit status."""
     failed: list[BaseException] = []
     try:
-        uvloop.run(_serve(settings))
+        # Opened before anything is done, so that an address in use is told at once, and none can be made later.
+        address = settings.metrics_address
+        sockets = [] if address is None else http_endpoint.listen(address)
+        uvloop.run(_serve(Plugin(settings, sockets, sandbox.enter(settings))))
     except* OSError as group:
         failed = list(_leaves(group))
     for error in failed:
@@ -64,8 +71,8 @@ def run(settings: Settings) -> int:
     return 1 if failed else 0
 
 
-async def _serve(settings: Settings) -> None:
-    task = asyncio.ensure_future(Plugin(settings).run())
+async def _serve(plugin: "Plugin") -> None:
+    task = asyncio.ensure_future(plugin.run())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)
@@ -83,10 +90,18 @@ def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[BaseException]:
 
 
 class Plugin:
-    """One server. `run` until cancelled; `state` at any time."""
+    """One server. `run` until cancelled; `state` at any time. `sockets` listen for who asks after it."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sockets: Sequence[socket.socket] = (),
+        sandbox_state: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.settings = settings
+        self._sockets = sockets
+        self._sandbox = dict(sandbox_state or {})
         self.changes = Changes()
         self.counters = Counters()
         self.helper = HelperClient(settings.helper_socket, self.counters, self._helper_changed)
@@ -141,9 +156,12 @@ class Plugin:
                 connected=self.helper.connected,
                 version=self.helper.version,
                 error=self.helper.error,
-                audit_sequence=self.helper.audit.sequence if self.helper.audit else 0,
-                audit_hash=self.helper.audit.hash if self.helper.audit else "",
+                audit_sequence=self.helper.audit.head.sequence if self.helper.audit.head else 0,
+                audit_hash=self.helper.audit.head.hash if self.helper.audit.head else "",
+                audit_broken=self.helper.audit.broken,
+                sandbox=self.helper.sandbox,
             ),
+            sandbox=self._sandbox,
             foreign=self.foreign,
             failures=self.binder.failures,
             held=self.usage.by_device(),
@@ -181,14 +199,16 @@ class Plugin:
             allocation_policy=self.settings.allocation_policy,
         )
         async with asyncio.TaskGroup() as tasks:
-            if self.settings.metrics_address is not None:
-                # Opened before anything is done, so that an address in use is told at once.
-                sockets = http_endpoint.listen(self.settings.metrics_address)
-                tasks.create_task(http_endpoint.serve(sockets, self._handlers()))
+            if self._sockets:
+                tasks.create_task(http_endpoint.serve(self._sockets, self._handlers()))
             tasks.create_task(self.helper.run())
+            with contextlib.suppress(TimeoutError):  # one that accepts and says nothing
+                async with asyncio.timeout(HELPER_PATIENCE):
+                    await self.helper.tried.wait()
             await self._prepare_socket_directory()
             async with only_server(self.socket_directory):
                 grpc_socket.remove_leftovers(self.socket_directory)
+                tasks.create_task(self._serve_status())
                 self._not_ready = "the first look at the devices is not done"
                 self.changes.mark()
                 if self.configuration is not None:
@@ -209,8 +229,16 @@ class Plugin:
             "/healthz": lambda: Response(200, b"ok\n"),
             "/readyz": self._readyz,
             "/metrics": lambda: Response(200, metrics.text(registry), metrics.CONTENT_TYPE),
-            "/status": lambda: Response(200, encode(status_from(self.state())), http_endpoint.JSON),
+            "/status": self._status,
         }
+
+    def _status(self) -> Response:
+        return Response(200, encode(status_from(self.state())), http_endpoint.JSON)
+
+    async def _serve_status(self) -> None:
+        """For `qat-plugin status`, whether or not there is a --metrics-address."""
+        with status_socket.listening(self.socket_directory) as local:
+            await http_endpoint.serve([local], {"/status": self._status})
 
     def _readyz(self) -> Response:
         reasons = self.not_ready()
@@ -305,8 +333,9 @@ class Plugin:
             self.usage.holders,
         )
         self.usage.observe(self.listing)
-        if not self.usage.asked:
-            return  # its answer leads to a new look: the first list has what pods hold, even if it has gone
+        if not self._knows_holders():
+            self._not_ready = f"what pods hold is not known yet: {self.usage.error}"
+            return  # the answer leads to a new look
         self._publish(work)
         self.provisioner.published()
         self._not_ready = ""
@@ -324,6 +353,15 @@ class Plugin:
             self.counters.resync()
         self.counters.rescan(self._clock() - began)
         return inventory
+
+    def _knows_holders(self) -> bool:
+        """Whether a list may be published: the first one must have what pods hold, even if it has gone.
+
+        The plugin watcher needs no helper, so there the kubelet is not kept waiting for one.
+        """
+        if self.settings.registration is Registration.PLUGIN_WATCHER:
+            return self.usage.attempted
+        return self.usage.asked
 
     def _held(self, resource: str, address: PciAddress) -> bool:
         endpoint = self.endpoints.get(resource)

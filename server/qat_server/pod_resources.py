@@ -9,7 +9,7 @@ import grpc.aio
 from qat_server import kubelet_channel, logs
 from qat_server.generated import podresources_v1_pb2 as pb
 from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
-from qat_server.helper_client import HelperError
+from qat_server.helper_client import HelperError, HelperUnavailableError
 from qat_server.inventory import Holder
 from qat_server.kubelet_channel import KubeletDialer
 from qat_shared.messages import KubeletService
@@ -26,6 +26,10 @@ class PodResourcesError(Exception):
     """It is not known who holds what; the text says why, in one sentence."""
 
 
+class NobodyToAskError(PodResourcesError):
+    """There is no helper now that would connect to the kubelet."""
+
+
 async def held_devices(
     helper: KubeletDialer, directory: Path, seconds: float = TIMEOUT
 ) -> dict[str, dict[PciAddress, Holder]]:
@@ -35,6 +39,8 @@ async def held_devices(
     """
     try:
         connected = await helper.open_kubelet_socket(KubeletService.POD_RESOURCES)
+    except HelperUnavailableError as error:
+        raise NobodyToAskError(error.message) from error
     except HelperError as error:
         raise PodResourcesError(error.message) from error
     try:

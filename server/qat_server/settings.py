@@ -23,6 +23,9 @@ from qat_shared.sysfs import SysfsError, pci_directory
 
 _T = TypeVar("_T")
 
+STATUS_SOCKET: Final = ".status.sock"
+"""The name, beside the endpoints', of the socket that status_socket.py serves."""
+
 _SHORTEST_INTERVAL: Final = 0.01  # seconds: a shorter one would be a busy loop
 # The longest name that a QAT device's services make: three of sym, asym, dc, dcc, decomp (Gen6).
 _LONGEST_RESOURCE: Final = "asym-decomp-sym"
@@ -92,6 +95,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     health_interval: float
     resync_interval: float
     uevents: str
+    require_sandbox: bool
+    allow_root: bool
     logging: LogSettings
 
     @property
@@ -102,7 +107,12 @@ class Settings(Struct, frozen=True, kw_only=True):
     @property
     def socket_directory(self) -> Path:
         """Where the endpoints' sockets are: the one folder of the kubelet's that the server writes to."""
-        return self.kubelet_dir / _DIRECTORIES[self.registration][1] / NAMESPACE
+        return socket_directory(self.kubelet_dir, self.registration)
+
+
+def socket_directory(kubelet_dir: Path, registration: Registration) -> Path:
+    """Where the endpoints' sockets are with this way to register."""
+    return kubelet_dir / _DIRECTORIES[registration][1] / NAMESPACE
 
 
 def parse(given: Mapping[str, str] | None = None) -> Settings:
@@ -139,6 +149,8 @@ def parse(given: Mapping[str, str] | None = None) -> Settings:
         ),
         resync_interval=read("resync-interval", lambda text: values.duration(text, _SHORTEST_INTERVAL)),
         uevents=read("uevents", _uevents),
+        require_sandbox=read("require-sandbox", values.boolean),
+        allow_root=read("allow-root", values.boolean),
         logging=_logging(read, frozenset(given or ())),
     )
     read("kubelet-dir", lambda _: _check_length(settings.longest_socket))

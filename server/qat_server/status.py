@@ -23,20 +23,25 @@ class EndpointState(Struct, frozen=True):
 
 
 class HelperState(Struct, frozen=True):
-    """The helper as last heard of; `audit_*` is the head of its audit log."""
+    """The helper as last heard of; `audit_*` is its audit log's head, and how that last failed to continue it.
+
+    `sandbox` as in State.
+    """
 
     connected: bool = False
     version: str = ""
     error: str = ""
     audit_sequence: int = 0
     audit_hash: str = ""
+    audit_broken: str = ""
+    sandbox: Mapping[str, str] = {}
 
 
 class State(Struct, frozen=True, kw_only=True):
     """One moment of the run loop. Addresses are of VFs but for `unhealthy`, `heartbeats` and `provisioning`: PFs.
 
     `names`: resource by VF. `foreign`: driver that somebody else bound. `failures`: why it could not be bound.
-    `held`: the pod that holds it. `not_ready`: reasons, none when ready.
+    `held`: the pod that holds it. `not_ready`: reasons, none when ready. `sandbox`: by layer, what is missing of it.
     """
 
     inventory: Inventory
@@ -54,6 +59,7 @@ class State(Struct, frozen=True, kw_only=True):
     not_ready: tuple[str, ...] = ()
     uevents: int = 0
     uevent_overruns: int = 0
+    sandbox: Mapping[str, str] = {}
 
 
 class PfStatus(Struct, frozen=True):
@@ -121,6 +127,7 @@ class Status(Struct, frozen=True):
     cut: tuple[str, ...]
     provisioning: tuple[ProvisioningStatus, ...] = ()
     provisioning_error: str = ""
+    sandbox: Mapping[str, str] = {}
 
 
 def status_from(state: State) -> Status:
@@ -143,6 +150,7 @@ def status_from(state: State) -> Status:
             for pf, each in sorted(state.provisioning.items())
         ),
         provisioning_error=state.provisioning_error,
+        sandbox=state.sandbox,
     )
 
 

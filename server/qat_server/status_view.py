@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qat_server.status import Status, VfStatus
+from qat_shared.confinement import missing
 
 _USE = {True: "in use", False: "idle", None: "?"}
 
@@ -22,6 +23,12 @@ def show(status: Status, console: Console) -> None:
     else:
         detail = f"not connected: {helper.error}" if helper.error else "not connected"
     _line(console, "helper: ", detail, good=helper.connected)
+    if helper.audit_broken:
+        _line(console, "audit: ", helper.audit_broken, good=False)
+    for process, state in (("server", status.sandbox), ("helper", helper.sandbox)):
+        if state:
+            lacks = missing(state)
+            _line(console, f"sandbox of the {process}: ", lacks or "whole", good=not lacks)
     console.print(
         _table(
             "resources",

@@ -13,7 +13,7 @@ from typing import Final
 
 from qat_server import logs
 from qat_server.inventory import Holder, Listing
-from qat_server.pod_resources import PodResourcesError
+from qat_server.pod_resources import NobodyToAskError, PodResourcesError
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
@@ -46,7 +46,7 @@ class Usage:
         self._settle = settle
         self._clock = clock
         self._unhealthy_since: dict[tuple[str, PciAddress], float] = {}
-        self._told = True
+        self._tell = False
         self.answer_asked_at = float("-inf")
         """When, by the clock, the question was asked that the last answer is to."""
         self._shown: dict[tuple[str, PciAddress], float] = {}
@@ -55,8 +55,10 @@ class Usage:
         self._due_at = 0.0
         self.holders: Holders | None = None
         self.error = "not asked yet"
+        self.attempted = False
+        """Whether a question has ended, however."""
         self.asked = False
-        """Whether there has been an answer, or none to be had."""
+        """Whether there has been an answer, or none to be had, though there was a helper to ask through."""
 
     def observe(self, listing: Listing) -> None:
         """Take note of the devices that are listed as unhealthy now."""
@@ -72,9 +74,9 @@ class Usage:
         """Take note that devices were handed out just now."""
         self._ask_at(self._clock() + _AFTER_ALLOCATION)
 
-    def ask(self) -> None:
-        """Ask now, and tell of the answer even if it is as the last."""
-        self._told = False
+    def ask(self, tell: bool = False) -> None:
+        """Ask soon: the kubelet may be reached again. `tell` of the answer even if it is as the last."""
+        self._tell = self._tell or tell
         self._ask_at(self._clock())
 
     def releasable(self, resource: str, address: PciAddress) -> bool:
@@ -130,7 +132,7 @@ class Usage:
 
     async def _ask(self) -> None:
         asked_at = self._clock()
-        first, self._told = not self.asked or not self._told, True
+        before, tell, self._tell = (self.attempted, self.asked), self._tell, False
         try:
             holders = await self._query()
         except PodResourcesError as error:
@@ -142,19 +144,20 @@ class Usage:
             self.error = str(error)
             # What an old answer said may be wrong by now, and a device must not leave a list by it.
             self.holders = None
-            self.asked = True
-            if first:
+            self.attempted = True
+            self.asked = self.asked or not isinstance(error, NobodyToAskError)
+            if tell or before != (self.attempted, self.asked):
                 self._on_change()
             if self._unhealthy_since:
                 self._ask_at(asked_at + _RETRY)
             return
         self.error = ""
         self.answer_asked_at = asked_at
-        self.asked = True
+        self.attempted = self.asked = True
         self._shown.update(((name, address), asked_at) for name, held in holders.items() for address in held)
         changed = holders != self.holders
         self.holders = holders
-        if first or changed or self._unhealthy_since:
+        if tell or not before[1] or changed or self._unhealthy_since:
             self._on_change()
 
     def _ask_at(self, when: float) -> None:

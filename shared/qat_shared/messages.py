@@ -182,11 +182,15 @@ class Reply(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_f
 
 
 class Welcome(Reply, frozen=True, kw_only=True, tag="Welcome"):
-    """The helper's protocol and version, and the operations that its policy allows this client."""
+    """The helper's protocol and version, and the operations that its policy allows this client.
+
+    `sandbox` says of each of its layers what is missing, "" when nothing is.
+    """
 
     protocol: int
     version: str
     operations: tuple[str, ...]
+    sandbox: dict[str, str] = {}
 
 
 class Done(Reply, frozen=True, kw_only=True, tag="Done"):

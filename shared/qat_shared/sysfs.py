@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -82,11 +83,12 @@ def driver_addresses(root: Path, driver: str) -> list[PciAddress]:
 
 
 class PciDevice:
-    """One device's directory, held open. Made by `open_device`."""
+    """One device's directory, held open, which was at `place` when it was opened. Made by `open_device`."""
 
-    def __init__(self, address: PciAddress, descriptor: int) -> None:
+    def __init__(self, address: PciAddress, descriptor: int, place: str) -> None:
         self.address = address
         self.descriptor = descriptor
+        self.place = place
 
     def read(self, name: str) -> str:
         """A text attribute without the white space around it. Raises MissingError, MalformedError or SysfsError."""
@@ -196,11 +198,16 @@ class PciDevice:
         return SysfsError(str(self.address), name, os.strerror(error.errno or 0))
 
 
+@lru_cache(maxsize=8)  # a look at a thousand VFs asks a thousand times
+def _real(root: Path) -> str:
+    return os.path.realpath(root)
+
+
 @contextmanager
 def open_device(root: Path, address: PciAddress) -> Iterator[PciDevice]:
     """Hold a device's directory open. Raises MissingError when there is no such device.
 
-    The last directory must carry the address as its own name: a link that leads to another device is refused.
+    It must carry the address as its own name, beneath devices/: a link that leads anywhere else is refused.
     """
     path = f"{root}/bus/pci/devices/{address}"  # a thousand Path objects would be a fifth of a look at a thousand VFs
     try:
@@ -209,11 +216,14 @@ def open_device(root: Path, address: PciAddress) -> Iterator[PciDevice]:
         kind = MissingError if error.errno in (errno.ENOENT, errno.ENOTDIR) else MalformedError
         raise kind(str(address), "device", os.strerror(error.errno or 0)) from error
     try:
-        real = os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2]
+        place = os.readlink(f"/proc/self/fd/{descriptor}")
+        real = place.rpartition("/")[2]
         if real == f"{address} (deleted)":
             raise MissingError(str(address), "device", "went away")
         if real != str(address):
             raise MalformedError(str(address), "device", f"leads to {real[:40]!r}, not to the device itself")
-        yield PciDevice(address, descriptor)
+        if not place.startswith(f"{_real(root)}/devices/"):
+            raise MalformedError(str(address), "device", f"leads to {place}, outside {root}/devices")
+        yield PciDevice(address, descriptor, place)
     finally:
         os.close(descriptor)

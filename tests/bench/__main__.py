@@ -26,6 +26,7 @@ import grpc
 import grpc.aio
 import uvloop
 
+from bench.real_kubelet_times import kubelet_times
 from qat_server.counters import Counters
 from qat_server.generated import deviceplugin_v1beta1_pb2 as api
 from qat_server.generated import deviceplugin_v1beta1_pb2_grpc as rpc
@@ -242,6 +243,7 @@ async def main() -> None:
     for vfs in (64, 1024):
         await at(vfs)
     await heartbeats(64)
+    await kubelet_times(show)
 
 
 with contextlib.suppress(KeyboardInterrupt):

@@ -1,7 +1,5 @@
 """Builds the harness before the first test, skips by name what needs root, and shows at the end what was measured."""
 
-import shutil
-
 import pytest
 
 from kubelet import measured, production, real_kubelet
@@ -10,8 +8,8 @@ from qat_server.settings import Registration
 
 @pytest.fixture(scope="session", autouse=True)
 def _built() -> None:
-    if shutil.which("go") is None and not real_kubelet.HARNESS.exists():
-        pytest.skip("Go is needed to compile the kubelet")
+    if why := real_kubelet.why_not():
+        pytest.skip(why)
     real_kubelet.build()
 
 

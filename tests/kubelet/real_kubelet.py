@@ -13,6 +13,7 @@ trace of its crash, is `log`, beside the kubelet's directory.
 import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
 import types
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,11 @@ class _Answer(msgspec.Struct):
     ms: float
     result: msgspec.Raw = msgspec.Raw(b"{}")
     error: _Error | None = None
+
+
+def why_not() -> str:
+    """Why there can be no harness here, "" if there can."""
+    return "" if shutil.which("go") or HARNESS.exists() else "Go is needed to compile the kubelet"
 
 
 def build(output: Path = HARNESS) -> str:

@@ -1,7 +1,6 @@
 """The harness itself: each command does to the real kubelet what it says, shown with a small device plugin."""
 
 import asyncio
-import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -11,7 +10,6 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from kubelet import real_kubelet
 from kubelet.answers import AdmissionError, KubeletDiedError, KubeletError, KubeletPanicError, TopologyAffinityError
 from kubelet.real_kubelet import Damage, RealKubelet
 from qat_server.generated import deviceplugin_v1beta1_pb2 as api
@@ -27,13 +25,6 @@ from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
 from qat_server.simulation.topology import TopologyPolicy
 
 CY = "qat.intel.com/cy"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
-    if shutil.which("go") is None and not real_kubelet.HARNESS.exists():
-        pytest.skip("Go is needed to compile the kubelet")
-    real_kubelet.build()
 
 
 @pytest.fixture

@@ -131,16 +131,18 @@ async def test_a_socket_is_found_wherever_it_appears(kubelet: AnyKubelet) -> Non
 async def test_dotted_names_are_ignored_but_not_in_a_dotted_directory_that_a_starting_kubelet_finds(
     kubelet: AnyKubelet,
 ) -> None:
-    hidden, inside, both = Plugin(), Plugin(), Plugin()
+    hidden, inside, both, last = Plugin(), Plugin(), Plugin(), Plugin()
     folder = registry(kubelet) / ".folder"
+    async with Plugin().at(registry(kubelet) / "cy.sock"):
+        await kubelet.wait_for(allocatable={CY: 4})  # so it has looked through what was there at its start
     folder.mkdir()
     async with (
         hidden.at(registry(kubelet) / ".cy.sock"),
         inside.at(folder / "s"),
         both.at(folder / ".s"),
-        Plugin().at(registry(kubelet) / "cy.sock"),
+        last.at(registry(kubelet) / "last.sock"),
     ):
-        await kubelet.wait_for(allocatable={CY: 4})
+        await until(lambda: last.asked)
         assert (hidden.asked, inside.asked, both.asked) == (0, 0, 0)
         await kubelet.restart()
         await until(lambda: inside.asked)

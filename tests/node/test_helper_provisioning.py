@@ -103,7 +103,7 @@ def test_one_that_blocks_all_the_same_is_late_and_holds_up_its_pf_only(running: 
     assert isinstance(client.ask(running.bind(VF, 1)), Bound)
     kernel.hang("qat/state", PF)
     client.send(services(2))
-    wait_until(lambda: running.story()[-1:] == [("asked", "", PF)])
+    wait_until(kernel.hanging)  # it has looked, and is about to write
     with kernel.open_vfio(VF):
         kernel.release("qat/state", PF)
         wait_until(lambda: kernel.driver(VF) is None)  # half taken away: the link goes first

@@ -1,10 +1,12 @@
 """The main job, end to end: the real helper and server processes on a simulated node, as the kubelet sees them."""
 
+import asyncio
 import errno
 import hashlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 
@@ -12,8 +14,8 @@ import pytest
 
 from qat_server.simulation.kubelet import AdmissionError
 from qat_server.simulation.node import LoneVf, Node, OtherDevice, Pf, demo_node
-from qat_server.simulation.running_node import RunningNode, running_node
-from qat_server.status import Status
+from qat_server.simulation.running_node import RunningNode, command, running_node
+from qat_server.status import Status, decode
 from waiting import until
 
 CY, DC, GENERIC = "qat.intel.com/cy", "qat.intel.com/dc", "qat.intel.com/generic"
@@ -138,7 +140,20 @@ async def test_a_vf_that_vanishes_becomes_unhealthy_and_the_others_stay() -> Non
 async def test_a_new_pf_is_served_without_a_restart() -> None:
     async with running_node(ONE_PF) as node:
         await start(node, {CY: 4})
+        node.kernel.add_pf(Pf(address="0000:6b:01.0", services="dc", total_vfs=2))
+        await node.until("the new resource", lambda: node.kubelet.allocatable() == {CY: 4, DC: 2})
+
+
+async def test_a_pf_behind_a_new_host_bridge_is_served_once_the_helper_has_started_again() -> None:
+    async with running_node(ONE_PF) as node:
+        await start(node, {CY: 4})
         node.kernel.add_pf(Pf(address="0000:70:00.0", services="dc", total_vfs=2))
+        await node.until_status(
+            "what keeps them from being bound is said",
+            lambda status: sum("start the helper again" in vf.reason for vf in status.vfs) == 2,
+        )
+        assert await node.stop_helper() == 0
+        node.start_helper()
         await node.until("the new resource", lambda: node.kubelet.allocatable() == {CY: 4, DC: 2})
 
 
@@ -263,3 +278,18 @@ async def test_nothing_is_left_behind() -> None:
         assert await node.stop_helper() == 0
         assert not node.helper_socket.exists()
         assert node.kernel.defects == []
+
+
+async def test_status_is_told_on_a_local_socket_without_any_address() -> None:
+    async with running_node(ONE_PF) as node:
+        await start(node, {CY: 4})
+        asked = [*command("qat-plugin"), "status", f"--kubelet-dir={node.kubelet_directory}"]
+        told = await asyncio.to_thread(subprocess.run, [*asked, "--json"], capture_output=True, check=True)
+        status = decode(told.stdout)
+        assert (status.ready, len(status.vfs)) == (True, 4)
+        screen = await asyncio.to_thread(subprocess.run, asked, capture_output=True, text=True, check=True)
+        assert "qat-plugin" in screen.stdout.splitlines()[0]
+        await node.stop_server()
+        refused = await asyncio.to_thread(subprocess.run, asked, capture_output=True, text=True, check=False)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert "no server to ask" in refused.stderr

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qat_helper.audit import AuditError, AuditLog, Entry, printable
+from qat_helper.verify import items, verify
 from qat_shared.messages import AuditHead
 
 FIRST = "0" * 64
@@ -117,6 +118,28 @@ def test_a_line_that_lacks_its_newline_only_is_no_line(tmp_path: Path) -> None:
     log.close()
     valid = [json.loads(line)["sequence"] for line in path.read_bytes().splitlines() if not line.endswith(b"#torn")]
     assert valid == [1, 2]
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["goes on", "is started again"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_writes_may_fail_at_any_byte_one_after_another(tmp_path: Path, before: int, restart: bool) -> None:
+    for first in (1, 7, 50):
+        for second in range(20):
+            path = tmp_path / f"{first}.{second}"
+            log = AuditLog(path)
+            for _ in range(before):
+                log.append(entry())
+            for room in (first, second):
+                with file_size_limit(path.stat().st_size + room), pytest.raises(AuditError):
+                    log.append(entry())
+            if restart:
+                log.close()
+                log = AuditLog(path)
+            for _ in range(2):
+                log.append(entry())
+            log.close()
+            verdict = verify(items({"log": path.read_bytes()}))
+            assert (verdict.faults, verdict.lines) == ((), before + 2)
 
 
 @pytest.mark.parametrize("how", ["deleted", "moved"])

@@ -110,8 +110,29 @@ async def test_answers_in_another_order_find_their_callers() -> None:
             helper.peer.send(encode(Bound(id=by_kind["BindDriver"], audit=HEAD, driver="vfio-pci", changed=True)))
             assert (await second).alive is False
             assert (await first).driver == "vfio-pci"
-    assert client.audit == HEAD
+    assert client.audit.head == HEAD
     assert client._counters.helper_requests == {("Hello", "ok"): 1, ("BindDriver", "ok"): 1, ("ReadHeartbeat", "ok"): 1}
+
+
+async def test_each_answer_brings_a_head_that_must_follow_the_one_before(caplog: pytest.LogCaptureFixture) -> None:
+    heads = [AuditHead(sequence=9, hash="cd" * 32), AuditHead(sequence=8, hash="ef" * 32)]
+
+    def answer(request: AnyRequest) -> tuple[AnyReply, list[int]]:
+        return Heartbeat(id=request.id, audit=heads.pop(0), alive=True), []
+
+    async with connected(answer) as (client, helper):
+        await client.heartbeat(VF)
+        assert client._counters.audit_breaks == 0
+        await client.heartbeat(VF)
+        assert client._counters.audit_breaks == 1
+        assert helper.peer is not None
+        helper.peer.shutdown(socket.SHUT_RDWR)
+        async with asyncio.timeout(5):  # a helper that comes back brings one with its welcome
+            await until(lambda: client._counters.audit_breaks == 2)
+    assert client.audit.head == HEAD
+    assert "went back to line 7 (abababababab) after line 8 (efefefefefef)" in client.audit.broken
+    said = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.message for record in said] == ["audit log does not continue"] * 2
 
 
 async def test_a_failure_is_raised_with_its_facts() -> None:

@@ -1,14 +1,16 @@
 """The helper's rules: who may ask for what, of which device, and what a policy file can and cannot change."""
 
 import os
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qat_helper.errors import OperationError
 from qat_helper.operations import NAMES, OPERATIONS
-from qat_helper.policy import Policy, PolicyError, check_own_driver, narrow
+from qat_helper.policy import Policy, PolicyError, Rate, check_own_driver, narrow
 from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VIRTUAL
 from qat_shared.messages import (
     AnyRequest,
@@ -80,6 +82,48 @@ def test_which_devices_may_be_read(tmp_path: Path, number: int, rule: str) -> No
         assert rule_of(lambda: BUILTIN.check_physical(device)) == rule
 
 
+def test_only_the_ids_that_are_named_may_be_used(tmp_path: Path) -> None:
+    policy = Policy(uids=frozenset(), operations=NAMES, device_ids=frozenset({(0x8086, 0x4941), (0x8086, 0x4942)}))
+    tree = SysfsTree(tmp_path / "sys")
+    found = {}
+    for function, number in enumerate((0x4941, 0x4943, 0x4942, 0x4940, 0x1572)):
+        tree.device(f"6b:00.{function}", number)
+        with open_device(tree.root, address(f"6b:00.{function}")) as device:
+            found[number] = (
+                rule_of(partial(policy.check_virtual, device)),
+                rule_of(partial(policy.check_physical, device)),
+            )
+    assert found == {
+        0x4941: ("", "physical-functions-only"),
+        0x4943: ("device_ids", "device_ids"),
+        0x4942: ("virtual-functions-only", ""),
+        0x4940: ("device_ids", "device_ids"),
+        0x1572: ("device-table", "device-table"),
+    }
+
+
+def test_extra_physical_ids_may_be_provisioned_but_not_bound(tmp_path: Path) -> None:
+    policy = Policy(uids=frozenset(), operations=NAMES, extra_physical_ids=frozenset({(0x8086, 0x10C9)}))
+    tree = SysfsTree(tmp_path / "sys")
+    tree.device("6b:00.1", 0x10C9)
+    with open_device(tree.root, VF) as device:
+        assert policy.check_physical(device) == ""
+        assert rule_of(lambda: policy.check_virtual(device)) == "device-table"
+
+
+def test_a_pf_may_be_given_so_many_vfs() -> None:
+    policy = Policy(uids=frozenset(), operations=NAMES, max_vfs=4)
+    assert [rule_of(partial(policy.check_vf_count, VF, count)) for count in (0, 4, 5, 16)] == [
+        "",
+        "",
+        "max_vfs",
+        "max_vfs",
+    ]
+    assert rule_of(lambda: BUILTIN.check_vf_count(VF, 256)) == ""
+    with pytest.raises(OperationError, match=r"0000:6b:00\.1 would have 16 VFs, .* policy file allows 4 \(max_vfs\)"):
+        policy.check_vf_count(VF, 16)
+
+
 def test_extra_ids_may_be_bound_but_not_read(tmp_path: Path) -> None:
     policy = Policy(uids=frozenset(), operations=NAMES, extra_virtual_ids=frozenset({(0x8086, 0x10CA)}))
     tree = SysfsTree(tmp_path / "sys")
@@ -133,11 +177,20 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
         addresses = ["0000:6b:00.1", "10000:e1:00.1"]
         drivers = ["igb_uio"]
         directories = ["plugins-registry"]
+        device_ids = ["8086:4941"]
+        max_vfs = 8
         extra_virtual_ids = ["8086:10ca", "1af4:1041"]
+        extra_physical_ids = ["8086:10c9"]
+        [rates]
+        all = { burst = 100, per_second = 2 }
+        BindDriver = { burst = 10, per_second = 0.5 }
     """
     policy = narrow(BUILTIN, policy_file(tmp_path, text), os.geteuid())
     assert policy.uids == {65532, 1000}
     assert policy.extra_virtual_ids == {(0x8086, 0x10CA), (0x1AF4, 0x1041)}
+    assert policy.extra_physical_ids == {(0x8086, 0x10C9)}
+    assert (policy.device_ids, policy.max_vfs) == (frozenset({(0x8086, 0x4941)}), 8)
+    assert policy.rates == {"all": Rate(burst=100, per_second=2), "BindDriver": Rate(burst=10, per_second=0.5)}
     assert rule_of(lambda: policy.check_operation("BindDriver")) == ""
     assert rule_of(lambda: policy.check_operation("ReadHeartbeat")) == "operations"
 
@@ -169,7 +222,20 @@ UNUSABLE = {
     "Hello cannot be forbidden": ('operations = ["Hello"]', "Hello is no operation"),
     "no address": ('addresses = ["6b:00.1"]', "addresses"),
     "no id": ('extra_virtual_ids = ["8086"]', "extra_virtual_ids"),
-    "a PF's id": ('extra_virtual_ids = ["8086:4940"]', "a PF is never bound"),
+    "a PF's id": ('extra_virtual_ids = ["8086:4940"]', "8086:4940 is a QAT device - at `$.extra_virtual_ids`"),
+    "a VF's id": ('extra_physical_ids = ["8086:4941"]', "8086:4941 is a QAT device - at `$.extra_physical_ids`"),
+    "an id that is not QAT's": ('device_ids = ["8086:10ca"]', "8086:10ca is no QAT device - at `$.device_ids`"),
+    "a negative number of VFs": ("max_vfs = -1", "max_vfs"),
+    "a limit of no operation": (
+        "rates.Reboot = { burst = 1, per_second = 1 }",
+        "Reboot is no operation - at `$.rates`",
+    ),
+    "a limit of Hello": ("rates.Hello = { burst = 1, per_second = 1 }", "Hello is no operation"),
+    "half a limit": ("rates.BindDriver = { burst = 1 }", "per_second"),
+    "a limit that lets nothing pass": ("rates.BindDriver = { burst = 0, per_second = 1 }", "burst"),
+    "a limit that never recovers": ("rates.BindDriver = { burst = 1, per_second = 0 }", "per_second"),
+    "no number": ("rates.BindDriver = { burst = 1, per_second = nan }", "per_second"),
+    "no bound": ("rates.BindDriver = { burst = 1, per_second = inf }", "per_second"),
     "too long": ("#" * 70_000, "longer than"),
     "deeply nested": ("x = " + "[" * 20_000, "policy.toml"),
 }
@@ -177,7 +243,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize(("text", "said"), UNUSABLE.values(), ids=UNUSABLE)
 def test_an_unusable_file_is_refused_with_a_sentence(tmp_path: Path, text: str | bytes, said: str) -> None:
-    with pytest.raises(PolicyError, match=said):
+    with pytest.raises(PolicyError, match=re.escape(said)):
         narrow(BUILTIN, policy_file(tmp_path, text), os.geteuid())
 
 
@@ -185,12 +251,27 @@ def test_a_file_that_others_could_have_written_is_refused(tmp_path: Path) -> Non
     path = policy_file(tmp_path, "")
     for mode in (0o664, 0o646):
         path.chmod(mode)
-        with pytest.raises(PolicyError, match="can be written by others"):
+        with pytest.raises(PolicyError, match=f"the policy file {path} can be written by others"):
             narrow(BUILTIN, path, os.geteuid())
     path.chmod(0o644)
+    link = tmp_path / "elsewhere" / "link.toml"
+    link.parent.mkdir(mode=0o777)
+    link.parent.chmod(0o777)  # as a ConfigMap's mount: what counts is where the file itself is
+    link.symlink_to(path)
+    assert narrow(BUILTIN, link, os.geteuid()) == BUILTIN
+    for mode in (0o775, 0o757, 0o1777):
+        tmp_path.chmod(mode)
+        for name in (path, link):
+            with pytest.raises(PolicyError, match=f"{tmp_path}, where {name} is, can be written by others"):
+                narrow(BUILTIN, name, os.geteuid())
+    tmp_path.chmod(0o755)
     if os.geteuid() == 0:
         os.chown(path, 1234, -1)
         with pytest.raises(PolicyError, match="belongs to uid 1234"):
+            narrow(BUILTIN, path, 0)
+        os.chown(path, 0, -1)
+        os.chown(tmp_path, 1234, -1)
+        with pytest.raises(PolicyError, match=f"{tmp_path}, where {path} is, belongs to uid 1234"):
             narrow(BUILTIN, path, 0)
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from emulated import PF, VF, VF2, Writes, attribute, emulated, read
@@ -218,6 +219,19 @@ def test_vfs_are_enabled_without_the_kernels_driver_and_removed(bench: Bench) ->
 def test_the_number_of_vfs_is_within_what_the_device_can_have(bench: Bench) -> None:
     failed(bench.vfs(3), ErrorCode.DENIED, rule="vf-count")
     assert bench.writes.seen == []
+
+
+@pytest.mark.parametrize(("most", "denied"), [(0, True), (1, True), (2, False)])
+def test_a_policy_bounds_the_vfs_that_there_would_be_not_those_asked_for(bench: Bench, most: int, denied: bool) -> None:
+    assert changed(bench.vfs(0)) == ("2", "0")
+    bench.node = msgspec.structs.replace(bench.node, policy=msgspec.structs.replace(bench.node.policy, max_vfs=most))
+    bench.writes.seen.clear()
+    if denied:
+        failed(bench.vfs(1), ErrorCode.DENIED, rule="max_vfs")
+        assert bench.writes.seen == []
+    else:
+        assert changed(bench.vfs(1)) == ("0", "2")
+    assert changed(bench.vfs(0))[1] == "0", "to remove them is always allowed"
 
 
 def test_vfs_without_an_iommu() -> None:

@@ -34,6 +34,7 @@ def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     monkeypatch.setitem(sys.modules, "qat_server.plugin", plugin)
     monkeypatch.setattr("qat_server.plugin", plugin, raising=False)
     monkeypatch.setattr("qat_server.logs.configure", lambda settings: None)
+    monkeypatch.setattr("os.geteuid", lambda: 65532)
     (tmp_path / "bus/pci/devices").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return got
@@ -58,7 +59,7 @@ def test_server_runs_without_a_command(
 
 REFUSED = {
     "unknown flag": (["-dpdk-drivr=x"], "unknown flag -dpdk-drivr: did you mean -dpdk-driver?"),
-    "unknown command": (["serve"], "unknown command 'serve'; there are config, demo, provision, status"),
+    "unknown command": (["serve"], "unknown command 'serve'; there are config, demo, doctor, provision, status"),
     "server's flag before a command": (["-v=3", "demo"], "-v is the server's: it has no meaning before 'demo'"),
     "boolean's value after a space": (["-logtostderr", "false"], "takes its value after =, as in -logtostderr=false"),
     "bad setting": (["-max-num-devices", "0"], "--max-num-devices: 0 is too small, the least is 1"),
@@ -68,13 +69,15 @@ REFUSED = {
     "too many arguments": (["demo", "now"], "unexpected extra argument"),
     "demo's policy": (["demo", "-policy", "random"], "--policy: unknown policy 'random'; known are balanced, packed"),
     "demo's node": (["demo", "--node=/nonexistent.json"], "--node: there is no file '/nonexistent.json'"),
-    "status of nowhere": (["status"], "--metrics-address: say where the server serves its status"),
     "status of a bad address": (["status", "-metrics-address", "x"], "--metrics-address: 'x' is not an address"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "phrase"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_with_one_sentence(arguments: list[str], phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_with_one_sentence(
+    arguments: list[str], phrase: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 65532)
     assert main.run(arguments, {}) == 2
 
     output = capsys.readouterr()
@@ -94,6 +97,17 @@ def test_log_file_that_cannot_be_written(
 
     assert main.run(["-sysfs-root=."], {}) == 2
     assert capsys.readouterr().err == "qat-plugin: the log file /var/log/x.log cannot be written: Permission denied\n"
+
+
+def test_root_is_refused_unless_it_is_meant(
+    served: list[Settings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert main.run(["-sysfs-root=."], {}) == 2
+    assert "--allow-root" in capsys.readouterr().err
+    assert served == []
+    assert main.run(["-sysfs-root=.", "-allow-root"], {}) == 0
+    assert len(served) == 1
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,12 +178,8 @@ def test_status(status_server: tuple[str, list[bytes]], capsys: pytest.CaptureFi
     assert f"qat-plugin {VERSION}: ready" in capsys.readouterr().out
 
 
-def test_status_as_json_by_environment(
-    status_server: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
-) -> None:
-    monkeypatch.setenv("QAT_PLUGIN_METRICS_ADDRESS", status_server[0])
-
-    assert main.run(["status", "-json"], {}) == 0
+def test_status_as_json(status_server: tuple[str, list[bytes]], capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert main.run(["status", "-metrics-address", status_server[0], "-json"], {}) == 0
     assert json.loads(capsysbinary.readouterr().out)["version"] == VERSION
 
 

@@ -36,6 +36,7 @@ def counted() -> Counters:
     counters.preferred_allocation("cy")
     counters.resync()
     counters.rescan(0.001)
+    counters.audit_break()
     return counters
 
 
@@ -71,6 +72,7 @@ EXPECTED = {
     "qat_plugin_registrations_total{resource=cy}": 2,
     "qat_plugin_helper_up": 1,
     "qat_plugin_audit_head_sequence": 17,
+    "qat_plugin_audit_breaks_total": 1,
     "qat_plugin_uevents_total": 9,
     "qat_plugin_uevent_overruns_total": 1,
     "qat_plugin_helper_requests_total{operation=BindDriver,outcome=ok}": 1,

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from qat_server.inventory import Device, Holder, Listing
-from qat_server.pod_resources import PodResourcesError
+from qat_server.pod_resources import NobodyToAskError, PodResourcesError
 from qat_server.usage import Holders, Usage
 from qat_shared.pci import PciAddress
 from waiting import until
@@ -136,8 +136,31 @@ async def test_who_asks_is_told_even_if_nothing_has_changed() -> None:
     task = asyncio.create_task(usage.run())
     try:
         await until(lambda: told == 1)
-        usage.ask()
+        usage.ask(tell=True)
         await until(lambda: told == 2)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_without_a_helper_the_kubelet_was_not_asked() -> None:
+    kubelet = Kubelet()
+    kubelet.holders = NobodyToAskError("the helper is not there")
+    changes = 0
+
+    def changed() -> None:
+        nonlocal changes
+        changes += 1
+
+    usage = Usage(kubelet.query, changed, 3600)
+    task = asyncio.create_task(usage.run())
+    await until(lambda: changes)
+    assert (usage.attempted, usage.asked, changes) == (True, False, 1)
+    usage.ask()
+    await until(lambda: kubelet.asked == 2)
+    kubelet.holders = PodResourcesError("the kubelet has no such service")
+    usage.ask()
+    await until(lambda: usage.asked)
+    assert (kubelet.asked, changes) == (3, 2), "what has not changed is not told again"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -26,8 +26,11 @@ from qat_server.simulation import launch
 log = logging.getLogger(__name__)
 
 WRITE_LIMIT: Final = 4096  # sysfs takes one page of a write; the rest is the writer's to write again
-Handler = Callable[[str, bytes], "int | Future[int]"]
-"""Given a path and what is written to it: the number of bytes written, or a negative errno; or such a number later."""
+Handler = Callable[[str, bytes], "int | Future[int] | None"]
+"""Given a path and what is written to it: the number of bytes written, or a negative errno; or such a number later.
+
+None lets the write happen as it is.
+"""
 
 _NOTIF_RECV: Final = 0xC0502100
 _NOTIF_SEND: Final = 0xC0182101

@@ -12,7 +12,7 @@ import logging
 import os
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
@@ -75,8 +75,10 @@ class Kernel:
         directory = Path(os.path.realpath(directory))
         self.sysfs_root = directory / "sys"
         self.uevents_path = directory / "uevents.sock"
+        self.roots = (self.sysfs_root, directory / ".kernel")
+        """Where writes are this kernel's to answer: what is in the tree, or was."""
         self.defects: list[str] = []
-        self._tree = Tree(self.sysfs_root, directory / ".kernel")
+        self._tree = Tree(*self.roots)
         self._uevents = Broadcaster(self.uevents_path)
         self._bus = bus = Bus(self._tree, self._uevents, node)
         self._faults = Faults(bus)
@@ -114,7 +116,8 @@ class Kernel:
                     self._tree.restore(f"{device.path}/{store.attribute}", attribute.show(device), attribute.mode)
         return len(data)
 
-    def _intercepted(self, path: str, data: bytes) -> "int | Future[int]":
+    def intercepted(self, path: str, data: bytes) -> "int | Future[int]":
+        """Answer a write of a process to a file beneath the sysfs root, as a handler of interception.py does."""
         relative = os.path.relpath(path, self.sysfs_root)
         if relative.startswith(".."):  # a file of a device that was removed while the writer had it open
             return -errno.ENODEV
@@ -138,13 +141,18 @@ class Kernel:
         future.set_result(result)
         self._writers.discard(threading.current_thread())
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """While the block runs, this kernel changes nothing in its tree: for those who do so themselves."""
+        with self._bus.monitor:
+            yield
+
     def spawn(self, argv: Sequence[str], **popen: Any) -> "subprocess.Popen[Any]":
         """Start a program whose writes beneath the sysfs root come to this kernel; further arguments are Popen's.
 
         Raises OSError when it cannot be started, InterceptionError where the system cannot intercept.
         """
-        roots = (self.sysfs_root, self._tree.aside)
-        process, supervisor = interception.spawn(argv, roots, self._intercepted, **popen)
+        process, supervisor = interception.spawn(argv, self.roots, self.intercepted, **popen)
         self._processes = [known for known in self._processes if known[0].returncode is None or not known[1].ended]
         self._processes.append((process, supervisor))
         return process

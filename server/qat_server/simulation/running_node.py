@@ -96,6 +96,7 @@ class Processes:
             f"--server-gid={self.server_gid}",
             f"--audit-log={self.audit_log}",
             *self.helper_options,
+            "--traceable",  # the emulated kernel reads what it writes
         ]
 
     def server_command(self) -> list[str]:
@@ -107,6 +108,7 @@ class Processes:
             f"--helper-socket={self.helper_socket}",
             f"--uevents=unix:{self.kernel.uevents_path}",
             f"--metrics-address=127.0.0.1:{self.metrics_port}",
+            *(("--allow-root",) if self.server_uid == 0 else ()),
             *self._server_options,
         ]
 

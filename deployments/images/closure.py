@@ -1,0 +1,93 @@
+"""Copies files, and whatever shared libraries they need, into another root: what an image without a distribution holds.
+
+    closure.py ROOT FILE...
+
+Runs in a build stage on Debian or Ubuntu. Each file comes to the place it has here, with the links that lead to it; its
+libraries are found by the loader itself (ldd); the copyright notes of all packages that files came from come along, as
+their licences ask. Prints nothing.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+_LIBRARY = re.compile(r"(?:=> )?(/[^\s:]+)(?: \(0x[0-9a-f]+\))")
+
+
+def libraries(file: Path) -> set[Path]:
+    """The shared libraries that the loader would load for a file, its own (the interpreter) among them."""
+    done = subprocess.run(["ldd", file], capture_output=True, text=True, check=False)
+    if missing := re.findall(r"(\S+) => not found", done.stdout):
+        raise SystemExit(f"{file} needs {', '.join(missing)}, which is not installed")
+    return {Path(path) for path in _LIBRARY.findall(done.stdout)}
+
+
+def is_elf(file: Path) -> bool:
+    """Whether it is a program or a library."""
+    with file.open("rb") as opened:
+        return opened.read(4) == b"\x7fELF"
+
+
+def copy(file: Path, root: Path) -> Path:
+    """Copy a file to its place beneath `root`, each link on the way as a link; the file's real path."""
+    current = Path("/")
+    rest = list(file.parts[1:])
+    links = 0
+    while rest:
+        step = current / rest.pop(0)
+        if step.is_symlink():
+            links += 1
+            if links > 40:
+                raise SystemExit(f"{file}: a loop of links")
+            copied = root / step.relative_to("/")
+            if not copied.is_symlink():
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                copied.symlink_to(os.readlink(step))
+            target = Path(os.path.normpath(step.parent / os.readlink(step)))
+            current, rest = Path("/"), [*target.parts[1:], *rest]
+        elif step.is_dir():
+            (root / step.relative_to("/")).mkdir(exist_ok=True)
+            current = step
+        else:
+            destination = root / step.relative_to("/")
+            if not destination.exists():
+                shutil.copy2(step, destination)
+            current = step
+    return current
+
+
+def packages(files: Iterable[Path]) -> dict[str, str]:
+    """The Debian packages that own files, with their versions; files of no package are left out."""
+    # dpkg knows a path as it was before /usr was merged, or after.
+    asked = sorted({path for file in files for path in (str(file), str(file).removeprefix("/usr"))})
+    names: set[str] = set()
+    for at in range(0, len(asked), 1000):
+        done = subprocess.run(["dpkg", "-S", *asked[at : at + 1000]], capture_output=True, text=True, check=False)
+        names |= {line.partition(":")[0] for line in done.stdout.splitlines() if "," not in line.partition(":")[0]}
+    versions = {}
+    for name in sorted(names):
+        query = ["dpkg-query", "-W", "-f", "${Version}\n", name]
+        versions[name] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return versions
+
+
+def close(root: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Copy files and their libraries; the packages that they came from."""
+    real = {copy(file, root) for file in files}
+    for file in sorted(real):
+        if is_elf(file):
+            real |= {copy(library, root) for library in libraries(file)}
+    found = packages(sorted(real))
+    for name in found:
+        note = Path("/usr/share/doc", name, "copyright")
+        if note.exists():
+            copy(note, root)
+    return found
+
+
+if __name__ == "__main__":
+    close(Path(sys.argv[1]), map(Path, sys.argv[2:]))

@@ -1,0 +1,105 @@
+"""What a policy allows, in plain words. Pure. The serving helper never imports this."""
+
+from collections.abc import Iterable, Iterator
+
+from qat_helper.operations import NAMES, OPERATIONS
+from qat_helper.policy import ALL, BUILTIN_RATES, Id, Policy, Rate
+from qat_shared.devices import PHYSICAL
+from qat_shared.messages import DpdkDriver, SocketDirectory
+
+_WITHOUT = {
+    "PrepareSocketDirectory": "the server cannot serve, unless somebody has made its directory",
+    "OpenKubeletSocket": "the server cannot register by the kubelet's socket, nor see which pods hold what",
+    "BindDriver": "the server serves only VFs that somebody else has bound",
+    "ReadHeartbeat": "the server does not notice a PF whose firmware hangs",
+    "ReadDeviceConfig": "a VF whose PF shows no services in sysfs is served as generic",
+}
+
+
+def explain(policy: Policy) -> str:
+    """`policy`: narrowed from one without uids, so that its `uids` are those of the file."""
+    return "".join(f"{line}\n" for line in _lines(policy))
+
+
+def _lines(policy: Policy) -> Iterator[str]:
+    yield "Who may ask: the uid of --server-uid" + _list(", and uid ", sorted(policy.uids)) + "."
+    yield "It may ask for:"
+    allowed = [row for row in OPERATIONS.values() if row.name in policy.operations]
+    for row in allowed:
+        limit = policy.rates.get(row.name)
+        yield f"  {row.name}: {_purpose(row.request)}" + (f" At most {_rate(limit)}." if limit else "")
+    if not allowed:
+        yield "  nothing"
+    if any(row.audited for row in allowed):
+        yield f"  Those that are audited, all together: at most {_rate(policy.rates.get(ALL, BUILTIN_RATES[ALL]))}."
+    if policy.operations != NAMES:
+        yield "It is denied (rule operations):"
+        for name in sorted(NAMES - policy.operations):
+            yield f"  {name}" + (f": {_WITHOUT[name]}" if name in _WITHOUT else "")
+    yield "Of which devices:"
+    yield "  " + (
+        "those of every address"
+        if policy.addresses is None
+        else f"only those at {_list('', sorted(policy.addresses)) or 'no address at all'} (rule addresses)"
+    )
+    yield "  " + (
+        "with every id of QAT"
+        if policy.device_ids is None
+        else f"only with an id of {_ids(policy.device_ids) or 'none'} (rule device_ids)"
+    )
+    yield from _limits(policy)
+    yield from _wider(policy)
+
+
+def _limits(policy: Policy) -> Iterator[str]:
+    yield f"Drivers that a VF may be bound to: {_list('', sorted(policy.drivers)) or 'none'}" + _rule(
+        "drivers", narrowed=policy.drivers != frozenset(DpdkDriver)
+    )
+    yield (
+        f"Kubelet directories in which the server may serve: {_list('', sorted(policy.directories)) or 'none'}"
+        + _rule("directories", narrowed=policy.directories != frozenset(SocketDirectory))
+    )
+    yield (
+        "VFs that one PF may be given: "
+        + (
+            "as many as it has"
+            if policy.max_vfs is None
+            else f"at most {policy.max_vfs}; QAT drivers enable all that a PF has, so one with more gets none"
+        )
+        + _rule("max_vfs", narrowed=policy.max_vfs is not None)
+    )
+
+
+def _wider(policy: Policy) -> Iterator[str]:
+    wider = "WIDER than without the file:"
+    if policy.uids:
+        yield f"{wider} uid {_list('', sorted(policy.uids))} may ask for all of this too."
+    if policy.extra_virtual_ids:
+        yield f"{wider} devices {_ids(policy.extra_virtual_ids)} may be bound. They are not QAT."
+    if policy.extra_physical_ids:
+        yield f"{wider} devices {_ids(policy.extra_physical_ids)} may be provisioned. They are not QAT."
+
+
+def _purpose(request: type) -> str:
+    """The first paragraph of the request's docstring, without what the answer is called."""
+    text = " ".join((request.__doc__ or "").split("\n\n")[0].split())
+    return text.partition(" Answer:")[0]
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.burst} at once, then {rate.per_second:g} a second"
+
+
+def _rule(name: str, *, narrowed: bool) -> str:
+    return f" (rule {name})." if narrowed else "."
+
+
+def _list(before: str, values: Iterable[object]) -> str:
+    text = ", ".join(map(str, values))
+    return before + text if text else ""
+
+
+def _ids(ids: Iterable[Id]) -> str:
+    return _list(
+        "", (f"{vendor:04x}:{device:04x}" + (" (a PF)" if device in PHYSICAL else "") for vendor, device in sorted(ids))
+    )

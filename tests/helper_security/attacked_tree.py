@@ -1,0 +1,152 @@
+"""A helper on a tree that an attacker changes, and a list of what he may put in whose place.
+
+Beside the emulated kernel's tree there is a copy of it, and there are another device and another directory of the
+device's name: nothing may ever be written there. Every write(2) of the helper is seen (writes.py).
+"""
+
+import ctypes
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from emulated import PF, VF, emulated
+from helper_process import COMMAND, Client, wait_until
+from helper_security.chain import interrupted, verified
+from helper_security.writes import Write, Writes
+from qat_server.simulation.kernel import Kernel
+from qat_server.simulation.node import Node, OtherDevice, Pf
+from qat_shared.messages import AnyReply, BindDriver, DpdkDriver, ReleaseDriver
+from qat_shared.pci import PciAddress
+
+ADDRESS = PciAddress.parse(VF)
+NIC = "0000:00:07.0"
+NODE = Node(
+    pfs=(Pf(address=PF, device="4940", services="dc", total_vfs=2),),
+    others=(OtherDevice(address=NIC, vendor="8086", device="1572", driver="vfio-pci"),),
+)
+DEVICE = f"devices/pci0000:6b/{VF}"
+DRIVERS = "bus/pci/drivers"
+# What is replaced by a link, and what that leads to: None stands for the same place in a copy of the whole tree.
+SWAPS: dict[str, tuple[str, str | None]] = {
+    "the device's link to a copy of it elsewhere": (f"bus/pci/devices/{VF}", None),
+    "the device's link to another device": (f"bus/pci/devices/{VF}", f"../../../devices/pci0000:00/{NIC}"),
+    "the device's link to another with its name": (f"bus/pci/devices/{VF}", f"../../../devices/pci0000:00/{VF}"),
+    "the device's directory": (DEVICE, None),
+    "its root bus": ("devices/pci0000:6b", None),
+    "its override": (f"{DEVICE}/driver_override", None),
+    "its override to another device's": (f"{DEVICE}/driver_override", f"../../pci0000:00/{NIC}/driver_override"),
+    "its driver to a stranger": (f"{DEVICE}/driver", f"../../../{DRIVERS}/nvme"),
+    "its driver to the one wanted": (f"{DEVICE}/driver", f"../../../{DRIVERS}/./vfio-pci"),
+    "its driver to a name with a path": (f"{DEVICE}/driver", "../../../../../etc/passwd"),
+    "vfio-pci": (f"{DRIVERS}/vfio-pci", None),
+    "its kernel driver": (f"{DRIVERS}/4xxxvf", None),
+    "its kernel driver to another": (f"{DRIVERS}/4xxxvf", "vfio-pci"),
+    "unbind": (f"{DRIVERS}/4xxxvf/unbind", None),
+    "unbind to bind": (f"{DRIVERS}/4xxxvf/unbind", "bind"),
+    "drivers_probe": ("bus/pci/drivers_probe", None),
+    "drivers_probe to rescan": ("bus/pci/drivers_probe", "rescan"),
+    "all drivers": (DRIVERS, None),
+    "the bus": ("bus/pci", None),
+    "all buses": ("bus", None),
+}
+
+
+class Attacked:
+    """A helper on a tree that an attacker may change, beside a copy of it that nothing may be written to."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.root = kernel.sysfs_root
+        self.run = self.root.parent / "run"
+        self.run.mkdir()
+        self.outside = self.run / "outside"
+        shutil.copytree(self.root, self.outside, symlinks=True)
+        shutil.copytree(self.root / f"devices/pci0000:00/{NIC}", self.root / f"devices/pci0000:00/{VF}", symlinks=True)
+        self.parked = kernel.roots[1] / "parked"
+        self.audit = self.run / "audit.jsonl"
+        self.checked = 0
+        self.writes = Writes(kernel, self.run)
+        options = [
+            f"--sysfs-root={self.root}",
+            f"--kubelet-dir={self.run}",
+            f"--socket={self.run / 'h.sock'}",
+            f"--server-uid={os.geteuid()}",
+            f"--server-gid={os.getegid()}",
+            f"--audit-log={self.audit}",
+        ]
+        with (self.run / "log").open("ab") as log:
+            self.process = self.writes.spawn([COMMAND, *options], stderr=log)
+        wait_until(lambda: b"serving on" in (self.run / "log").read_bytes())
+        self.client = Client(self.run / "h.sock")
+
+    def bind(self, driver: DpdkDriver = DpdkDriver.VFIO_PCI) -> AnyReply:
+        return self.client.ask(BindDriver(id=1, address=ADDRESS, driver=driver))
+
+    def release(self) -> AnyReply:
+        return self.client.ask(ReleaseDriver(id=2, address=ADDRESS))
+
+    def swap(self, kind: str) -> None:
+        """Put the link where the real thing is, in one step, and the real thing aside."""
+        place, target = SWAPS[kind]
+        self.parked.symlink_to(target or self.outside / place)
+        exchange(self.root / place, self.parked)
+
+    def swap_back(self, kind: str) -> None:
+        """Undo it, unless the kernel has made the thing anew or taken it away meanwhile."""
+        place, target = SWAPS[kind]
+        path = self.root / place
+        if path.is_symlink() and os.readlink(path) == str(target or self.outside / place):
+            exchange(path, self.parked)
+        self.parked.unlink()
+
+    def sysfs_writes(self) -> list[Write]:
+        """Those that are neither to the audit log nor to standard error."""
+        return [write for write in self.writes.seen if write[0] not in (str(self.audit), str(self.run / "log"))]
+
+    def check(self) -> None:
+        """No write since the last look was outside the table."""
+        allowed = {
+            f"{self.root}/{DEVICE}/driver_override": {b"vfio-pci", b"igb_uio", b"\n"},
+            f"{self.root}/{DRIVERS}/4xxxvf/unbind": {VF.encode()},
+            f"{self.root}/{DRIVERS}/vfio-pci/unbind": {VF.encode()},
+            f"{self.root}/{DRIVERS}/igb_uio/unbind": {VF.encode()},
+            f"{self.root}/bus/pci/drivers_probe": {VF.encode()},
+        }
+        for path, data in self.sysfs_writes()[self.checked :]:
+            self.checked += 1
+            assert any(data in allowed.get(place, ()) for place in self.places(path)), (path, data)
+        assert self.kernel.snapshot()[PciAddress.parse(NIC)].driver == "vfio-pci", "nobody else's device"
+        assert self.process.poll() is None
+
+    def places(self, path: str) -> list[str]:
+        """Where in the tree it was: itself, or if it is aside by now, where it may have come from."""
+        aside = path.removeprefix(str(self.parked))
+        if aside != path:
+            return [f"{self.root}/{place}{aside}" for place, _ in SWAPS.values()]
+        removed = re.sub(rf"^{self.kernel.roots[1]}/[0-9]+/", f"{self.root}/{DEVICE}/", path)  # a VF that went away
+        return [removed]
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swap two names in one step (renameat2, RENAME_EXCHANGE)."""
+    if ctypes.CDLL(None, use_errno=True).renameat2(-100, bytes(one), -100, bytes(other), 2) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(one))
+
+
+@contextmanager
+def attacked() -> Iterator[Attacked]:
+    with emulated(NODE) as kernel:
+        on = Attacked(kernel)
+        try:
+            yield on
+            on.check()
+            lines = verified(on.audit)
+            assert not interrupted(lines)
+        finally:
+            on.client.close()
+            on.process.kill()
+            on.process.wait()
+            on.writes.close()

@@ -1,0 +1,37 @@
+"""The server as tests build it: once it serves, it tries what it must not be able to do, in its loop and in a thread.
+
+build_server.py DIRECTORY OPTION...      lines "forbidden: {...}" on standard error
+"""
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+from helper_security.forbidden import attempts
+from qat_server import main
+from qat_server.plugin import Plugin
+
+directory = Path(sys.argv.pop(1))
+publish = Plugin._publish
+told = False
+
+
+def tell() -> None:
+    os.write(2, f"forbidden: {json.dumps(attempts(directory, helper=False))}\n".encode())
+
+
+def publishes(plugin: Plugin, work: asyncio.TaskGroup) -> None:
+    global told  # noqa: PLW0603
+    publish(plugin, work)
+    if not told and any(endpoint.state.registered for endpoint in plugin.endpoints.values()):
+        told = True
+        tell()
+        work.create_task(asyncio.to_thread(tell))
+    elif not told:
+        plugin.changes.mark()
+
+
+Plugin._publish = publishes  # type: ignore[method-assign,assignment]
+main.main()

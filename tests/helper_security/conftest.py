@@ -1,0 +1,21 @@
+"""A running helper for those who attack it, and at the end of the run the figures of what was tried."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from helper_process import Helper, helper
+from helper_security import figures
+
+
+@pytest.fixture
+def running() -> Iterator[Helper]:
+    with helper() as running:
+        yield running
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if lines := figures.lines():
+        terminalreporter.section("tried")
+        for line in lines:
+            terminalreporter.write_line(line)

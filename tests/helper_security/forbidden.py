@@ -1,0 +1,131 @@
+"""What neither process must be able to do once it serves: tried for real, with what came of each (errno, 0 for done).
+
+The arguments are such that without a sandbox a call does no harm and its answer is not EPERM, so that EPERM is the
+sandbox's own. As a program (`forbidden.py DIRECTORY`), it tries all of it unconfined and prints the answers as JSON.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+_AF_INET, _AF_INET6, _AF_NETLINK, _AF_VSOCK = 2, 10, 16, 40
+_SIGCHLD, _FS, _VM, _SIGHAND, _THREAD, _NEWNS = 17, 0x200, 0x100, 0x800, 0x10000, 0x20000
+_MAP_PRIVATE_ANONYMOUS: Final = 0x22
+_READ_EXEC: Final = 5
+
+Arguments = tuple[int | None, ...]
+CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
+    "execve": ("execve", lambda: (None, None, None)),
+    "execveat": ("execveat", lambda: (-1, None, None, None, 0)),
+    "ptrace": ("ptrace", lambda: (16, 0, None, None)),
+    "mount": ("mount", lambda: (None, None, None, 0, None)),
+    "umount": ("umount2", lambda: (None, 0)),
+    "chroot": ("chroot", lambda: (None,)),
+    "setns": ("setns", lambda: (-1, 0)),
+    "unshare": ("unshare", lambda: (0,)),
+    "bpf": ("bpf", lambda: (7, None, 1 << 20)),
+    "keyctl": ("keyctl", lambda: (0, -2, 0)),
+    "add_key": ("add_key", lambda: (None, None, None, 0, 0)),
+    "process_vm_writev": ("process_vm_writev", lambda: (os.getpid(), None, 0, None, 0, 0)),
+    "process_vm_readv": ("process_vm_readv", lambda: (os.getpid(), None, 0, None, 0, 0)),
+    "pidfd_getfd": ("pidfd_getfd", lambda: (-1, 0, 0)),
+    "pidfd_send_signal": ("pidfd_send_signal", lambda: (-1, 0, None, 0)),
+    "kill": ("kill", lambda: (os.getpid(), 0)),
+    "socket(AF_INET)": ("socket", lambda: (_AF_INET, 1, 0)),
+    "socket(AF_INET6)": ("socket", lambda: (_AF_INET6, 2, 0)),
+    "socket(AF_NETLINK, route)": ("socket", lambda: (_AF_NETLINK, 3, 0)),
+    "clone(namespace)": ("clone", lambda: (_NEWNS | _FS | _SIGCHLD, None, None, None, None)),
+    "clone3": ("clone3", lambda: (None, 0)),
+    "memfd_create": ("memfd_create", lambda: (None, 0)),
+    "userfaultfd": ("userfaultfd", lambda: (0x1001,)),
+    "perf_event_open": ("perf_event_open", lambda: (None, 0, 0, 0, 1 << 30)),
+    "personality": ("personality", lambda: (0xFFFFFFFF,)),
+    "shmget": ("shmget", lambda: (0, 0, 0)),
+    "mq_open": ("mq_open", lambda: (None, 0, 0, None)),
+    "setuid": ("setuid", lambda: (os.getuid(),)),
+    "prctl(PR_SET_DUMPABLE)": ("prctl", lambda: (4, 1, 0, 0, 0)),
+    "prctl(PR_GET_SECUREBITS)": ("prctl", lambda: (27, 0, 0, 0, 0)),
+    "setrlimit": ("prlimit64", lambda: (0, 4, -1, None)),
+    "landlock_create_ruleset": ("landlock_create_ruleset", lambda: (None, 0, 1)),
+    "seccomp": ("seccomp", lambda: (2, 0, None)),
+}
+"""Refused in both processes. By what is tried: the system call's name, and its arguments."""
+HELPER_CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
+    "socket(AF_NETLINK, uevents)": ("socket", lambda: (_AF_NETLINK, 2, 15)),
+    "clone(thread)": ("clone", lambda: (_VM | _THREAD, None, None, None, None)),
+    "mmap(PROT_EXEC)": ("mmap", lambda: (None, 4096, _READ_EXEC, _MAP_PRIVATE_ANONYMOUS, -1, 0)),
+    "mprotect(PROT_EXEC)": ("mprotect", lambda: (None, 0, _READ_EXEC)),
+    "bind": ("bind", lambda: (-1, None, 0)),
+    "listen": ("listen", lambda: (-1, 0)),
+}
+SERVER_CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
+    "clone(process)": ("clone", lambda: (_SIGHAND | _SIGCHLD, None, None, None, None)),
+    "wait4": ("wait4", lambda: (-1, None, 1, None)),
+}
+
+
+def attempts(directory: Path, *, helper: bool) -> dict[str, int]:
+    """Try all; `directory` has a file `there` and is beneath nothing that the process may use. By name, the errno."""
+    results = {}
+    for name, (call, arguments) in (CALLS | (HELPER_CALLS if helper else SERVER_CALLS)).items():
+        number = _NUMBERS[call]
+        if number >= 0:  # this architecture has it
+            results[name] = _answer(lambda number=number, arguments=arguments: _syscall(number, *arguments()))  # type: ignore[misc]
+    there, new = directory / "there", directory / "new"
+    for name, path, flags in (
+        ("read /etc/shadow", Path("/etc/shadow"), os.O_RDONLY),
+        ("read /etc/passwd", Path("/etc/passwd"), os.O_RDONLY),
+        ("read a file outside", there, os.O_RDONLY),
+        ("write a file outside", there, os.O_WRONLY),
+        ("append to a file outside", there, os.O_WRONLY | os.O_APPEND),
+        ("create a file outside", new, os.O_WRONLY | os.O_CREAT),
+    ):
+        results[name] = _answer(lambda path=path, flags=flags: os.close(os.open(path, flags, 0o600)))  # type: ignore[misc]
+    results["make a directory outside"] = _answer(lambda: os.mkdir(new.with_name("folder")))
+    results["list a directory outside"] = _answer(lambda: os.listdir(directory))
+    results["make a link outside"] = _answer(lambda: os.symlink("there", new.with_name("link")))
+    results["truncate a file outside"] = _answer(lambda: os.truncate(there, 1))
+    results["rename a file outside"] = _answer(lambda: os.rename(there, new.with_name("other")))
+    results["remove a file outside"] = _answer(lambda: os.unlink(there if there.exists() else new.with_name("other")))
+    return results
+
+
+def unexpected(results: dict[str, int]) -> dict[str, str]:
+    """What was not refused as it should have been."""
+    wrong = {}
+    for name, number in results.items():
+        allowed = {errno.ENOSYS} if name == "clone3" else {errno.EPERM, errno.EACCES}
+        if number not in allowed:
+            wrong[name] = errno.errorcode.get(number, "done")
+    return wrong
+
+
+def _answer(attempt: Callable[[], object]) -> int:
+    try:
+        attempt()
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def _syscall(number: int, *arguments: int | None) -> None:
+    given = [ctypes.c_void_p(None) if each is None else ctypes.c_long(each) for each in arguments]
+    if _libc.syscall(ctypes.c_long(number), *given) == -1:
+        raise OSError(ctypes.get_errno(), "")
+
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+# All that is to be read is read before the sandbox.
+_library = ctypes.CDLL("libseccomp.so.2")
+_NUMBERS: Final = {
+    call: int(_library.seccomp_syscall_resolve_name(call.encode()))
+    for call, _ in (CALLS | HELPER_CALLS | SERVER_CALLS).values()
+}
+
+if __name__ == "__main__":
+    print(json.dumps([attempts(Path(sys.argv[1]), helper=kind == "helper") for kind in sys.argv[2:]]))

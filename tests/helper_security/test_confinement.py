@@ -1,0 +1,268 @@
+"""The helper's sandbox, tried from inside once it serves; what is said where a part of it cannot be had."""
+
+import ctypes
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helper_process import PF, VF, Helper, forked, helper, wait_until
+from helper_security.forbidden import unexpected
+from qat_helper import sandbox
+from qat_shared import confinement
+from qat_shared.messages import PROTOCOL, BindDriver, Bound, DpdkDriver, Heartbeat, Hello, ReadHeartbeat, Welcome
+from qat_shared.seccomp import read_profile
+from sysfs_tree import address
+
+HERE = Path(__file__).parent
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, or drop a capability")
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A directory that the helper has no business in, with a file that anybody may write."""
+    (tmp_path / "there").write_text("untouched\n")
+    (tmp_path / "there").chmod(0o666)
+    return tmp_path
+
+
+@pytest.fixture
+def helped() -> Iterator[Helper]:
+    with helper(start=False) as running:
+        running.traceable = False
+        yield running
+
+
+def answers(text: str) -> list[dict[str, int]]:
+    """What the builds for tests have said."""
+    return [json.loads(line.partition(" ")[2]) for line in text.splitlines() if line.startswith("forbidden: ")]
+
+
+def build(script: str, outside: Path) -> list[str]:
+    return ["env", f"PYTHONPATH={HERE.parent}", sys.executable, str(HERE / script), str(outside)]
+
+
+def welcome(running: Helper) -> Welcome:
+    with running.connect(greet=False) as client:
+        reply = client.ask(Hello(id=1, protocol=PROTOCOL, version="test"))
+    assert isinstance(reply, Welcome)
+    return reply
+
+
+def test_without_the_sandbox_the_answers_are_others(outside: Path) -> None:
+    command = [*build("forbidden.py", outside), "helper"]
+    (results,) = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    as_another_user = {"read /etc/shadow"} if os.geteuid() != 0 else set()
+    refused = set(results) - set(unexpected(results)) - as_another_user
+    # What the kernel or the container that this runs in refuses anyway, the sandbox is not seen to refuse.
+    allowed = {"userfaultfd", "perf_event_open", "bpf", "keyctl", "add_key", "personality", "mount", "umount", "setns"}
+    assert refused <= allowed, "each of these would be no test"
+
+
+def test_once_it_serves_neither_the_helper_nor_its_children_can_do_what_is_forbidden(
+    helped: Helper, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    helped.command = build("build_helper.py", outside)
+    (helped.directory / "sys/bus/pci/drivers/vfio-pci").mkdir()
+    helped.start("--require-sandbox")
+    with helped.connect() as client:
+        reply = client.ask(ReadHeartbeat(id=1, address=address(PF)))
+        assert isinstance(reply, Heartbeat), "and its work it can do"
+    assert helped.stop() == 0
+    tried = answers(helped.said())
+    assert len(tried) == 3, "in the loop, before a peer and for one, and in a child"
+    for results in tried:
+        assert unexpected(results) == {}
+    assert (outside / "there").read_text() == "untouched\n"
+    assert os.listdir(outside) == ["there"]
+    with capsys.disabled():
+        print(f"\n{len(tried[0])} forbidden things tried in the helper and in a child of it: each refused")
+
+
+def test_a_whole_sandbox_is_told_to_everybody(helped: Helper) -> None:
+    process = helped.start("--require-sandbox")
+    assert "sandbox: capabilities, no-new-privs, no-core-dumps, landlock, seccomp" in helped.said()
+    state = dict.fromkeys(("capabilities", "no-new-privs", "no-core-dumps", "landlock", "seccomp"), "")
+    assert welcome(helped).sandbox == state
+    assert helped.lines()[0]["arguments"]["sandbox"] == "whole"
+    text = Path(f"/proc/{process.pid}/status").read_text()
+    fields = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    assert {fields[name].strip() for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
+    if os.geteuid() == 0:
+        assert fields["CapBnd"] == "0" * 16
+        assert fields["Groups"].split() == []
+    assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+    assert fields["Uid"].split() == [str(os.geteuid())] * 4
+
+
+WITHOUT_LANDLOCK = f"""
+import os, sys
+from qat_shared.seccomp import Profile, Rule, prepare
+call = Rule(names=("landlock_create_ruleset",), action="SCMP_ACT_ERRNO", errno_ret={errno.ENOSYS})
+prepare(Profile(default_action="SCMP_ACT_ALLOW", default_errno_ret=1, syscalls=(call,)))()
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+WITHOUT_LIBSECCOMP = """
+import sys
+from qat_helper import main
+from qat_shared import seccomp
+seccomp.LIBRARY = "libseccomp-that-is-not-there.so.2"
+sys.exit(main.main())
+"""
+LACKING = {
+    "landlock": ([sys.executable, "-c", WITHOUT_LANDLOCK], "not offered by this kernel"),
+    "seccomp": ([sys.executable, "-c", WITHOUT_LIBSECCOMP], "libseccomp-that-is-not-there.so.2"),
+    "capabilities": (["setpriv", "--bounding-set=-setpcap"], "the bounding set is not empty"),
+}
+
+
+@pytest.mark.parametrize("layer", LACKING)
+def test_what_is_missing_is_told_and_fatal_on_request_only(helped: Helper, layer: str) -> None:
+    if layer == "capabilities" and os.geteuid() != 0:
+        pytest.skip("only root has capabilities to lack")
+    before, why = LACKING[layer]
+    helped.command = before if layer == "seccomp" else [*before, *helped.command]
+    helped.start()
+    assert f"the sandbox is not whole: {layer}: " in helped.said()
+    state = welcome(helped).sandbox
+    assert why in state.pop(layer)
+    assert set(state.values()) == {""}, "the others are on all the same"
+    assert why in helped.lines()[0]["arguments"]["sandbox"]
+    assert helped.stop() == 0
+    said = helped.refused("--require-sandbox")
+    assert "--require-sandbox" in said
+    assert why in said
+    assert not helped.socket.exists()
+
+
+def test_it_can_be_told_to_stay_traceable_and_says_so(helped: Helper) -> None:
+    helped.start("--traceable")
+    assert [layer for layer, lack in welcome(helped).sandbox.items() if lack] == ["no-core-dumps"]
+    assert helped.stop() == 0
+    assert "traceable" in helped.refused("--traceable", "--require-sandbox")
+
+
+@needs_root
+def test_others_of_the_same_user_cannot_look_into_a_confined_process() -> None:
+    profile = read_profile(sandbox.PROFILE)
+    for traceable, owner in ((True, 1234), (False, 0)):
+
+        def confined(traceable: bool = traceable, owner: int = owner) -> None:
+            assert ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0  # PR_SET_DUMPABLE; the change of user has ended it
+            confinement.confine((), profile, traceable=traceable)
+            assert os.stat("/proc/self/mem").st_uid == owner  # proc(5): root's when it is not dumpable
+
+        assert forked(1234, 1234, [confined]) == 0
+
+
+def test_what_was_inherited_is_closed(helped: Helper) -> None:
+    ours, theirs = os.pipe()
+    process = helped.start("--traceable", pass_fds=(theirs,))
+    os.close(theirs)
+    assert os.read(ours, 1) == b"", "nobody has the other end"
+    os.close(ours)
+    links = {os.readlink(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")}
+    kinds = sorted(re.sub(r"\[.*\]|\d+", "", link) for link in links)
+    expected = {"/dev/null", "anon_inode:", "socket:", "pipe:", str(helped.audit), str(helped.log)}
+    assert {re.sub(r"\[.*\]", "", link) for link in links} <= expected | {os.readlink("/proc/self/fd/1")}, kinds
+
+
+@pytest.mark.parametrize(("number", "stays"), [("1", [3]), ("2", [3, 4]), ("0", []), ("x", []), ("", [])])
+def test_what_systemd_has_passed_stays_open(number: str, stays: list[int]) -> None:
+    script = (
+        "import os, sys; from qat_helper.sandbox import close_inherited\n"
+        "[os.dup2(0, at) for at in (3, 4, 5)]\n"
+        "os.environ['LISTEN_PID'] = str(os.getpid())\n"
+        "close_inherited()\n"
+        "print([at for at in range(3, 20) if os.path.exists(f'/proc/self/fd/{at}')])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        stdin=subprocess.DEVNULL,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"LISTEN_FDS": number},
+    )
+    assert json.loads(done.stdout) == stays
+
+
+def test_another_process_variables_are_not_ours() -> None:
+    script = "import os; from qat_helper.sandbox import close_inherited; os.dup2(0, 3); close_inherited(); os.fstat(3)"
+    environment = os.environ | {"LISTEN_PID": "1", "LISTEN_FDS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment, check=False)
+    assert b"Bad file descriptor" in done.stderr
+
+
+def test_the_kubelets_directories_may_come_after_the_helper(helped: Helper) -> None:
+    folder = helped.directory / "kubelet/device-plugins"
+    folder.rmdir()
+    helped.start("--require-sandbox")
+    folder.mkdir()
+    from qat_shared.messages import Done, PrepareSocketDirectory
+
+    with helped.connect() as client:
+        assert isinstance(client.ask(PrepareSocketDirectory(id=1)), Done)
+    assert (folder / "qat.intel.com").is_dir()
+
+
+def test_pci_trees_are_found_wherever_they_are(tmp_path: Path) -> None:
+    devices = tmp_path / "bus/pci/devices"
+    devices.mkdir(parents=True)
+    for name, target in {
+        "0000:6b:00.0": "pci0000:6b/0000:6b:00.0",
+        "0000:6b:00.1": "pci0000:6b/0000:6b:00.1",
+        "10000:01:00.0": "pci0000:00/0000:00:0e.0/pci10000:00/10000:00:01.0/10000:01:00.0",  # behind a VMD controller
+        "0001:00:00.0": "LNXSYSTM:00/LNXSYBUS:00/VMBUS:00/f8ef-11/pci0001:00/0001:00:00.0",
+        "0002:00:00.0": "platform/soc/40000000.pcie/pci0002:00/0002:00:00.0",
+    }.items():
+        (devices / name).symlink_to(f"../../../devices/{target}")
+    (tmp_path / "devices/pci0000:fe").mkdir(parents=True)  # a host bridge with nothing behind it yet
+    (devices / "odd").mkdir()
+    real = {os.path.normpath(tree) for tree in sandbox._pci_trees(tmp_path)}
+    assert {os.path.relpath(tree, tmp_path / "devices") for tree in real} == {
+        "pci0000:00",
+        "pci0000:6b",
+        "pci0000:fe",
+        "LNXSYSTM:00/LNXSYBUS:00/VMBUS:00/f8ef-11/pci0001:00",
+        "platform/soc/40000000.pcie/pci0002:00",
+    }
+
+
+def test_only_the_pci_tree_can_be_written_in_sysfs(helped: Helper) -> None:
+    """A device's directory that is a link to a place elsewhere in sysfs is not written there."""
+    (helped.directory / "sys/bus/pci/drivers/vfio-pci").mkdir()
+    elsewhere = helped.directory / "sys/devices/system" / "0000:6b:00.1"
+    elsewhere.parent.mkdir()
+    helped.tree.path(VF).rename(elsewhere)
+    link = helped.directory / "sys/bus/pci/devices/0000:6b:00.1"
+    link.unlink()
+    link.symlink_to("../../../devices/system/0000:6b:00.1")
+    (elsewhere / "driver_override").write_text("(null)\n")
+    helped.audit = helped.directory / "audit/audit.jsonl"  # beneath its directory, it may write
+    helped.audit.parent.mkdir()
+    helped.start("--require-sandbox")
+    with helped.connect() as client:
+        reply = client.ask(BindDriver(id=1, address=address(VF), driver=DpdkDriver.VFIO_PCI))
+    assert not isinstance(reply, Bound)
+    assert getattr(reply, "errno", 0) == errno.EACCES
+    assert (elsewhere / "driver_override").read_text() == "(null)\n"
+
+
+def test_a_device_beneath_a_bridge_that_was_there_is_written(helped: Helper) -> None:
+    helped.audit = helped.directory / "audit/audit.jsonl"
+    helped.audit.parent.mkdir()
+    helped.start("--require-sandbox")
+    override = helped.tree.path(VF) / "driver_override"
+    override.write_text("(null)\n")
+    (helped.directory / "sys/bus/pci/drivers/vfio-pci").mkdir()
+    for name in ("bus/pci/drivers_probe", "bus/pci/drivers/4xxxvf/unbind"):
+        (helped.directory / "sys" / name).write_text("")
+    with helped.connect() as client:
+        client.ask(BindDriver(id=1, address=address(VF), driver=DpdkDriver.VFIO_PCI))
+    wait_until(lambda: override.read_text() != "(null)\n")

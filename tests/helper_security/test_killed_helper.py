@@ -1,0 +1,126 @@
+"""SIGKILL between any two writes of the helper: what it was doing is done all the same, and the log does not hide it.
+
+The server is the real one. It binds what it finds on its kernel driver; that is the wanted state here.
+"""
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from emulated import PF, VF
+from helper_process import Client
+from helper_security.chain import interrupted, verified
+from helper_security.figures import tried
+from helper_security.writes import Killer, Writes
+from qat_server.simulation.kernel import DeviceState
+from qat_server.simulation.node import Node, Pf
+from qat_server.simulation.running_node import RunningNode, running_node
+from qat_shared.messages import ReleaseDriver
+from qat_shared.pci import PciAddress
+from waiting import until
+
+ONE_PF = Node(pfs=(Pf(address=PF, device="4940", services="dc", total_vfs=2),))
+LEAST = {"bind": 5, "release": 5}
+"""Writes of the whole operation: asked, driver_override, unbind, drivers_probe, done."""
+
+
+class Attacked:
+    """A node whose helper's writes are watched."""
+
+    def __init__(self, node: RunningNode) -> None:
+        self.node = node
+        self.starts = 0
+        self.writes = Writes(node.kernel, node.audit_log.parent)
+
+    def start_helper(self) -> None:
+        self.starts += 1
+        with (self.node.directory / "run/helper.log").open("ab") as log:
+            self.node.helper = self.writes.spawn(
+                self.node.helper_command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
+            )
+
+    async def until_wanted(self) -> None:
+        """Until the helper serves, both VFs are bound, and the server says so."""
+        await self.node.until("it serves", lambda: self.node.log("helper").count("serving on") == self.starts)
+        kernel = self.node.kernel
+        await self.node.until("both are bound", lambda: all(vf.driver == "vfio-pci" for vf in self.vfs()))
+        await self.node.until_status("the server has seen it", lambda s: s.ready and not any(v.reason for v in s.vfs))
+        await self.node.until("nothing is under way", lambda: not self.at_work())
+        assert kernel.defects == []
+
+    def at_work(self) -> list[object]:
+        """Operations that this helper has begun and not ended."""
+        lines = verified(self.node.audit_log)
+        started = max(number for number, line in enumerate(lines) if line["event"] == "start")
+        return [*interrupted(lines[started:])]
+
+    def without_end(self) -> list[object]:
+        """Operations on the VF of which the log has no end, ever. (The server may have others under way.)"""
+        lines = interrupted(verified(self.node.audit_log))
+        return [line for line in lines if line["arguments"].get("address") == VF]
+
+    def vfs(self) -> list[DeviceState]:
+        return [state for state in self.node.kernel.snapshot().values() if state.pf is not None]
+
+
+@asynccontextmanager
+async def attacked() -> AsyncIterator[Attacked]:
+    async with running_node(ONE_PF) as node:
+        attacked = Attacked(node)
+        try:
+            attacked.start_helper()
+            node.start_server()
+            await attacked.until_wanted()
+            yield attacked
+        finally:
+            await node.end()
+            attacked.writes.close()
+
+
+async def bind(on: Attacked) -> None:
+    """Somebody gives a VF to its kernel driver, so the server asks for it."""
+    kernel = on.node.kernel
+    with kernel.frozen():
+        kernel.set_driver_override(VF, None)
+        kernel.unbind(VF)
+        kernel.probe(VF)
+
+
+async def release(on: Attacked) -> None:
+    """A client has it released; the server asks for it again."""
+
+    def ask() -> None:
+        with Client(on.node.helper_socket) as client:
+            client.send(ReleaseDriver(id=1, address=PciAddress.parse(VF)))
+            client.at_end()  # or an answer
+
+    await asyncio.to_thread(ask)
+
+
+OPERATIONS: dict[str, Callable[[Attacked], Awaitable[None]]] = {"bind": bind, "release": release}
+
+
+@pytest.mark.parametrize("all_of_it", [False, True], ids=["the helper alone", "the helper and its children"])
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_killed_at_each_write(name: str, all_of_it: bool) -> None:
+    async with attacked() as on:
+        for at in range(1, LEAST[name] + 1):
+            helper = on.node.helper
+            assert helper is not None
+            known = len(on.without_end())
+            killer = Killer(helper, VF, at, all_of_it=all_of_it)
+            on.writes.refuse = killer
+            await OPERATIONS[name](on)
+            await until(killer.struck.is_set)
+            await asyncio.to_thread(helper.wait)
+            on.node.helper = None
+            assert len(on.without_end()) == known + (at > 1), "it shows, if it was asked for"
+            on.start_helper()
+            await on.until_wanted()
+        lines = verified(on.node.audit_log)
+        assert sum(line["event"] == "start" for line in lines) == LEAST[name] + 1
+        assert len(on.without_end()) == LEAST[name] - 1, "and no operation since is without its end"
+        tried(f"writes at which the helper was killed{' with its children' if all_of_it else ''}", LEAST[name])

@@ -1,0 +1,142 @@
+"""Descriptors passed to the helper, who asked for none, and by it to a peer that does not take them."""
+
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+
+import msgspec
+import pytest
+
+from helper_process import Helper, heartbeat, helper, wait_until
+from helper_security.chain import interrupted
+from qat_helper.serve import MAX_PASSED
+from qat_shared.codec import decode_reply
+from qat_shared.messages import MAX_MESSAGE, Connected, Heartbeat, KubeletService, OpenKubeletSocket
+
+GOOD = {"op": "ReadHeartbeat", "id": 1, "address": [0, 0x6B, 0, 0]}
+OLD_KERNEL = """
+import sys
+from qat_helper import listening, main
+listening.SO_PASSRIGHTS = -1  # as before Linux 6.16, where peers cannot be kept from passing descriptors
+sys.exit(main.main())
+"""
+
+
+def lingering(seconds: int) -> socket.socket:
+    """A connection whose last close takes that long."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        sock = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+    sock.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(65536))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+    LINGERING.append(peer)
+    return sock
+
+
+def pass_on(through: socket.socket, descriptor: socket.socket, packets_before: int) -> None:
+    """Pass it from a process that ends at once, so that no close of ours is the last one, and waits.
+
+    With packets before it, the helper has not read it when we are gone.
+    """
+    go_end, go = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(go)
+            os.read(go_end, 1)  # the other has closed its own
+            for _ in range(packets_before):
+                through.send(b"nonsense")
+            socket.send_fds(through, [b"nonsense"], [descriptor.fileno()])
+        finally:
+            os._exit(0)
+    descriptor.close()
+    os.close(go_end)
+    os.close(go)
+    os.waitpid(pid, 0)
+
+
+LINGERING: list[socket.socket] = []
+
+
+@pytest.mark.parametrize("old_kernel", [False, True], ids=["this kernel", "an old kernel"])
+@pytest.mark.parametrize("busy", [False, True], ids=["read", "left unread"])
+def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool, busy: bool) -> None:
+    with helper(start=False) as running:
+        if old_kernel:
+            running.command = [sys.executable, "-c", OLD_KERNEL]
+        running.start()
+        with running.connect() as victim:
+            assert isinstance(heartbeat(victim), Heartbeat)
+            before = running.open_files()
+            slow = lingering(30)
+            assert running.process is not None
+            with running.connect() as client:
+                running.process.send_signal(signal.SIGSTOP)  # it has the last one, when it goes on
+                pass_on(client.sock, slow, 5 if busy else 0)
+                if busy:
+                    client.close()
+                running.process.send_signal(signal.SIGCONT)
+            began = time.monotonic()
+            for _ in range(20):
+                assert isinstance(heartbeat(victim), Heartbeat)
+            assert time.monotonic() - began < 15, "nobody waits for it"
+            wait_until(lambda: running.open_files() == before)
+    while LINGERING:
+        LINGERING.pop().close()
+
+
+@pytest.mark.parametrize("old_kernel", [False, True], ids=["this kernel", "an old kernel"])
+def test_passed_descriptors_do_not_stay_open(old_kernel: bool) -> None:
+    with helper(start=False) as running:
+        if old_kernel:
+            running.command = [sys.executable, "-c", OLD_KERNEL]
+        running.start()
+        with running.connect() as client:
+            heartbeat(client)
+        wait_until(lambda: running.open_files() > 0)
+        with running.connect() as watcher:
+            heartbeat(watcher)
+            before = running.open_files()
+            pipe_end, pipe = os.pipe()
+            for _ in range(20):
+                with running.connect() as client, suppress(PermissionError):
+                    socket.send_fds(client.sock, [msgspec.msgpack.encode(GOOD)], [pipe] * 10)
+                    assert client.at_end(), "who passes descriptors is dropped"
+            wait_until(lambda: running.open_files() == before)
+            os.close(pipe)
+            assert os.read(pipe_end, 1) == b"", "nobody else has it"
+            os.close(pipe_end)
+            assert isinstance(heartbeat(watcher), Heartbeat)
+
+
+def test_connections_that_a_peer_does_not_take_are_bounded(running: Helper) -> None:
+    """Descriptors under way count against all processes of root's without capabilities, not the helper's alone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet, running.connect() as client:
+        kubelet.bind(str(running.directory / "kubelet/device-plugins/kubelet.sock"))
+        kubelet.listen(1024)
+        ask = OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION)
+        for _ in range(60):
+            client.send(ask)
+        wait_until(lambda: len(running.lines()) > 2 and not interrupted(running.lines()) and not running.at_work())
+        taken = 0
+        for _ in range(60):
+            packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 4)
+            assert isinstance(decode_reply(packet), Connected) == bool(descriptors)
+            taken += len(descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+        assert 0 < taken <= MAX_PASSED
+        client.send(ask)
+        packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 4)
+        assert isinstance(decode_reply(packet), Connected), "once they are taken, there are more"
+        os.close(descriptors[0])

@@ -1,0 +1,74 @@
+"""doctor on the simulated node: it finds nothing wrong with a good one, and what is wrong with one that is not."""
+
+import asyncio
+import json
+import subprocess
+
+from qat_server.simulation.node import Node, Pf
+from qat_server.simulation.running_node import RunningNode, command, running_node
+
+
+async def doctor(node: RunningNode) -> tuple[int, dict[str, str]]:
+    """Its exit status, and level by text of what is not good."""
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [
+            *command("qat-plugin"),
+            "doctor",
+            f"--sysfs-root={node.kernel.sysfs_root}",
+            f"--kubelet-dir={node.kubelet_directory}",
+            f"--helper-socket={node.helper_socket}",
+            "-json",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    findings = [finding for finding in json.loads(done.stdout) if finding["level"] != "ok"]
+    # Of this machine's own /proc and /dev, not of the simulated node's.
+    not_ours = ("security module", "kubelet")
+    return done.returncode, {
+        finding["text"]: finding["level"]
+        for finding in findings
+        if finding["check"] not in not_ours and "/dev/vfio" not in finding["text"]
+    }
+
+
+async def test_nothing_is_wrong_once_both_run_and_much_is_before() -> None:
+    node = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=2),))
+    async with running_node(node) as running:
+        status, said = await doctor(running)
+        assert status == 1
+        assert said["2 VFs on 4xxxvf, not on vfio-pci"] == "note"
+        assert [text for text, level in said.items() if level == "problem"] == [
+            f"cannot reach the helper at {running.helper_socket}: No such file or directory"
+        ]
+        running.start_helper()
+        running.start_server()
+        await running.until_status(
+            "every VF is bound", lambda status: status.ready and all(vf.driver == "vfio-pci" for vf in status.vfs)
+        )
+        assert await doctor(running) == (0, {})
+
+
+async def test_a_node_that_cannot_work() -> None:
+    node = Node(
+        pfs=(
+            Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=2, num_vfs=0),
+            Pf(address="0000:70:00.0", services="dc", driver=""),
+        ),
+        iommu=False,
+        drivers=(),
+    )
+    async with running_node(node) as running:
+        status, said = await doctor(running)
+        problems = [text for text, level in said.items() if level == "problem"]
+        assert status == 1
+        for text in (
+            "0000:70:00.0 is on no driver, not on 4xxx",
+            "0000:6b:00.0 has no VFs, of 2 that it can have",
+            "the IOMMU is off: /sys/kernel/iommu_groups is empty",
+            "vfio-pci is not loaded",
+        ):
+            assert text in problems

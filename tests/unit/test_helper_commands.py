@@ -1,0 +1,301 @@
+"""The commands beside serving: what they print, and how they end."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from qat_helper import commands
+from qat_helper.audit import AuditLog, Caller, Entry
+from qat_helper.commands import run
+from qat_helper.main import main
+
+PEER = Caller(pid=812, uid=65532, gid=65532)
+CAPTURE = pytest.CaptureFixture[str]
+"""Of descriptors: what the helper says goes past Python's own streams."""
+
+
+def day(path: Path) -> AuditLog:
+    """A log in which everything occurs, from 08:00 on, a line a minute."""
+    times = iter(range(1_767_254_400, 1_767_340_800, 60))
+    log = AuditLog(path, clock=lambda: float(next(times)))
+
+    def asked(operation: str, **arguments: str) -> int:
+        return log.append(
+            Entry(event="asked", peer=PEER, operation=operation, arguments=dict(arguments), reason="serve it to pods")
+        )
+
+    def done(asked: int, operation: str, verdict: str, **result: str | int | None) -> None:
+        event = {"late": "late", "denied": "refused"}.get(verdict, "done")
+        log.append(
+            Entry(
+                event=event, operation=operation, verdict=verdict, result=dict(result), duration_ms=12.34, asked=asked
+            )
+        )
+
+    log.append(Entry(event="start", arguments={"version": "0.1.0", "pid": 1, "uid": 0}))
+    first = asked("BindDriver", address="0000:6b:00.1", driver="vfio-pci")
+    second = asked("BindDriver", address="0000:6b:00.2", driver="vfio-pci")
+    done(second, "BindDriver", "failed", code="kernel", message="vfio-pci did not take it")
+    done(first, "BindDriver", "ok", driver="vfio-pci", changed=True)
+    log.append(
+        Entry(
+            event="refused",
+            peer=PEER,
+            operation="ReleaseDriver",
+            arguments={"address": "0000:6b:00.1"},
+            verdict="denied",
+            result={"code": "denied", "message": "not among the operations", "rule": "operations"},
+        )
+    )
+    asked("ReleaseDriver", address="0000:6b:00.3")
+    log.append(Entry(event="start", arguments={"version": "0.1.0", "pid": 1, "uid": 0}))
+    fourth = asked("OpenKubeletSocket", service="registration")
+    done(fourth, "OpenKubeletSocket", "late")
+    asked("PrepareSocketDirectory", directory="device-plugins")
+    return log
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "audit.jsonl"
+    day(path).close()
+    return path
+
+
+TABLE = """\
+line  time                      operation               device        uid    pid  verdict      ms    what
+1     2026-01-01T08:00:00.000Z  (start)                 -             -      -    -            -     version=0.1.0 pid=1 uid=0
+2     2026-01-01T08:01:00.000Z  BindDriver              0000:6b:00.1  65532  812  ok           12.3  driver=vfio-pci; serve it to pods; driver=vfio-pci changed=True
+3     2026-01-01T08:02:00.000Z  BindDriver              0000:6b:00.2  65532  812  failed       12.3  driver=vfio-pci; serve it to pods; vfio-pci did not take it
+6     2026-01-01T08:05:00.000Z  ReleaseDriver           0000:6b:00.1  65532  812  denied       -     not among the operations
+7     2026-01-01T08:06:00.000Z  ReleaseDriver           0000:6b:00.3  65532  812  interrupted  -     serve it to pods
+8     2026-01-01T08:07:00.000Z  (start)                 -             -      -    -            -     version=0.1.0 pid=1 uid=0
+9     2026-01-01T08:08:00.000Z  OpenKubeletSocket       -             65532  812  late         12.3  service=registration; serve it to pods
+11    2026-01-01T08:10:00.000Z  PrepareSocketDirectory  -             65532  812  under way    -     directory=device-plugins; serve it to pods
+"""  # noqa: E501  it is a table
+
+
+def test_the_table(log: Path, capfd: CAPTURE) -> None:
+    assert run(["audit", "show", str(log)]) == 0
+    assert capfd.readouterr().out == TABLE
+
+
+def test_a_line_of_another_version_is_not_passed_over_in_silence(log: Path, capfd: CAPTURE) -> None:
+    with log.open("ab") as file:
+        file.write(b'{"sequence":12,"event":"asked","operation":7,"previous":""}\n')
+    assert run(["audit", "show", str(log)]) == 0
+    assert "1 lines are not shown" in capfd.readouterr().err
+
+
+FILTERS = {
+    "device": (["--device", "0000:6b:00.1"], [2, 6]),
+    "two devices": (["--device", "0000:6b:00.1", "--device", "0000:6b:00.3"], [2, 6, 7]),
+    "operation": (["--operation", "BindDriver"], [2, 3]),
+    "starts": (["--operation", "start"], [1, 8]),
+    "verdict": (["--verdict", "ok", "--verdict", "interrupted"], [2, 7]),
+    "since": (["--since", "2026-01-01T08:07"], [8, 9, 11]),
+    "until": (["--until", "2026-01-01T08:02"], [1, 2]),
+    "between": (["--since", "2026-01-01T08:01", "--until", "2026-01-01T09:03+01:00"], [2, 3]),
+    "a day": (["--since", "2026-01-02"], []),
+    "all of them": (["--device", "0000:6b:00.1", "--verdict", "denied", "--since", "2026-01-01"], [6]),
+}
+
+
+@pytest.mark.parametrize(("options", "lines"), FILTERS.values(), ids=FILTERS)
+def test_filters(log: Path, capfd: CAPTURE, options: list[str], lines: list[int]) -> None:
+    assert run(["audit", "show", *options, str(log)]) == 0
+    assert [int(row.split()[0]) for row in capfd.readouterr().out.splitlines()[1:]] == lines
+    assert run(["audit", "show", "--json", *options, str(log)]) == 0
+    assert [json.loads(row)["sequence"] for row in capfd.readouterr().out.splitlines()] == lines
+
+
+def test_json_has_both_ends_of_an_operation(log: Path, capfd: CAPTURE) -> None:
+    run(["audit", "show", "--json", "--verdict", "ok", str(log)])
+    assert json.loads(capfd.readouterr().out) == {
+        "sequence": 2,
+        "end_sequence": 5,
+        "time": "2026-01-01T08:01:00.000Z",
+        "event": "asked",
+        "operation": "BindDriver",
+        "device": "0000:6b:00.1",
+        "peer": {"pid": 812, "uid": 65532, "gid": 65532},
+        "verdict": "ok",
+        "duration_ms": 12.34,
+        "arguments": {"address": "0000:6b:00.1", "driver": "vfio-pci"},
+        "reason": "serve it to pods",
+        "result": {"driver": "vfio-pci", "changed": True},
+    }
+
+
+def test_a_table_of_an_edited_log_says_so_and_controls_no_terminal(log: Path, capfd: CAPTURE) -> None:
+    log.write_bytes(log.read_bytes().replace(b"serve it to pods", b"\\u001b[2J\\u202e", 1))
+    assert run(["audit", "show", str(log)]) == 0
+    shown = capfd.readouterr()
+    assert "\x1b" not in shown.out
+    assert "\u202e" not in shown.out
+    assert "not intact (1 faults)" in shown.err
+
+
+def test_verify_an_intact_log(log: Path, capfd: CAPTURE) -> None:
+    assert run(["audit", "verify", str(log)]) == 0
+    intact, note = capfd.readouterr().out.splitlines()
+    assert intact.startswith("intact: 11 lines, the head is 11:")
+    assert note.startswith("Without --head,")
+    assert run(["audit", "verify", "--head", intact.split()[-1], str(log)]) == 0
+    assert capfd.readouterr().out.splitlines() == [intact]
+
+
+def test_verify_names_each_fault_with_file_and_line(log: Path, capfd: CAPTURE) -> None:
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:2], *lines[3:7], lines[7].replace(b"0.1.0", b"0.2.0"), *lines[8:]]))
+    assert run(["audit", "verify", str(log)]) == 1
+    assert capfd.readouterr().out.splitlines() == [
+        f"{log}:3: line 3 of the chain removed before it",
+        f"{log}:8: does not hold the hash of {log}:7: that line was changed",
+        "NOT INTACT: 2 faults in 10 lines.",
+    ]
+
+
+def test_without_files_the_helpers_own_and_its_older_ones(
+    tmp_path: Path, capfd: CAPTURE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    monkeypatch.setattr(commands, "DEFAULT_LOG", path)
+    with closing(AuditLog(path, limit=500)) as log:
+        for _ in range(10):
+            log.append(Entry(event="asked", operation="BindDriver"))
+    (tmp_path / "audit.jsonl.1.gz").write_bytes(b"\x1f\x8b")
+    assert run(["audit", "verify"]) == 0
+    assert capfd.readouterr().out.startswith("intact: 10 lines")
+    path.unlink()
+    assert run(["audit", "verify"]) == 2
+    assert f"{path} cannot be read: No such file" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["", "12", "12:abc", "-1:" + "0" * 64, "1:" + "A" * 64, "1:" + "0" * 64 + "\n"])
+def test_what_is_no_head(log: Path, head: str, capfd: CAPTURE) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(["audit", "verify", f"--head={head}", str(log)])
+    assert "a head is a line's number, a colon" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["audit"], ["policy"], ["audit", "erase"], ["audit", "show", "--since", "today"]]
+)
+def test_what_is_no_command(arguments: list[str], capfd: CAPTURE) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: qat-helper" in capfd.readouterr().err
+
+
+POLICY = """
+server_uids = [1000, 1001]
+operations = ["BindDriver", "ReadHeartbeat", "PrepareSocketDirectory"]
+addresses = ["0000:6b:00.2", "0000:6b:00.1"]
+device_ids = ["8086:4940", "8086:4941"]
+drivers = ["vfio-pci"]
+directories = ["device-plugins"]
+max_vfs = 8
+extra_virtual_ids = ["8086:10ca"]
+extra_physical_ids = ["8086:10c9"]
+rates.BindDriver = { burst = 64, per_second = 0.5 }
+rates.all = { burst = 100, per_second = 2 }
+"""
+
+# The operations that the file does not allow are those of the table, whichever they are.
+EXPLAINED = (
+    "Who may ask: the uid of --server-uid, and uid 1000, 1001.",
+    "It may ask for:",
+    "  BindDriver: Bind a VF of the device table to a DPDK driver, taking it from its kernel VF driver if need be. "
+    "At most 64 at once, then 0.5 a second.",
+    "  ReadHeartbeat: Have a PF's firmware answer a heartbeat query.",
+    "  PrepareSocketDirectory: Make qat.intel.com in a directory of the kubelet, usable by the server's group.",
+    "  Those that are audited, all together: at most 100 at once, then 2 a second.",
+    "It is denied (rule operations):",
+    "  OpenKubeletSocket: the server cannot register by the kubelet's socket, nor see which pods hold what",
+    "  ReadDeviceConfig: a VF whose PF shows no services in sysfs is served as generic",
+    "  ReleaseDriver",
+    "Of which devices:",
+    "  only those at 0000:6b:00.1, 0000:6b:00.2 (rule addresses)",
+    "  only with an id of 8086:4940 (a PF), 8086:4941 (rule device_ids)",
+    "Drivers that a VF may be bound to: vfio-pci (rule drivers).",
+    "Kubelet directories in which the server may serve: device-plugins (rule directories).",
+    "VFs that one PF may be given: at most 8; QAT drivers enable all that a PF has, so one with more gets none "
+    "(rule max_vfs).",
+    "WIDER than without the file: uid 1000, 1001 may ask for all of this too.",
+    "WIDER than without the file: devices 8086:10ca may be bound. They are not QAT.",
+    "WIDER than without the file: devices 8086:10c9 may be provisioned. They are not QAT.",
+)
+
+
+def policy(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    path.chmod(0o644)
+    return path
+
+
+def test_a_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
+    path = policy(tmp_path, POLICY)
+    assert main(["policy", "check", str(path)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"{path} can be used."
+    if os.geteuid() != 0:
+        assert lines.pop(1).startswith("But it belongs to uid")
+    assert [line for line in lines[1:] if line in EXPLAINED] == list(EXPLAINED)
+    assert all(line.startswith("  ") for line in lines[1:] if line not in EXPLAINED), "other operations that are denied"
+
+
+def test_an_empty_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
+    assert main(["policy", "check", str(policy(tmp_path, ""))]) == 0
+    shown = capfd.readouterr().out
+    for line in (
+        "Who may ask: the uid of --server-uid.",
+        "  those of every address",
+        "  with every id of QAT",
+        "Drivers that a VF may be bound to: igb_uio, vfio-pci.",
+        "VFs that one PF may be given: as many as it has.",
+        "  Those that are audited, all together: at most 2048 at once, then 10 a second.",
+    ):
+        assert f"{line}\n" in shown
+    assert "WIDER" not in shown
+    assert "denied" not in shown
+
+
+def test_a_policy_that_allows_nothing(tmp_path: Path, capfd: CAPTURE) -> None:
+    text = "operations = []\naddresses = []\ndevice_ids = []\ndrivers = []\ndirectories = []\nmax_vfs = 0\n"
+    assert main(["policy", "check", str(policy(tmp_path, text))]) == 0
+    shown = capfd.readouterr().out
+    for part in ("  nothing\n", "only those at no address at all", "only with an id of none", "bound to: none (rule"):
+        assert part in shown
+
+
+def test_a_policy_that_cannot_be_used(tmp_path: Path, capfd: CAPTURE) -> None:
+    path = policy(tmp_path, "operations = ['Reboot']")
+    assert main(["policy", "check", str(path)]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert f"{path} is not usable: Reboot is no operation - at `$.operations`" in shown.err
+
+
+def test_the_serving_helper_has_none_of_this() -> None:
+    code = "import sys, qat_helper.main; print(*(name for name in sys.modules if name.startswith('qat_helper')))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "qat_helper.audit" in loaded
+    assert not {f"qat_helper.{name}" for name in ("commands", "verify", "show", "explain")} & set(loaded)
+
+
+def test_whoever_stops_reading_is_no_error(log: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from qat_helper.main import main; sys.exit(main())", "audit", "show"]
+    process = subprocess.Popen([*command, str(log)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(), said) == (2, b"")

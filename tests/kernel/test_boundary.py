@@ -97,4 +97,4 @@ async def test_the_heartbeat_comes_from_debugfs_through_the_helper() -> None:
             assert not reply.alive
             config = client.ask(ReadDeviceConfig(id=3, address=address))
             assert isinstance(config, DeviceConfig)
-            assert "ServicesEnabled = asym;sym" in config.text
+            assert "ServicesEnabled = sym;asym\n" in config.text

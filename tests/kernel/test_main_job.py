@@ -29,7 +29,7 @@ DPDK_RUN = (
         "cipher-only",
     ),
     *("--cipher-algo", "aes-cbc", "--cipher-op", "encrypt", "--cipher-key-sz", "16", "--cipher-iv-sz", "16"),
-    *("--total-ops", "64", "--burst-sz", "16", "--buffer-sz", "64", "--pool-sz", "512"),
+    *("--total-ops", "64", "--burst-sz", "16", "--buffer-sz", "64"),
 )
 
 

@@ -139,7 +139,8 @@ class AuditLog:
         except BlockingIOError:
             raise AuditError(f"another helper writes the audit log {path}") from None
         except OSError as error:
-            raise AuditError(f"the audit log {path} cannot be opened: {os.strerror(error.errno or 0)}") from error
+            hint = f"; make {path.parent}, root's, mode 0700" * isinstance(error, FileNotFoundError)
+            raise AuditError(f"the audit log {path} cannot be opened: {os.strerror(error.errno or 0)}{hint}") from error
 
     def append(self, entry: Entry) -> int:
         """Write a line: its sequence number. Raises AuditError: not in the log, or, with Sync.LINE, not on the disk."""

@@ -39,7 +39,10 @@ def listening(path: Path, gid: int) -> Iterator[socket.socket]:
             _remove_stale(path)
             _bind(listener, path, gid)
         except OSError as error:
-            raise ListenError(f"cannot listen on {path}: {os.strerror(error.errno or 0)}") from error
+            hint = f"; make {path.parent}, root's, the server's group's, mode 0750" * isinstance(
+                error, FileNotFoundError
+            )
+            raise ListenError(f"cannot listen on {path}: {os.strerror(error.errno or 0)}{hint}") from error
         ours = _identity(path)
         try:
             yield listener

@@ -79,7 +79,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, text in _SWITCHES:
         given = os.environ.get(f"QAT_HELPER_{name.replace('-', '_').upper()}") in ("1", "true")
         parser.add_argument(f"--{name}", action="store_true", default=given, help=text)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, number in (("server-uid", options.server_uid), ("server-gid", options.server_gid)):
+        if not 0 <= number < 2**32 - 1:  # -1 is chown's "leave it as it is"
+            parser.error(f"argument --{name}: {number} is no user's or group's number")
+    return options
 
 
 def _serve(options: argparse.Namespace) -> None:

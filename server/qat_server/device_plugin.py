@@ -87,10 +87,11 @@ class Streams:
     `fresh`: one was opened after the last one that ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_opened: Callable[[], None] = lambda: None) -> None:
         self.opened = 0
         self.ended = 0
         self.fresh = False
+        self._on_opened = on_opened
         self._event = asyncio.Event()
 
     async def change(self) -> None:
@@ -102,6 +103,7 @@ class Streams:
         self.opened += 1
         self.fresh = True
         self._event.set()
+        self._on_opened()
 
     def end(self) -> None:
         self.ended += 1
@@ -113,7 +115,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
     """Serves one resource, named without its namespace.
 
     `handed_out` maps each device to when (by `clock`) it was last given to a container. `on_allocated` is called after
-    each allocation.
+    each allocation, `on_watched` when the kubelet opens a stream.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
         counters: Counters,
         on_allocated: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        on_watched: Callable[[], None] = lambda: None,
     ) -> None:
         self._name = name
         self._policy = policy
@@ -134,7 +137,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
         self._withdrawn = False
         self._wake: set[asyncio.Event] = set()
         self.handed_out: dict[PciAddress, float] = {}
-        self.streams = Streams()
+        self.streams = Streams(on_watched)
 
     def update(self, devices: Sequence[Device]) -> None:
         """Replace the list; the kubelet is told when what it may know of differs."""

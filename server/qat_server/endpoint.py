@@ -40,6 +40,7 @@ class Endpoint:
     """Made for one resource: `update` at any time, `run` once, `withdraw` to end it from outside.
 
     `state` is replaced at each change. `handed_out` maps devices to when, by `clock`, they were last allocated.
+    `on_watched` is called when the kubelet opens a stream, `on_lost` when the socket's directory cannot be used.
     """
 
     def __init__(
@@ -51,12 +52,15 @@ class Endpoint:
         on_allocated: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         timing: Timing | None = None,
+        on_watched: Callable[[], None] = lambda: None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
+        self._on_lost = on_lost
         self.state = EndpointState()
         self._registrar = registrar
         self._timing = timing or Timing()
-        self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock)
+        self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock, on_watched)
         self._server: grpc.aio.Server | None = None
         self._bound: BoundSocket | None = None
         self._withdrawing = asyncio.Event()
@@ -167,6 +171,7 @@ class Endpoint:
             self._bound = await grpc_socket.start(server, self.socket_path, SOCKET_MODE)
         except OSError as error:
             await server.stop(None)
+            self._on_lost()
             raise CannotRegisterError(f"cannot serve {self.socket_path}: {error.strerror or error}") from error
         except BaseException:
             await server.stop(None)

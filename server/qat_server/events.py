@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Collection
 from typing import Final
 
 from msgspec import Struct
@@ -23,6 +24,8 @@ _NETLINK_KOBJECT_UEVENT: Final = 15
 _KERNEL_GROUP: Final = 1
 _PACKET_LIMIT: Final = 16 * 1024  # the kernel's own is 2 KiB of environment
 _RECEIVE_BUFFER: Final = 1024 * 1024  # 1024 VFs bound at once are some 3000 packets
+_AGAIN_FIRST: Final = 1.0
+_AGAIN_LAST: Final = 60.0
 _COALESCE: Final = 0.005  # seconds that a burst is gathered before it is looked at
 
 
@@ -85,6 +88,34 @@ class Changes:
         self._everything = False
         self._event.clear()
         return devices
+
+
+class Again:
+    """Has another look taken at what could not be read: after one second, then twice as long each time, up to a minute.
+
+    No uevent tells that a device or the bus can be read again.
+    """
+
+    def __init__(self, changes: Changes) -> None:
+        self._changes = changes
+        self._pause = _AGAIN_FIRST
+        self._timer: asyncio.TimerHandle | None = None
+
+    def look(self, unread: Collection[PciAddress | None]) -> None:
+        """A look has ended that could not read these (None: the bus)."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not unread:
+            self._pause = _AGAIN_FIRST
+            return
+        self._timer = asyncio.get_running_loop().call_later(self._pause, self._mark, tuple(unread))
+
+    def _mark(self, unread: Collection[PciAddress | None]) -> None:
+        self._timer = None
+        self._pause = min(self._pause * 2, _AGAIN_LAST)
+        for address in unread:
+            self._changes.mark(address)
 
 
 class UeventListener:

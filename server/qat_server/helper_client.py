@@ -80,6 +80,13 @@ class HelperUnavailableError(HelperError):
         super().__init__(ErrorCode.UNAVAILABLE, message)
 
 
+class HelperSilentError(HelperError):
+    """There is a connection, and no answer on it: the helper's own matter, not a device's."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(ErrorCode.TIMED_OUT, f"the helper did not answer {operation} in {CALL_TIMEOUT:g} s")
+
+
 class HelperClient:
     """One helper at one socket. `on_change` is called whenever `connected` changes."""
 
@@ -110,7 +117,9 @@ class HelperClient:
                 connection = await self._connect()
             except (OSError, HelperError, ProtocolError) as error:
                 differs = isinstance(error, HelperError) and not isinstance(error, HelperUnavailableError)
-                self._lost(f"cannot reach the helper at {self._path}: {_sentence(error)}", say=differs)
+                nobody = isinstance(error, FileNotFoundError | ConnectionRefusedError)
+                hint = ": is qat-helper running? (--helper-socket)" if nobody else ""
+                self._lost(f"cannot reach the helper at {self._path}: {_sentence(error)}{hint}", say=differs)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RECONNECT_LAST)
                 continue
@@ -194,9 +203,7 @@ class HelperClient:
                 reply, passed = await connection.exchange(request)
         except TimeoutError:
             self._counters.helper_request(operation, ErrorCode.TIMED_OUT)
-            raise HelperError(
-                ErrorCode.TIMED_OUT, f"the helper did not answer {operation} in {CALL_TIMEOUT:g} s"
-            ) from None
+            raise HelperSilentError(operation) from None
         if isinstance(reply, Failure):
             self._counters.helper_request(operation, reply.code)
             raise HelperError(reply.code, reply.message, reply.errno, reply.rule)

@@ -1,10 +1,11 @@
 """`qat-plugin`: the server when no command is named, else a command. Owns exit statuses and the last word on stderr.
 
-0 done, 1 it could not be done, 2 the command line or a setting is wrong, 130 interrupted. Every error that a user can
-make or meet is one sentence.
+0 done, 1 it could not be done, 2 the command line or a setting is wrong, 130 interrupted, 143 terminated. Every
+error that a user can make or meet is one sentence.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -18,6 +19,9 @@ PROGRAM: Final = "qat-plugin"
 
 def main() -> None:
     """The entry point."""
+    # For PID 1 of a container the kernel ignores SIGTERM while nobody handles it. The server's loop does, but gRPC and
+    # all that comes before it take a while to load.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(run(sys.argv[1:], os.environ))
 
 

@@ -11,7 +11,6 @@ kubelet, systemd) starts it again; what fails for one device stays with that dev
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import time
@@ -24,25 +23,25 @@ import uvloop
 from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile, sandbox, status_socket
 from qat_server.binder import Binder
 from qat_server.counters import Counters
-from qat_server.device_configs import DeviceConfigs
 from qat_server.discovery import discover, with_fresh_use
 from qat_server.endpoint import Endpoint
-from qat_server.events import Changes, UeventListener, resync
+from qat_server.endpoint_directory import DirectoryGoneError, EndpointDirectory
+from qat_server.events import Again, Changes, UeventListener, resync
 from qat_server.facts import Facts
 from qat_server.health import HealthMonitor
-from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
+from qat_server.helper_client import HelperClient
 from qat_server.http_endpoint import Response
-from qat_server.inventory import Holder, Inventory, Listing
-from qat_server.lock import only_server
+from qat_server.inventory import Inventory, Listing
 from qat_server.naming import NAMESPACE
-from qat_server.pod_resources import held_devices
+from qat_server.pod_resources import Answer, held_devices
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
 from qat_server.registration import Registrar
 from qat_server.registration_socket import SocketRegistrar
 from qat_server.registration_watcher import WatcherRegistrar
+from qat_server.services import Services
 from qat_server.settings import Registration, Settings
-from qat_server.status import HelperState, State, encode, status_from
+from qat_server.status import HelperState, State, encode, no_vfs_hint, status_from
 from qat_server.usage import Usage
 from qat_shared import VERSION
 from qat_shared.pci import PciAddress
@@ -52,6 +51,10 @@ log = logs.get(__name__)
 
 HELPER_PATIENCE: Final = 2.0
 """Seconds that the start waits for the first attempt to reach the helper to end."""
+
+WITHOUT_HELPER: Final = 5.0
+"""Seconds that the first list waits for a helper, where the kubelet can be reached without one."""
+_KUBELET_WAIT_MS: Final = 10_000  # that the helper waits for a kubelet that is to answer who holds what
 
 _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
@@ -105,15 +108,27 @@ class Plugin:
         self.changes = Changes()
         self.counters = Counters()
         self.helper = HelperClient(settings.helper_socket, self.counters, self._helper_changed)
+        self.directory = EndpointDirectory(
+            self.helper, settings.registration, settings.socket_directory, settings.helper_socket.parent
+        )
         self.listener = UeventListener(settings.uevents, self.changes)
         self.health = HealthMonitor(
             self.helper,
             lambda: self.provisioner.settled(self.inventory.pfs),
             settings.health_interval,
             self.changes.mark_known,
+            clock,
         )
-        self.usage = Usage(self._query_holders, self.changes.mark_known, settings.resync_interval)
+        self.usage = Usage(
+            self._query_holders,
+            self.changes.mark_known,
+            settings.resync_interval,
+            clock=clock,
+            # The plugin watcher needs no helper, so that its absence must not keep the kubelet waiting for ever.
+            without_helper=WITHOUT_HELPER if settings.registration is Registration.PLUGIN_WATCHER else None,
+        )
         self.binder = Binder(self.helper, settings.dpdk_driver, self.counters, self.changes.mark, clock)
+        self.services = Services(self.helper, self.changes.mark_known, clock)
         self.provisioner = Provisioner(
             self.helper,
             settings.sysfs_root,
@@ -134,8 +149,7 @@ class Plugin:
         self.endpoints: dict[str, Endpoint] = {}
         self._not_ready = "starting"
         self._facts = Facts()
-        self.configs = DeviceConfigs(self.helper, self._facts)
-        self._helper_event = asyncio.Event()
+        self._again = Again(self.changes)
         self._clock = clock
 
     @property
@@ -174,7 +188,9 @@ class Plugin:
 
     def not_ready(self) -> tuple[str, ...]:
         """The reasons why the server does not do all of its work, none when it does."""
-        reasons = [self._not_ready] if self._not_ready else []
+        reasons = [reason] if (reason := self.directory.waits_for or self._not_ready) else []
+        if not self.usage.asked and not reasons:
+            reasons.append(f"what pods hold is not known yet: {self.usage.error}")
         if not self.helper.connected:
             reasons.append(self.helper.error)
         if self.configuration is not None and self.configuration.current is None:
@@ -205,12 +221,20 @@ class Plugin:
             with contextlib.suppress(TimeoutError):  # one that accepts and says nothing
                 async with asyncio.timeout(HELPER_PATIENCE):
                     await self.helper.tried.wait()
-            await self._prepare_socket_directory()
-            async with only_server(self.socket_directory):
-                grpc_socket.remove_leftovers(self.socket_directory)
+            while True:
+                await self.directory.prepare()
+                async with self.directory.held():
+                    grpc_socket.remove_leftovers(self.socket_directory)
+                    await self._work()
+
+    async def _work(self) -> None:
+        """Serve in the directory; return when it has gone."""
+        self._not_ready = "the first look at the devices is not done"
+        self.changes.mark()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.directory.until_gone())
                 tasks.create_task(self._serve_status())
-                self._not_ready = "the first look at the devices is not done"
-                self.changes.mark()
                 if self.configuration is not None:
                     tasks.create_task(self.configuration.run())
                 tasks.create_task(self.listener.run())
@@ -220,6 +244,9 @@ class Plugin:
                 async with asyncio.TaskGroup() as work:
                     while True:
                         await self._look_safely(await self.changes.wait(), work)
+        except* DirectoryGoneError:
+            self.endpoints.clear()
+            self._not_ready = "the socket directory has gone"
 
     def _handlers(self) -> dict[str, Callable[[], Response]]:
         from qat_server import metrics  # noqa: PLC0415 - prometheus_client only where metrics are wanted
@@ -246,33 +273,16 @@ class Plugin:
             return Response(200, b"ok\n")
         return Response(503, "".join(f"{reason}\n" for reason in reasons).encode())
 
-    async def _query_holders(self) -> dict[str, dict[PciAddress, Holder]]:
-        return await held_devices(self.helper, self.socket_directory)
-
-    async def _prepare_socket_directory(self) -> None:
-        """Have the helper make the directory; without a helper, go on as soon as it is there and can be written."""
-        while True:
-            self._helper_event.clear()
-            try:
-                await self.helper.prepare_socket_directory(self.settings.registration.socket_directory)
-            except HelperUnavailableError as error:
-                if os.access(self.socket_directory, os.W_OK | os.X_OK):
-                    return
-                self._not_ready = f"{self.socket_directory} waits for the helper, which prepares it: {error.message}"
-                await self._helper_event.wait()
-            except HelperError as error:
-                self._not_ready = f"the helper could not prepare {self.socket_directory}: {error.message}"
-                self._facts.say("socket directory not prepared", why=error.message)
-                await asyncio.sleep(1)
-            else:
-                return
+    async def _query_holders(self) -> Answer:
+        return await held_devices(self.helper, self.socket_directory, wait_ms=_KUBELET_WAIT_MS)
 
     def _helper_changed(self) -> None:
-        self._helper_event.set()
+        self.directory.helper_changed()
         if self.helper.connected:
             self.provisioner.helper_changed()
             self.changes.mark()  # what could not be bound or read meanwhile
             self.usage.ask()
+            self.health.ask()
 
     def _configuration_changed(self) -> None:
         current = self.configuration.current if self.configuration else None
@@ -301,7 +311,9 @@ class Plugin:
             except SysfsError as error:
                 self._not_ready = str(error)
                 self._facts.say("the PCI bus cannot be read", why=str(error))
+                self._again.look([None])
                 return
+            self._again.look([problem.address for problem in self.inventory.problems])
         inventory = self.inventory
         self._tell(inventory)
         if self.configuration is not None:
@@ -313,10 +325,11 @@ class Plugin:
                 "no QAT VFs found",
                 drivers=settings.kernel_vf_drivers,
                 pfs=len(inventory.pfs),
-                hint="enable VFs (sriov_numvfs) on a PF whose kernel driver is loaded and named in --kernel-vf-drivers",
+                hint=no_vfs_hint(len(inventory.pfs)),
             )
-        await self.configs.read(inventory)
-        self.names = self.configs.names(inventory)
+        self.health.look()
+        self.services.look(inventory, self._facts, work)
+        self.names = self.services.names(inventory)
         plan = reconcile.plan(inventory, settings.dpdk_driver)
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
@@ -325,16 +338,16 @@ class Plugin:
         self.listing = listing.advance(
             self.listing,
             inventory,
-            self.names,
+            self._offered(inventory),
             self.health.unhealthy() | self.provisioner.withheld,
             settings.dpdk_driver,
-            self.usage.releasable,
+            self._releasable,
             self._held,
             self.usage.holders,
         )
         self.usage.observe(self.listing)
-        if not self._knows_holders():
-            self._not_ready = f"what pods hold is not known yet: {self.usage.error}"
+        if not self.usage.asked:  # the first list must have what pods hold, even if it has gone
+            self._not_ready = ""
             return  # the answer leads to a new look
         self._publish(work)
         self.provisioner.published()
@@ -354,21 +367,24 @@ class Plugin:
         self.counters.rescan(self._clock() - began)
         return inventory
 
-    def _knows_holders(self) -> bool:
-        """Whether a list may be published: the first one must have what pods hold, even if it has gone.
-
-        The plugin watcher needs no helper, so there the kubelet is not kept waiting for one.
-        """
-        if self.settings.registration is Registration.PLUGIN_WATCHER:
-            return self.usage.attempted
-        return self.usage.asked
-
     def _held(self, resource: str, address: PciAddress) -> bool:
         endpoint = self.endpoints.get(resource)
         return self.usage.held(resource, address, endpoint.handed_out.get(address) if endpoint else None)
 
     def _holders(self) -> dict[PciAddress, str] | None:
         return self.usage.holders_of(self.listing, self._held)
+
+    def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
+        """The names, without VFs that are new and whose PF has not shown yet that it is alive."""
+        pending = self.health.pending()
+        if not pending:
+            return self.names
+        listed = {device.address for devices in self.listing.values() for device in devices}
+        unknown = {vf.address for vf in inventory.vfs if vf.pf in pending} - listed
+        return {address: name for address, name in self.names.items() if address not in unknown}
+
+    def _releasable(self, resource: str, address: PciAddress) -> bool:
+        return self.usage.releasable(resource, address) and not self._held(resource, address)
 
     def _tell(self, inventory: Inventory) -> None:
         for problem in inventory.problems:
@@ -404,6 +420,8 @@ class Plugin:
             self.counters,
             self.usage.allocated,
             self._clock,
+            on_watched=self.usage.watched,
+            on_lost=self.directory.missed,
         )
 
     def _registrar(self, name: str) -> Registrar:

@@ -41,7 +41,6 @@ class WatcherRegistrar(RegistrationServicer):
         # The registration socket is the endpoint: no path, which the kubelet might see as another one than we do.
         self._info = pb.PluginInfo(type=TYPE, name=f"{NAMESPACE}/{name}", endpoint="", supported_versions=[VERSION])
         self._verdict: asyncio.Future[str] | None = None
-        self._refusal = ""
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add the plugin registration service."""
@@ -49,20 +48,22 @@ class WatcherRegistrar(RegistrationServicer):
 
     async def register(self, streams: Streams) -> None:
         """Wait for the kubelet's word. Raises CannotRegisterError."""
+        if streams.fresh:  # the kubelet has been here meanwhile, whatever it said before
+            return
+        opened, ended = streams.opened, streams.ended
         self._verdict = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(self._timing.found):
-                if not streams.fresh:
-                    self._refusal = await self._verdict
+                refusal = await self._verdict
         except TimeoutError:
-            if streams.fresh:
+            if streams.opened > opened and streams.ended == ended:  # its word was lost
                 return
             why = f"the kubelet has not asked at {self.socket_path}: is it running?"
-            raise CannotRegisterError(self._refusal or why) from None
+            raise CannotRegisterError(why) from None
         finally:
             self._verdict = None
-        if self._refusal:
-            raise CannotRegisterError(self._refusal)
+        if refusal:
+            raise CannotRegisterError(refusal)
 
     async def GetInfo(self, request: pb.InfoRequest, context: Context) -> pb.PluginInfo:
         """The kubelet has found the socket."""

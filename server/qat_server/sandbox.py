@@ -1,6 +1,6 @@
 """What the server leaves itself before it has threads: which files, which system calls.
 
-    read    <sysfs>/bus/pci, devices, ...; its own code; /proc; the time zone
+    read    <sysfs>/bus/pci, devices, ...; its own code; /proc; the time zone; the provisioning configuration
     write   the endpoints' directory; the directory of the log files, where any were asked for
 
 No socket but Unix ones and the kernel's uevents can be made any more: the metrics listener is opened before.
@@ -67,6 +67,8 @@ def _rules(settings: Settings) -> Iterator[tuple[Path, int]]:
     yield from ((Path(path), READ) for path in _SYSTEM)
     yield from ((Path(path), READ) for path in _code())
     yield nearest(settings.socket_directory), _SOCKETS
+    if settings.provisioning_config is not None:
+        yield nearest(settings.provisioning_config), READ
     logging = settings.logging
     if not logging.to_stderr:
         directory = os.path.dirname(os.path.abspath(logging.file)) if logging.file else logging.directory

@@ -154,6 +154,15 @@ def status_from(state: State) -> Status:
     )
 
 
+def no_vfs_hint(pfs: int) -> str:
+    """What to do on a node without VFs that has so many PFs."""
+    if pfs:
+        return "enable them on a PF (--provisioning-config, or sriov_numvfs by hand)"
+    return (
+        "no PF either: load the PFs' kernel driver, name its VFs' in --kernel-vf-drivers; qat-plugin doctor says more"
+    )
+
+
 def encode(status: Status) -> bytes:
     """The JSON of /status."""
     return msgspec.json.encode(status) + b"\n"

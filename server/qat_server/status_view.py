@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qat_server.status import Status, VfStatus
+from qat_server.status import Status, VfStatus, no_vfs_hint
 from qat_shared.confinement import missing
 
 _USE = {True: "in use", False: "idle", None: "?"}
@@ -17,6 +17,16 @@ def show(status: Status, console: Console) -> None:
     _line(console, f"qat-plugin {status.version}: ", "ready" if status.ready else "not ready", good=status.ready)
     for reason in status.not_ready:
         console.print(_text(f"  {reason}"))
+    if status.cut:
+        served = sum(vf.listed for vf in status.vfs)
+        total = len(status.vfs) + len(status.cut)
+        console.print(
+            _text(
+                f"{served} of {total} VFs served: {len(status.cut)} are beyond --max-num-devices, {status.cut[0]} first"
+            )
+        )
+    elif not status.vfs:
+        console.print(_text(f"no QAT VFs found: {no_vfs_hint(len(status.pfs))}"))
     helper = status.helper
     if helper.connected:
         detail = f"connected, version {helper.version}, audit log at {helper.audit_sequence} ({helper.audit_hash[:12]})"
@@ -40,7 +50,7 @@ def show(status: Status, console: Console) -> None:
         ),
         _table(
             "physical functions",
-            ("PF", "device", "driver", "NUMA", "state", "services", "VFs", "health"),
+            ("PF", "device", "driver", "NUMA", "state", "services", "VFs", "served", "health"),
             (
                 (
                     pf.address,
@@ -50,6 +60,7 @@ def show(status: Status, console: Console) -> None:
                     pf.state or "-",
                     pf.services or "-",
                     f"{pf.vfs}/{pf.total_vfs}",
+                    str(sum(vf.listed and vf.pf == pf.address for vf in status.vfs)),
                     pf.reason or "ok",
                 )
                 for pf in status.pfs
@@ -84,8 +95,6 @@ def show(status: Status, console: Console) -> None:
         console.print(_text(f"provisioning configuration: {status.provisioning_error}"))
     for problem in status.problems:
         console.print(_text(f"problem: {problem}"))
-    if status.cut:
-        console.print(_text(f"left alone (--max-num-devices): {', '.join(status.cut)}"))
 
 
 def _health(vf: VfStatus) -> str:

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from deployments.coming import without_unknown
 from deployments.images import Image
 from deployments.rendered import ROOT
 
@@ -192,7 +191,7 @@ class Container:
     def _command(self) -> list[str]:
         if "command" in self._spec:
             return [*self._spec["command"], *self._spec.get("args", ())]
-        return [*self._image.entrypoint, *without_unknown(self._spec["name"], self._spec.get("args", ()))]
+        return [*self._image.entrypoint, *self._spec.get("args", ())]
 
     def _environment(self) -> Iterator[str]:
         for each in self._spec.get("env", ()):

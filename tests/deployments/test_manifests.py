@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from deployments import measured, rendered
-from deployments.coming import without_unknown
 from deployments.rendered import BUILT, COMPONENTS, DEPLOYMENTS, EXAMPLES, INSTALLATIONS, Manifest
 from qat_helper.main import _parse as helper_options
 from qat_helper.operations import NAMES
@@ -92,7 +91,7 @@ def _arguments() -> Iterator[tuple[str, str, list[str]]]:
     for name in INSTALLATIONS:
         spec = rendered.pod_spec(rendered.render(name))
         for which in ("helper", "server"):
-            yield name, which, without_unknown(which, rendered.container(spec, which).get("args", []))
+            yield name, which, rendered.container(spec, which).get("args", [])
 
 
 def test_the_programs_understand_their_arguments() -> None:
@@ -108,9 +107,7 @@ def test_the_programs_understand_their_arguments() -> None:
 def test_ports_and_probes_agree_with_the_address_that_is_served() -> None:
     for name in INSTALLATIONS:
         server = rendered.container(rendered.pod_spec(rendered.render(name)), "server")
-        served = settings.parse(
-            flags.read(without_unknown("server", server["args"]), flags.SERVER_FLAGS).values
-        ).metrics_address
+        served = settings.parse(flags.read(server["args"], flags.SERVER_FLAGS).values).metrics_address
         assert served is not None
         assert not served.host  # all of the pod's: loopback could not be probed
         assert [(port["name"], port["containerPort"]) for port in server["ports"]] == [("metrics", served.port)]
@@ -140,7 +137,7 @@ def test_paths_agree_with_the_programs_defaults() -> None:
 def test_plugin_watcher_paths_agree() -> None:
     spec = rendered.pod_spec(rendered.render("overlays/hardened"))
     server = rendered.container(spec, "server")
-    chosen = settings.parse(flags.read(without_unknown("server", server["args"]), flags.SERVER_FLAGS).values)
+    chosen = settings.parse(flags.read(server["args"], flags.SERVER_FLAGS).values)
     assert str(chosen.socket_directory) in {mount["mountPath"] for mount in server["volumeMounts"]}
     policy = rendered.render("overlays/hardened")
     (config,) = [each for each in rendered.of_kind(policy, "ConfigMap") if "policy.toml" in each["data"]]

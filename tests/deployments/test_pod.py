@@ -11,10 +11,14 @@ from rich.console import Console
 
 from deployments import containers, images, measured, rendered
 from deployments.pods import PodNode, pod_node
-from qat_server import flags
 from qat_server.allocation import AllocationPolicy
-from qat_server.simulation.demo import Demo
-from qat_server.simulation.node import demo_node, parse_node
+from qat_server.simulation.config_map import ConfigMap
+from qat_server.simulation.demo.audit import show_audit
+from qat_server.simulation.demo.events import heartbeat, restart_kubelet
+from qat_server.simulation.demo.pods import allocate
+from qat_server.simulation.demo.scene import Scene
+from qat_server.simulation.demo.starting import bind, register, start
+from qat_server.simulation.node import Node, demo_node, parse_node
 
 pytestmark = [
     pytest.mark.usefixtures("kustomize"),
@@ -23,21 +27,23 @@ pytestmark = [
 ]
 
 
-_PROFILES: Final = rendered.ROOT / "seccomp/qat-helper.json"
-_PROVISIONS: Final = any(flag.name == "provisioning-config" for flag in flags.SERVER_FLAGS)
+# The base serves the default VF drivers, and makes no VFs.
+NODE: Final = Node(pfs=tuple(pf for pf in demo_node().pfs if pf.device == "4940" and pf.num_vfs != 0))
 
 
 async def _demo(node: PodNode) -> str:
     """The demo's own steps on this node; what they print."""
     shown = io.StringIO()
-    demo = Demo(Console(file=shown, width=120), demo_node(), AllocationPolicy.NONE, keep=False)
-    await demo._start(node)
-    status = await demo._bind(node)
-    await demo._register(node, status)
-    allocations = await demo._allocate(node)
-    await demo._heartbeat(node, status)
-    await demo._restart_kubelet(node, allocations)
-    demo._show_audit(node)
+    config = ConfigMap(node.directory / "config")  # that nobody reads: the base does not provision
+    scene = Scene(Console(file=shown, width=120), NODE, node, config, AllocationPolicy.NONE)
+    await start(scene)
+    await bind(scene)
+    await register(scene)
+    await allocate(scene)
+    await heartbeat(scene)
+    await restart_kubelet(scene)
+    show_audit(scene)
+    assert scene.troubles == []
     return shown.getvalue()
 
 
@@ -47,7 +53,7 @@ def _status(pid: int) -> dict[str, str]:
 
 
 async def test_the_demo_by_the_images_as_the_base_says() -> None:
-    async with pod_node(demo_node(), rendered.render("base")) as node:
+    async with pod_node(NODE, rendered.render("base")) as node:
         shown = await _demo(node)
         assert "the chain of hashes intact" in shown
         helper, server = (_status(node.made[name].pid) for name in ("helper", "server"))
@@ -72,10 +78,9 @@ async def test_the_demo_by_the_images_as_the_base_says() -> None:
         assert "0000:6b:00.1" in answer.stdout
 
 
-@pytest.mark.skipif(not _PROFILES.exists(), reason="this version has no seccomp/ profiles")
 async def test_the_demo_by_the_images_as_hardened_says() -> None:
     """The project's seccomp profiles, plugin-watcher registration, the policy file; AppArmor is not of every kernel."""
-    async with pod_node(demo_node(), rendered.render("overlays/hardened")) as node:
+    async with pod_node(NODE, rendered.render("overlays/hardened")) as node:
         assert "the chain of hashes intact" in await _demo(node)
         assert {json.loads(line).get("operation") for line in node.audit_log.read_bytes().splitlines()} & {
             "OpenKubeletSocket",
@@ -85,7 +90,6 @@ async def test_the_demo_by_the_images_as_hardened_says() -> None:
         assert not (node.kubelet_directory / "device-plugins/qat.intel.com").exists()
 
 
-@pytest.mark.skipif(not _PROVISIONS, reason="this version does not provision")
 async def test_pfs_without_vfs_are_provisioned_as_the_overlay_says() -> None:
     """From the ConfigMap's qat.conf, by the same two containers, to resources that a pod can ask for."""
     described = b'{"pfs": [{"address": "0000:6b:00.0", "services": "dc", "num_vfs": 0, "total_vfs": 4}]}'
@@ -122,7 +126,7 @@ refused(os.execv, "/bin/sh", ["sh"])
 print("socket", oct(os.stat("/run/qat-plugin/helper.sock").st_mode), os.stat("/run/qat-plugin/helper.sock").st_gid)
 print("mine", oct(os.stat("/var/lib/kubelet/device-plugins/qat.intel.com").st_mode & 0o7777))
 """
-    async with pod_node(demo_node(), rendered.render("base")) as node:
+    async with pod_node(NODE, rendered.render("base")) as node:
         node.start_helper()
         node.start_server()
         await node.until_status("the server is ready", lambda status: status.ready)

@@ -133,6 +133,26 @@ async def a_pods_vf_vanishes_without_a_server(node: AnyNode) -> Seen:
     return [*seen, *await quantities(node), await admitted(node, "a", ("main", GENERIC, 1)), await quantities(node)]
 
 
+def a_pods_vf_vanishes_without_anybody(kill: bool) -> Callable[[AnyNode], Awaitable[Seen]]:
+    """The server is started first, so that it has to wait for the kubelet to say what pods hold."""
+
+    async def run(node: AnyNode) -> Seen:
+        await node.until_bound()
+        seen: Seen = [await admitted(node, "a", ("main", GENERIC, 1))]
+        held = min(await node.kubelet.devices_of("a"))
+        await node.stop_server(signal.SIGKILL)
+        await node.kubelet.stop(kill)
+        node.kernel.unplug(held)
+        node.start_server()
+        await node.until_status("the server has looked", lambda status: len(status.vfs) == 3)
+        await node.kubelet.start()
+        await node.wait({GENERIC: 3})
+        seen += [*await quantities(node), await admitted(node, "a", ("main", GENERIC, 1)), await quantities(node)]
+        return [*seen, sorted(await node.kubelet.devices_of("a"))]
+
+    return run
+
+
 async def nothing_is_healthy(node: AnyNode) -> Seen:
     await admitted(node, "a", ("main", CY, 1))
     node.kernel.set_heartbeat(ONE_PF.pfs[0].address, -1)
@@ -179,6 +199,17 @@ SCENARIOS: Final = {
     "a pod's VF vanishes while no server runs": Scenario(
         LONE, {GENERIC: 4}, a_pods_vf_vanishes_without_a_server, TopologyPolicy.RESTRICTED
     ),
+    **{
+        f"a pod's VF vanishes while nobody runs, {registration}, kubelet {'killed' if kill else 'stopped'}": Scenario(
+            LONE,
+            {GENERIC: 4},
+            a_pods_vf_vanishes_without_anybody(kill),
+            TopologyPolicy.RESTRICTED,
+            registration=registration,
+        )
+        for registration in Registration
+        for kill in (False, True)
+    },
     "nothing is healthy": Scenario(ONE_PF, {CY: 4}, nothing_is_healthy, options=("--health-interval=50ms",)),
     "rolling update": Scenario(ONE_PF, {CY: 4}, rolling_update),
     "rolling update, watched": Scenario(ONE_PF, {CY: 4}, rolling_update, registration=WATCHED),

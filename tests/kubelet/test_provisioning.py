@@ -109,6 +109,8 @@ async def test_a_change_with_pods_running_waits_and_then_happens(drain: bool) ->
         await node.wait({DC: 4, CY: 1 if drain else 4})
         assert await node.kubelet.devices_of("crypto") == set(pod.devices)
         assert asked(node, "SetServices") == 1, "that of the start"
+        # A kubelet that has named no pod since its start is not believed that there is none; this node has no other.
+        await node.until_status("the kubelet knows it", lambda status: any(vf.pod for vf in status.vfs))
         held_open.close()
         began = time.monotonic()
         await node.kubelet.free("crypto")

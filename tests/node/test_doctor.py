@@ -42,7 +42,8 @@ async def test_nothing_is_wrong_once_both_run_and_much_is_before() -> None:
         assert status == 1
         assert said["2 VFs on 4xxxvf, not on vfio-pci"] == "note"
         assert [text for text, level in said.items() if level == "problem"] == [
-            f"cannot reach the helper at {running.helper_socket}: No such file or directory"
+            f"cannot reach the helper at {running.helper_socket}: No such file or directory: "
+            "is qat-helper running? (--helper-socket)"
         ]
         running.start_helper()
         running.start_server()

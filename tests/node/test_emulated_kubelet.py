@@ -341,14 +341,14 @@ async def test_pod_resources(node: Node) -> None:
 
 async def test_held_devices_are_read_through_the_helper(node: Node) -> None:
     helper = DirectHelper(node.kubelet.directory)
-    assert await held_devices(helper, node.kubelet.plugin_directory) == {}
+    assert (await held_devices(helper, node.kubelet.plugin_directory)).holders == {}
     async with node.plugin(FOUR):
         await node.kubelet.allocate("pod", [("main", CY, 2)])
-        assert await held_devices(helper, node.kubelet.plugin_directory) == {
+        assert (await held_devices(helper, node.kubelet.plugin_directory)).holders == {
             "cy": dict.fromkeys((address(0), address(1)), Holder("default/pod/main", 0))
         }
         node.kubelet.free("pod")
-        assert await held_devices(helper, node.kubelet.plugin_directory) == {}
+        assert (await held_devices(helper, node.kubelet.plugin_directory)).holders == {}
 
 
 async def test_held_devices_are_unknown_with_a_reason(node: Node) -> None:

@@ -340,11 +340,15 @@ def test_where_it_cannot_work_it_says_so_in_one_sentence() -> None:
         cases = {
             f"--socket=/tmp/{'x' * 120}": "longer than the 107 bytes",
             f"--socket={running.directory / 'file'}": "is not a socket",
-            f"--socket={running.directory}/no/such/h.sock": "No such file",
+            f"--socket={running.directory}/no/such/h.sock": (
+                f"No such file or directory; make {running.directory}/no/such, root's, the server's group's, mode 0750"
+            ),
             f"--sysfs-root={running.directory}": "not a readable sysfs tree",
             f"--sysfs-root={running.directory}/nowhere": "not a readable sysfs tree",
             f"--sysfs-root={running.directory}/file": "not a readable sysfs tree",
-            f"--audit-log={running.directory}/no/such/log": "cannot be opened",
+            f"--audit-log={running.directory}/no/such/log": (
+                f"cannot be opened: No such file or directory; make {running.directory}/no/such, root's, mode 0700"
+            ),
             f"--audit-log={running.directory / 'file'}": "is not an audit log",
             f"--policy={running.directory}/nowhere": "cannot be read",
             f"--policy={running.directory}/bad.toml": "nonsense",
@@ -356,7 +360,13 @@ def test_where_it_cannot_work_it_says_so_in_one_sentence() -> None:
 
 def test_a_wrong_option_is_refused() -> None:
     with helper(start=False) as running:
-        for option in ("--server-uid=root", "--no-such-option", "--sysfs=/sys"):
+        for option in (
+            "--server-uid=root",
+            "--server-uid=-1",
+            "--server-gid=4294967295",
+            "--no-such-option",
+            "--sysfs=/sys",
+        ):
             assert running.spawn(option).wait(20) == 2
 
 

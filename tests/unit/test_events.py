@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_server.events import Changes, Uevent, UeventListener, parse
+from qat_server.events import Again, Changes, Uevent, UeventListener, parse
 from qat_shared.pci import PciAddress
 
 VF = PciAddress.parse("0000:6b:00.1")
@@ -102,3 +102,19 @@ async def test_netlink_can_be_opened_by_anybody() -> None:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_could_not_be_read_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat_server.events._AGAIN_FIRST", 0.001)
+    changes, address = Changes(), PciAddress(0, 0x6B, 0, 1)
+    again = Again(changes)
+    async with asyncio.timeout(10):
+        again.look([address])
+        assert await changes.wait() == frozenset([address])
+        again.look([None])
+        assert await changes.wait() is None
+    again.look([address])
+    again.look([])  # it could, meanwhile
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await changes.wait()

@@ -5,8 +5,8 @@ from typing import cast
 
 import pytest
 
-from qat_server.health import HealthMonitor, verdict
-from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
+from qat_server.health import FIRST_ANSWER, HealthMonitor, verdict
+from qat_server.helper_client import HelperClient, HelperError, HelperSilentError, HelperUnavailableError
 from qat_server.inventory import PhysicalFunction
 from qat_shared.messages import AuditHead, ErrorCode, Heartbeat
 from qat_shared.pci import PciAddress
@@ -14,6 +14,7 @@ from waiting import until
 
 PF = PciAddress.parse("0000:6b:00.0")
 OTHER = PciAddress.parse("0000:70:00.0")
+THIRD = PciAddress.parse("0000:75:00.0")
 
 
 def physical(address: PciAddress = PF, state: str | None = "up") -> PhysicalFunction:
@@ -52,41 +53,48 @@ class Answers:
         return Heartbeat(id=1, audit=AuditHead(sequence=0, hash=""), alive=answer)
 
 
-async def test_rounds() -> None:
+async def test_answers() -> None:
     answers, changes = Answers(), []
     pfs = [physical(), physical(OTHER)]
     monitor = HealthMonitor(cast("HelperClient", answers), lambda: pfs, 5, lambda: changes.append(1))
 
-    await monitor.check()
-    assert (monitor.unhealthy(), len(changes)) == ({}, 1)
-    await monitor.check()
-    assert len(changes) == 1, "nothing changed"
+    async def check() -> None:
+        monitor.look()
+        for pf in list(pfs):
+            await monitor.check(pf.address)
+
+    await check()
+    assert (monitor.unhealthy(), len(changes)) == ({}, 2)
+    await check()
+    assert len(changes) == 2, "nothing changed"
 
     answers.by_pf[PF] = False
-    await monitor.check()
+    await check()
     assert monitor.unhealthy() == {PF: "PF 0000:6b:00.0 does not answer its heartbeat"}
-    assert len(changes) == 2
+    assert len(changes) == 3
 
     answers.by_pf[PF] = HelperUnavailableError("gone")
     answers.by_pf[OTHER] = HelperError(ErrorCode.BUSY, "an earlier one has not ended")
-    await monitor.check()
+    await check()
     assert list(monitor.unhealthy()) == [PF], "while the helper is away, the last verdict stands"
 
+    answers.by_pf[OTHER] = HelperSilentError("ReadHeartbeat")
+    await check()
+    assert list(monitor.unhealthy()) == [PF], "a helper that hangs says nothing about a device"
+
     answers.by_pf[PF] = HelperError(ErrorCode.UNAVAILABLE, "no heartbeat file")
-    await monitor.check()
+    await check()
     assert monitor.unhealthy() == {}, "a PF without a heartbeat has none held against it"
 
     answers.by_pf = {PF: True, OTHER: False}
-    await monitor.check()
+    await check()
     assert list(monitor.unhealthy()) == [OTHER]
     pfs.pop()
-    await monitor.check()
+    monitor.look()
     assert monitor.unhealthy() == {}, "a PF that went away has no verdict"
+    assert OTHER not in monitor.alive
 
     pfs[0] = physical(state="down")
-    answers.asked.clear()
-    await monitor.check()
-    assert answers.asked == [], "a PF that is down has no firmware to ask"
     assert list(monitor.unhealthy()) == [PF]
 
 
@@ -110,3 +118,74 @@ async def test_the_interval_can_be_set_at_any_time_and_zero_is_never() -> None:
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_query_that_does_not_end_is_no_life() -> None:
+    answers = Answers()
+    monitor = HealthMonitor(cast("HelperClient", answers), lambda: [physical()], 5, lambda: None)
+    await monitor.check(PF)
+    for error in (ErrorCode.TIMED_OUT, ErrorCode.BUSY):
+        answers.by_pf[PF] = HelperError(error, "it has not ended")
+        await monitor.check(PF)
+        assert monitor.unhealthy() == {PF: "PF 0000:6b:00.0 has not answered its heartbeat query"}
+        assert monitor.alive == {PF: False}
+    answers.by_pf[PF] = True
+    await monitor.check(PF)
+    assert monitor.unhealthy() == {}
+
+
+async def test_a_new_pf_is_pending_until_its_first_answer_or_for_a_moment() -> None:
+    answers, now, pfs = Answers(), [0.0], [physical()]
+    monitor = HealthMonitor(cast("HelperClient", answers), lambda: pfs, 5, lambda: None, lambda: now[0])
+    monitor.look()
+    assert monitor.pending() == {PF}
+    await monitor.check(PF)
+    assert monitor.pending() == set()
+    pfs.append(physical(OTHER))
+    monitor.look()
+    assert monitor.pending() == {OTHER}
+    now[0] += FIRST_ANSWER
+    assert monitor.pending() == set()
+    never = HealthMonitor(cast("HelperClient", answers), lambda: pfs, 0, lambda: None)
+    never.look()
+    assert never.pending() == set(), "nobody asks"
+
+
+async def test_one_that_hangs_holds_up_no_other_and_a_new_one_is_asked_at_once() -> None:
+    pfs = [physical(), physical(OTHER)]
+    told: list[dict[PciAddress, bool]] = []
+    hung: asyncio.Future[Heartbeat] = asyncio.get_running_loop().create_future()
+    other_alive = True
+
+    class Hanging:
+        async def heartbeat(self, address: PciAddress) -> Heartbeat:
+            if address == PF:
+                return await hung
+            return Heartbeat(id=1, audit=AuditHead(sequence=0, hash=""), alive=other_alive)
+
+    monitor = HealthMonitor(
+        cast("HelperClient", Hanging()), lambda: pfs, 0.01, lambda: told.append(dict(monitor.alive))
+    )
+    task = asyncio.create_task(monitor.run())
+    try:
+        await until(lambda: told == [{OTHER: True}])
+        other_alive = False
+        await until(lambda: told == [{OTHER: True}, {OTHER: False}])
+        pfs[:] = [physical(THIRD)]
+        monitor.look()
+        await until(lambda: monitor.alive.get(THIRD) is False)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_pf_that_is_down_is_not_asked() -> None:
+    answers, down = Answers(), physical(state="down")
+    monitor = HealthMonitor(cast("HelperClient", answers), lambda: [down, physical(OTHER)], 0.01, lambda: None)
+    task = asyncio.create_task(monitor.run())
+    try:
+        await until(lambda: answers.asked.count(OTHER) > 2)
+        assert PF not in answers.asked
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -205,7 +205,9 @@ async def test_without_a_helper_calls_fail_at_once_and_say_why() -> None:
     task = asyncio.create_task(client.run())
     try:
         await until(lambda: "No such file" in client.error)
-        with pytest.raises(HelperUnavailableError, match=r"cannot reach the helper at .*No such file"):
+        with pytest.raises(
+            HelperUnavailableError, match=r"cannot reach the helper at .*No such file.*: is qat-helper running\?"
+        ):
             await client.heartbeat(VF)
     finally:
         task.cancel()

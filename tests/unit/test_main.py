@@ -1,6 +1,7 @@
 """The command: exit statuses, one sentence for each error, what a run of the server loads."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -211,3 +212,14 @@ def test_server_does_not_load_what_only_commands_need() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "[]\n"
+
+
+def test_sigterm_is_handled_before_anything_is_loaded() -> None:
+    """The kernel ignores it for PID 1 of a container as long as nobody handles it."""
+    loading = "main.run = lambda *_: print(flush=True) or time.sleep(60)"
+    code = f"import time; from qat_server import main; {loading}; main.main()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM

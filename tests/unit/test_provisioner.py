@@ -9,6 +9,7 @@ from typing import cast
 from qat_server.discovery import discover
 from qat_server.helper_client import HelperClient, HelperError
 from qat_server.inventory import Holder
+from qat_server.pod_resources import Answer
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.progress import Stage
 from qat_server.provisioning.provisioner import Provisioner
@@ -64,9 +65,9 @@ class Bench:
             cast(HelperClient, self.helper), root, self.usage, self.marked.append, drain, lambda: self.time
         )
 
-    async def _query(self) -> dict[str, dict[PciAddress, Holder]]:
+    async def _query(self) -> Answer:
         self.questions += 1
-        return {"dc": {vf: Holder(pod) for vf, pod in self.pods.items()}}
+        return Answer({"dc": {vf: Holder(pod) for vf, pod in self.pods.items()}}, pods=1)
 
     async def answered(self) -> None:
         """The kubelet is asked, and answers."""

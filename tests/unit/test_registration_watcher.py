@@ -77,9 +77,20 @@ async def test_a_kubelet_that_does_not_come_and_one_that_has_refused_before() ->
         await one.register(Streams())
     task = await asked(one)
     await say(one, "never")
-    for attempt in (task, one.register(Streams())):
-        with pytest.raises(CannotRegisterError, match="the kubelet refused: never"):
-            await attempt
+    with pytest.raises(CannotRegisterError, match="the kubelet refused: never"):
+        await task
+    with pytest.raises(CannotRegisterError, match="has not asked"):  # a refusal is not for ever
+        await one.register(Streams())
+
+
+async def test_one_that_refused_and_came_by_itself_in_the_pause_is_not_held_to_its_word() -> None:
+    one, streams = registrar(SHORT), Streams()
+    task = await asked(one, streams)
+    await say(one, "dial timed out")
+    with pytest.raises(CannotRegisterError, match="dial timed out"):
+        await task
+    streams.open()
+    await one.register(streams)
 
 
 async def test_a_word_at_the_wrong_time_or_twice_does_nothing() -> None:

@@ -66,6 +66,16 @@ BAD = [
         '{"iommu": false, "pfs": [{"address": "0000:6b:00.0", "vf_driver": "vfio-pci"}]}',
         "vf_driver: vfio-pci takes no device on a node without IOMMU",
     ),
+    Bad(
+        "unknown driver of VFs",
+        '{"pfs": [{"address": "0000:6b:00.0", "vf_driver": "foo"}]}',
+        "PF 0000:6b:00.0: vf_driver: 'foo' is none of 4xxxvf, vfio-pci, igb_uio; others are named in drivers first",
+    ),
+    Bad(
+        "unknown driver of a VF alone",
+        '{"vfs": [{"address": "0000:00:05.0", "driver": "foo"}]}',
+        "VF 0000:00:05.0: driver: 'foo' is none of",
+    ),
     Bad("driver is a path", '{"pfs": [{"address": "0000:6b:00.0", "vf_driver": "../x"}]}', "$.pfs[0].vf_driver"),
 ]
 

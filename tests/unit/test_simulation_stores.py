@@ -372,7 +372,8 @@ def test_noiommu_groups_have_a_name_and_live_as_long_as_the_binding() -> None:
     ("wanted", "driver"), [(None, "4xxxvf"), ("", None), ("vfio-pci", "vfio-pci"), ("uio_x", "uio_x")]
 )
 def test_vf_driver_of_the_description(wanted: str | None, driver: str | None) -> None:
-    with emulated(Node(pfs=(Pf(address=PF, total_vfs=1, vf_driver=wanted),))) as kernel:
+    node = Node(pfs=(Pf(address=PF, total_vfs=1, vf_driver=wanted),), drivers=("vfio-pci", "uio_x"))
+    with emulated(node) as kernel:
         assert kernel.driver(VF) == driver
 
 

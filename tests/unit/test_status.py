@@ -143,10 +143,25 @@ def test_screen() -> None:
         "default/pod/main",
         "left alone: bound to qat_other",
         "problem: the bus is odd",
-        "left alone (--max-num-devices): 0000:6b:00.6",
+        "3 of 6 VFs served: 1 are beyond --max-num-devices, 0000:6b:00.6 first",
         "4/16",
     ):
         assert part in text
+
+
+def test_screen_of_nothing_says_what_to_do() -> None:
+    nothing = Inventory(pfs=(), vfs=(), cut=(), problems=())
+    bare = msgspec.structs.replace(nothing, pfs=(msgspec.structs.replace(moment().inventory.pfs[0], vfs=()),))
+
+    assert "no QAT VFs found: no PF either: load the PFs' kernel driver" in shown(State(inventory=nothing))
+    assert "no QAT VFs found: enable them on a PF" in shown(State(inventory=bare))
+    assert "no QAT VFs found" not in shown(moment())
+
+
+def test_screen_shows_how_many_of_each_pf_are_served() -> None:
+    (line,) = (line for line in shown(moment()).splitlines() if line.startswith(str(PF)))
+
+    assert " 4/16  3  " in line
 
 
 def test_screen_shows_text_as_text() -> None:

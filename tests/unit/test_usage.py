@@ -5,8 +5,15 @@ import time
 from collections.abc import Awaitable, Callable
 
 from qat_server.inventory import Device, Holder, Listing
-from qat_server.pod_resources import NobodyToAskError, PodResourcesError
-from qat_server.usage import Holders, Usage
+from qat_server.pod_resources import (
+    Answer,
+    Holders,
+    KubeletAwayError,
+    NeverAnsweredError,
+    NobodyToAskError,
+    PodResourcesError,
+)
+from qat_server.usage import PATIENCE, SETTLE, Usage
 from qat_shared.pci import PciAddress
 from waiting import until
 
@@ -20,13 +27,14 @@ class Kubelet:
 
     def __init__(self) -> None:
         self.holders: Holders | PodResourcesError = {}
+        self.pods = 1
         self.asked = 0
 
-    async def query(self) -> Holders:
+    async def query(self) -> Answer:
         self.asked += 1
         if isinstance(self.holders, PodResourcesError):
             raise self.holders
-        return self.holders
+        return Answer(self.holders, self.pods)
 
 
 async def with_usage(
@@ -52,7 +60,7 @@ async def test_a_device_that_no_pod_holds_may_leave_after_it_has_settled() -> No
         assert not usage.releasable("dc", VF), "it is not listed there"
 
     await with_usage(kubelet, 0.05, scenario)
-    assert kubelet.asked == 2
+    assert kubelet.asked == 3, "two answers let it go"
 
 
 async def test_a_held_device_stays_until_its_pod_ends() -> None:
@@ -136,31 +144,109 @@ async def test_who_asks_is_told_even_if_nothing_has_changed() -> None:
     task = asyncio.create_task(usage.run())
     try:
         await until(lambda: told == 1)
-        usage.ask(tell=True)
+        usage.ask()
         await until(lambda: told == 2)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_without_a_helper_the_kubelet_was_not_asked() -> None:
+class Told:
+    """A Usage whose clock is set by hand, and who holds what by its kubelet."""
+
+    def __init__(self, without_helper: float | None = None) -> None:
+        self.kubelet = Kubelet()
+        self.now = 0.0
+        self.usage = Usage(
+            self.kubelet.query, lambda: None, 3600, clock=lambda: self.now, without_helper=without_helper
+        )
+
+    async def ask(self, holders: Holders | PodResourcesError, pods: int = 1, after: float = 0.0) -> bool:
+        """Ask `after` so many seconds: whether a list may be published."""
+        self.now += after
+        self.kubelet.holders, self.kubelet.pods = holders, pods
+        await self.usage.question()
+        return self.usage.asked
+
+
+async def test_the_first_list_waits_for_a_helper_for_as_long_as_it_is_needed() -> None:
+    nobody = NobodyToAskError("the helper is not there")
+    needed, not_needed = Told(), Told(without_helper=5)
+    assert not await needed.ask(nobody)
+    assert not await needed.ask(nobody, after=3600)
+    assert await needed.ask({})
+    assert not await not_needed.ask(nobody)
+    assert not await not_needed.ask(nobody, after=4.9)
+    assert await not_needed.ask(nobody, after=0.1)
+
+
+async def test_the_first_list_waits_for_a_kubelet_that_is_away_however_long() -> None:
+    for without_helper in (None, 5.0):
+        told = Told(without_helper)
+        assert not await told.ask(KubeletAwayError("the kubelet does not listen"))
+        assert not await told.ask(KubeletAwayError("the kubelet does not listen"), after=3600)
+        assert await told.ask({})
+
+
+async def test_the_first_list_does_not_wait_for_an_answer_that_will_not_come() -> None:
+    assert await Told().ask(NeverAnsweredError("the policy forbids it"))
+    told = Told()
+    assert not await told.ask(PodResourcesError("the kubelet did not answer in time"))
+    assert not await told.ask(PodResourcesError("the kubelet did not answer in time"), after=PATIENCE - 0.1)
+    assert await told.ask(PodResourcesError("the kubelet did not answer in time"), after=0.1)
+
+
+async def test_a_kubelet_that_is_away_is_asked_again_soon() -> None:
     kubelet = Kubelet()
-    kubelet.holders = NobodyToAskError("the helper is not there")
-    changes = 0
+    kubelet.holders = KubeletAwayError("the kubelet does not listen")
 
-    def changed() -> None:
-        nonlocal changes
-        changes += 1
+    async def scenario(usage: Usage) -> None:
+        await until(lambda: kubelet.asked >= 3)
+        kubelet.holders = {"cy": {VF: Holder("default/pod/main")}}
+        await until(usage.by_device)
 
-    usage = Usage(kubelet.query, changed, 3600)
-    task = asyncio.create_task(usage.run())
-    await until(lambda: changes)
-    assert (usage.attempted, usage.asked, changes) == (True, False, 1)
-    usage.ask()
-    await until(lambda: kubelet.asked == 2)
-    kubelet.holders = PodResourcesError("the kubelet has no such service")
-    usage.ask()
-    await until(lambda: usage.asked)
-    assert (kubelet.asked, changes) == (3, 2), "what has not changed is not told again"
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    await with_usage(kubelet, 3600, scenario)
+
+
+HELD: Holders = {"cy": {VF: Holder("default/pod/main")}}
+
+
+async def test_a_kubelet_that_knows_no_pod_yet_lets_nothing_go_that_was_held() -> None:
+    told = Told()
+    await told.ask(HELD)
+    told.usage.observe(GONE)
+    told.now += 2 * SETTLE
+    told.usage.watched()  # the kubelet was started anew
+    for _ in range(3):
+        await told.ask({}, pods=0, after=2 * SETTLE)
+        told.usage.observe(GONE)
+        assert not told.usage.releasable("cy", VF)
+        assert told.usage.by_device() == {VF: "default/pod/main"}
+        assert told.usage.held("cy", VF, None)
+    await told.ask({})
+    assert not told.usage.releasable("cy", VF), "one answer is not enough"
+    await told.ask({})
+    assert told.usage.releasable("cy", VF)
+    assert told.usage.by_device() == {}
+
+
+async def test_what_was_handed_out_is_held_until_a_new_kubelet_knows_a_pod() -> None:
+    told = Told()
+    await told.ask({})
+    told.usage.watched()
+    await told.ask({}, pods=0, after=3600)
+    assert told.usage.held("cy", VF, -1.0), "and it was not shown by the kubelet before"
+    await told.ask({})
+    assert not told.usage.held("cy", VF, -1.0)
+
+
+async def test_a_stream_that_was_opened_begins_the_time_to_settle_anew() -> None:
+    told = Told()
+    told.usage.observe(GONE)
+    await told.ask({}, after=2 * SETTLE)
+    told.usage.watched()
+    await told.ask({})
+    assert not told.usage.releasable("cy", VF)
+    await told.ask({}, after=SETTLE)
+    await told.ask({})
+    assert told.usage.releasable("cy", VF)

@@ -139,7 +139,7 @@ async def _holders(helper: HelperClient) -> tuple[Mapping[PciAddress, str] | Non
         return None, helper.error
     try:
         with tempfile.TemporaryDirectory(prefix="qat-") as directory:
-            held = await held_devices(helper, Path(directory))
+            held = (await held_devices(helper, Path(directory))).holders
     except PodResourcesError as error:
         return None, str(error)
     return {address: holder.name for devices in held.values() for address, holder in devices.items()}, ""

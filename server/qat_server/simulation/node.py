@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qat_server.simulation.services import services_allowed, what_is_allowed
-from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
 from qat_shared.pci import PciAddress
 
 GEN4: Final = frozenset({0x4940, 0x4942, 0x4944, 0x4946, 0x4948})
@@ -181,12 +181,17 @@ def _check_pf(pf: Pf, node: Node) -> None:
         raise NodeError(f"{name}: state: only devices with qat/ attributes can be down, {pf.device} has none")
     if pf.services is not None and pf.has_qat_attributes and not services_allowed(pf.device_id, pf.services):
         raise NodeError(f"{name}: services: {pf.services!r} cannot be on {pf.device}: {what_is_allowed(pf.device_id)}")
-    if pf.vf_driver and not _can_bind(pf.vf_driver, node):
-        raise NodeError(f"{name}: vf_driver: {pf.vf_driver} takes no device on a node without IOMMU; set noiommu")
+    _check_vf_driver(name, "vf_driver", pf.vf_driver, VIRTUAL[pf.vf_device_id].driver, node)
 
 
-def _can_bind(driver: str, node: Node) -> bool:
-    return driver != "vfio-pci" or node.iommu or node.noiommu
+def _check_vf_driver(name: str, key: str, driver: str | None, own: str, node: Node) -> None:
+    if not driver:
+        return
+    known = dict.fromkeys((own, *DPDK_DRIVERS, *node.drivers))
+    if driver not in known:
+        raise NodeError(f"{name}: {key}: {driver!r} is none of {', '.join(known)}; others are named in drivers first")
+    if driver == "vfio-pci" and not (node.iommu or node.noiommu):
+        raise NodeError(f"{name}: {key}: {driver} takes no device on a node without IOMMU; set noiommu")
 
 
 def _addresses(node: Node) -> Iterator[tuple[PciAddress, str]]:
@@ -205,8 +210,7 @@ def _addresses(node: Node) -> Iterator[tuple[PciAddress, str]]:
         name = f"VF {vf.address}"
         if int(vf.device, 16) not in VIRTUAL:
             raise NodeError(f"{name}: device: {vf.device} is not the id of a QAT VF")
-        if vf.driver and not _can_bind(vf.driver, node):
-            raise NodeError(f"{name}: driver: {vf.driver} takes no device on a node without IOMMU; set noiommu")
+        _check_vf_driver(name, "driver", vf.driver, VIRTUAL[int(vf.device, 16)].driver, node)
         yield _address(vf.address, name), name
     for other in node.others:
         name = f"device {other.address}"

@@ -1,0 +1,36 @@
+"""`qat-plugin demo`: the main job, shown on a simulated node by the real helper and server.
+
+Each step does something to the node, waits until it is *seen* to have the effect that it should (never for a time), and
+prints what was seen. What a node does not allow to be shown is said, not claimed. The exit status is 0 only when every
+step was seen and no VF that should have been bound was not.
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from qat_server.allocation import AllocationPolicy
+from qat_server.simulation.demo.sequence import Demo
+from qat_server.simulation.interception import InterceptionError
+from qat_server.simulation.kubelet import AdmissionError
+from qat_server.simulation.node import NodeError, demo_node, parse_node
+from qat_server.simulation.running_node import SimulationError, command
+
+__all__ = ["run"]
+
+
+def run(node: Path | None, policy: AllocationPolicy, keep: bool, console: Console | None = None) -> int:
+    """Run the demo; the exit status. `node` is a file with a node description (JSON), None the default node."""
+    # On a terminal lines end between words; what reads a pipe wants them whole.
+    console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    try:
+        for program in ("qat-helper", "qat-plugin"):
+            command(program)  # before anything is made
+        described = demo_node() if node is None else parse_node(node.read_bytes())
+        return asyncio.run(Demo(console, described, policy, keep).run())
+    except (SimulationError, NodeError, InterceptionError, AdmissionError, OSError) as error:
+        console.print(f"[red]demo failed:[/red] {escape(str(error))}", soft_wrap=True)
+        return 1

@@ -1,0 +1,58 @@
+"""The demo's look at the audit log: the chain of hashes is checked, and one example of each operation is shown."""
+
+import hashlib
+import json
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from qat_server.simulation.demo.scene import Scene
+from qat_server.simulation.running_node import SimulationError
+
+Record = dict[str, Any]
+
+
+def show_audit(scene: Scene) -> None:
+    """Raises SimulationError when the log is not one chain."""
+    lines = scene.node.audit_log.read_bytes().splitlines()
+    previous = None
+    for number, line in enumerate(lines, 1):
+        record = json.loads(line)
+        if previous is not None and record["previous"] != previous:
+            raise SimulationError(f"line {number} of {scene.node.audit_log} does not continue the line before")
+        previous = hashlib.sha256(line).hexdigest()
+    scene.saw(f"the audit log of what root did: {len(lines)} lines, the chain of hashes intact")
+    shown, more = examples([json.loads(line) for line in lines])
+    table = Table("line", "event", "operation", "of what", "verdict", "ms", box=None, pad_edge=False)
+    for record in shown:
+        table.add_row(
+            str(record["sequence"]),
+            record["event"],
+            record.get("operation") or "(helper)",
+            escape(" ".join(map(str, (record.get("arguments") or {}).values()))),
+            record.get("verdict") or "-",
+            f"{record['duration_ms']:.1f}" if record.get("duration_ms") is not None else "-",
+        )
+    scene.console.print(table)
+    if more:
+        scene.say("not shown: " + ", ".join(f"{number} more lines of {name}" for name, number in more.items()))
+
+
+def examples(records: list[Record]) -> tuple[list[Record], dict[str, int]]:
+    """Of each operation the first `asked` with the line that ended it, in the log's order; how many more there are."""
+    ends = {record["asked"]: record for record in records if record.get("asked")}
+    shown: list[Record] = []
+    more: dict[str, int] = {}
+    operations: set[str] = set()
+    for record in records:
+        operation = record.get("operation") or ""
+        name = operation or f"the helper's {record['event']}"
+        if name not in operations and not record.get("asked"):
+            operations.add(name)
+            shown.append(record)
+            if record["sequence"] in ends:
+                shown.append(ends[record["sequence"]])
+        elif record not in shown:
+            more[name] = more.get(name, 0) + 1
+    return sorted(shown, key=lambda record: int(record["sequence"])), more

@@ -1,0 +1,129 @@
+"""`qat-plugin demo --keep`: it goes on whatever ends, does what it is told, and leaves nothing behind."""
+
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qat_server.simulation.running_node import command
+
+PF = "0000:6b:00.0"
+NODE = {"pfs": [{"address": PF, "services": "sym;asym", "total_vfs": 4}]}
+
+
+class Kept:
+    """A demo that goes on. Its output is read as it comes."""
+
+    def __init__(self, directory: Path) -> None:
+        file = directory / "node.json"
+        file.write_text(json.dumps(NODE))
+        self.process = subprocess.Popen(
+            [*command("qat-plugin"), "demo", "--keep", "--node", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=directory,
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        self.seen: list[str] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
+
+    def until(self, pattern: str) -> "re.Match[str]":
+        """The first line from here on in which it is found."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"{pattern!r} did not come after\n{''.join(self.seen)}") from None
+            self.seen.append(line)
+            if found := re.search(pattern, line):
+                return found
+
+    def tell(self, line: str, answer: str) -> "re.Match[str]":
+        """As a shell's echo into the FIFO does."""
+        with open(self.node / "control", "w") as control:
+            control.write(f"{line}\n")
+        return self.until(answer)
+
+    @property
+    def node(self) -> Path:
+        """Its directory."""
+        found = re.search(r"The node goes on in (\S+)", "".join(self.seen))
+        assert found
+        return Path(found[1])
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    demo = Kept(tmp_path)
+    try:
+        demo.until(r"echo help > .*/control")
+        yield demo
+    finally:
+        if demo.process.poll() is None:
+            demo.process.send_signal(signal.SIGINT)
+            demo.process.wait(30)
+        demo.reader.join(30)
+
+
+def test_what_ends_is_started_again_and_all_that_is_told_is_done(kept: Kept) -> None:
+    for name in ("helper", "server"):
+        kept.tell(f"kill {name}", f"> SIGKILL to the {name}")
+        kept.until(f"the {name} ended with status -9: it is started again")
+        kept.until(f"> the {name} runs again, pid")
+    kept.tell("free pod-a", "> pod-a has ended")
+    kept.tell("kubelet restart", "> the kubelet runs")
+    kept.tell("kubelet restart now", "> it is: kubelet stop|start|restart".replace("|", r"\|"))
+    kept.tell("reboot", "> unknown command 'reboot': help lists")
+    kept.tell("unplug 0000:99:00.1", "> unplug 0000:99:00.1: No such device")
+    kept.tell("close 0000:6b:00.1", "> 0000:6b:00.1 was not opened here")
+    kept.tell("open 0000:6b:00.1", "> 0000:6b:00.1 is open")
+    kept.tell("close 0000:6b:00.1", "> 0000:6b:00.1 is closed")
+    kept.tell("pod p qat.intel.com/none 1", "> the kubelet knows no 'qat.intel.com/none'; there is qat.intel.com/cy")
+    while True:  # until the server that was started again has registered
+        said = kept.tell("pod p qat.intel.com/cy 1", "> (p got 0000:6b:00|pod p .*)")[1]
+        if said.startswith("p got"):
+            break
+    kept.tell("pod q qat.intel.com/cy 9", "> pod q qat.intel.com/cy 9: ")
+    kept.tell(f"heartbeat {PF} 7", "> a heartbeat is 0 .* or -1")
+    kept.tell(f"services {PF} dc", "> .*/qat.toml wants dc of")
+    kept.tell("help", "> one command a line:")
+    assert kept.process.poll() is None
+    node = kept.node
+    kept.process.send_signal(signal.SIGINT)
+    kept.until("^removed$")
+    assert kept.process.wait(30) == 0
+    assert not node.exists()
+
+
+def test_a_fault_shows_in_the_status(kept: Kept) -> None:
+    kept.tell(f"heartbeat {PF} -1", f"> the firmware of {PF} does not answer any more")
+    found = re.search(r"(\S+) status --metrics-address (\S+)", "".join(kept.seen))
+    assert found
+    program, address = found.groups()
+    assert os.access(program, os.X_OK), "what is said can be typed from any directory"
+    deadline = time.monotonic() + 30
+    while True:
+        told = subprocess.run(
+            [program, "status", "-metrics-address", address, "--json"], capture_output=True, check=True
+        )
+        if all(vf["reason"] for vf in json.loads(told.stdout)["vfs"]):
+            return
+        assert time.monotonic() < deadline, told.stdout
+        time.sleep(0.05)

@@ -1,0 +1,101 @@
+"""The directory of the endpoints' sockets: not prepared by the helper, gone, or another server's."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qat_server.counters import Counters
+from qat_server.endpoint_directory import DirectoryUnusableError, EndpointDirectory
+from qat_server.helper_client import HelperClient
+from qat_server.settings import Registration
+from qat_server.simulation.node import Node, Pf
+from qat_server.simulation.running_node import free_port, running_node
+from waiting import until
+
+CY = "qat.intel.com/cy"
+ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, numa_node=0),))
+
+
+@pytest.mark.parametrize("way", list(Registration))
+async def test_a_helper_that_may_not_prepare_it_is_done_without(
+    way: Registration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('operations = ["BindDriver", "OpenKubeletSocket"]\n')
+    policy.chmod(0o644)
+    monkeypatch.setenv("QAT_HELPER_POLICY", str(policy))
+    async with running_node(ONE_PF, (f"--registration={way}",)) as node:
+        for each in ("device-plugins", "plugins_registry"):
+            os.makedirs(node.kubelet.directory / each / "qat.intel.com", exist_ok=True)
+        node.start_helper()
+        await node.until("the helper listens", node.helper_socket.exists)
+        node.start_server()
+        await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4)
+        assert node.log("server").count("socket directory used as it is") == 1
+
+
+async def test_an_audit_log_that_was_moved_away_does_not_keep_a_watched_server_from_starting_again() -> None:
+    """With kubelet-socket, connecting to the kubelet is an operation that is not done without its line in the log."""
+    async with running_node(ONE_PF, ("--registration=plugin-watcher",)) as node:
+        node.start_helper()
+        node.start_server()
+        await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4)
+        await node.until_status("all is bound", lambda status: status.ready)
+        node.audit_log.rename(node.audit_log.with_suffix(".1"))
+        await node.stop_server()
+        await node.until("withdrawn", lambda: node.kubelet.allocatable().get(CY) == 0)
+        node.start_server()
+        await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4, 40)
+
+
+@pytest.mark.parametrize("way", list(Registration))
+async def test_it_goes_and_is_made_anew(way: Registration) -> None:
+    async with running_node(ONE_PF, (f"--registration={way}",)) as node:
+        node.start_helper()
+        node.start_server()
+        await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4)
+        await node.kubelet.stop()
+        for each in ("device-plugins", "plugins_registry"):
+            shutil.rmtree(node.kubelet.directory / each, ignore_errors=True)
+        await node.kubelet.start()
+        await node.until("registered again", lambda: node.kubelet.allocatable().get(CY) == 4, 40)
+        await node.until_status("ready", lambda status: status.ready)
+        assert "Traceback" not in node.log("server")
+
+
+async def test_one_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "device-plugins" / "qat.intel.com"
+    helper = HelperClient(tmp_path / "helper.sock", Counters())
+    directory = EndpointDirectory(helper, Registration.KUBELET_SOCKET, path, tmp_path)
+    with pytest.raises(DirectoryUnusableError) as caught:
+        async with directory.held():
+            pass
+    assert str(caught.value) == (
+        f"{path} is not there: mount the kubelet's device-plugins/qat.intel.com there, which the helper makes for this "
+        "server's group, or give the kubelet's directory with --kubelet-dir"
+    )
+
+
+@pytest.mark.parametrize("way", list(Registration), ids=lambda way: f"then-{way}")
+async def test_two_servers_do_not_work_at_once_however_they_register(way: Registration) -> None:
+    async with running_node(ONE_PF) as node:
+        node.start_helper()
+        node.start_server()
+        await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4)
+        first, node.server = node.server, None
+        assert first is not None
+        node.metrics_port = free_port()
+        node.add_server_options(f"--registration={way}")
+        node.start_server()
+        await until(lambda: "another server works here" in node.log("server"))
+        status, body = await node.get("/readyz")
+        assert status == 503
+        assert body.startswith(b"another server works here: waiting for its end (")
+        before = node.log("server").count("resource served")
+        first.terminate()
+        assert first.wait(20) == 0
+        await node.until("the second serves", lambda: node.log("server").count("resource served") > before)
+        await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4)
+        await node.until_status("ready", lambda status: status.ready)

@@ -418,6 +418,7 @@ class Plugin:
             self._clock,
             on_watched=self.usage.watched,
             on_lost=self.directory.missed,
+            in_use=self.usage.in_use,
         )
 
     def _registrar(self, name: str) -> Registrar:

@@ -9,7 +9,7 @@ a full answer or an error with a sentence that ends up in the pod's status.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final, NoReturn, TypeAlias
 
 import grpc
@@ -116,6 +116,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
 
     `handed_out` maps each device to when (by `clock`) it was last given to a container. `on_allocated` is called after
     each allocation, `on_watched` when the kubelet opens a stream, with whether one has ended before.
+    `in_use` tells, by resource and `handed_out`, which devices pods hold, None where that is not known.
     """
 
     def __init__(
@@ -126,8 +127,10 @@ class DevicePlugin(rpc.DevicePluginServicer):
         on_allocated: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         on_watched: Callable[[bool], None] = lambda _: None,
+        in_use: Callable[[str, Mapping[PciAddress, float]], Collection[PciAddress] | None] = lambda *_: None,
     ) -> None:
         self._name = name
+        self._in_use = in_use
         self._policy = policy
         self._counters = counters
         self._on_allocated = on_allocated
@@ -271,7 +274,8 @@ class DevicePlugin(rpc.DevicePluginServicer):
         eligible = snapshot.healthy.union(must) if must else snapshot.healthy
         available = [each for each in offered if each in eligible]
         try:
-            return snapshot.index.preferred(self._policy, available, must, request.allocation_size)
+            held = self._in_use(self._name, self.handed_out)
+            return snapshot.index.preferred(self._policy, available, must, request.allocation_size, held)
         except AllocationError as error:
             lost = len(offered) - len(available)
             also = f" ({lost} of those offered are not healthy or not listed any more)" if lost else ""

@@ -10,7 +10,7 @@ once, is asked again after a growing pause.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -55,13 +55,14 @@ class Endpoint:
         timing: Timing | None = None,
         on_watched: Callable[[bool], None] = lambda _: None,
         on_lost: Callable[[], None] = lambda: None,
+        in_use: Callable[[str, Mapping[PciAddress, float]], Collection[PciAddress] | None] = lambda *_: None,
     ) -> None:
         self.name = name
         self._on_lost = on_lost
         self.state = EndpointState()
         self._registrar = registrar
         self._timing = timing or Timing()
-        self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock, on_watched)
+        self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock, on_watched, in_use)
         self._server: grpc.aio.Server | None = None
         self._bound: BoundSocket | None = None
         self._withdrawing = asyncio.Event()

@@ -12,7 +12,7 @@ server is a pod itself, there is one.) Without PodResources nothing ever leaves 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Final
 
 from msgspec import Struct
@@ -138,6 +138,13 @@ class Usage:
             if not shown and (unknown or handed_out_at > self.answer_asked_at - self._settle):
                 return True
         return address in (self.holders or {}).get(resource, {})
+
+    def in_use(self, resource: str, handed_out: Mapping[PciAddress, float]) -> Collection[PciAddress] | None:
+        """The devices of a resource that pods hold, or may, by what was handed out when; None without PodResources."""
+        if self.holders is None:
+            return None
+        known = self.holders.get(resource, {}).keys()
+        return known | {address for address, at in handed_out.items() if self.held(resource, address, at)}
 
     def by_device(self) -> dict[PciAddress, str]:
         """The devices that pods are known to hold, each with its holder (namespace/pod/container)."""

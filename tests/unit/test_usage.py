@@ -258,3 +258,11 @@ async def test_the_first_stream_is_no_sign_of_a_new_kubelet() -> None:
     told.usage.watched(anew=False)
     await told.ask({}, pods=0)
     assert told.usage.by_device() == {}
+
+
+async def test_in_use_is_what_pods_hold_and_what_was_just_handed_out() -> None:
+    told, other, old = Told(), PciAddress.parse("0000:6b:00.2"), PciAddress.parse("0000:6b:00.3")
+    assert told.usage.in_use("cy", {}) is None
+    await told.ask(HELD, after=3600)
+    assert told.usage.in_use("cy", {other: told.now, old: 0.0}) == {VF, other}
+    assert told.usage.in_use("dc", {}) == set()

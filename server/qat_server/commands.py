@@ -6,6 +6,7 @@ running server would never use again. So the server's flags are declared here fo
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,10 +50,16 @@ def run(arguments: Sequence[str]) -> int:
     try:
         result: object = app(args=line, prog_name=PROGRAM, standalone_mode=False)
     except TyperException as error:
-        raise FlagError(error.format_message()) from None
+        raise FlagError(_sentence(error.format_message())) from None
     except typer.Abort:
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _sentence(message: str) -> str:
+    """The same in words of ours, where typer's are not for people."""
+    extra = re.fullmatch(r"Got unexpected extra arguments? ?\(?s?\)? ?\((.*)\)", message)
+    return f"unexpected argument {extra[1].split()[0][:60]!r}" if extra else message
 
 
 def _command_flags(*names: str) -> list[Flag]:
@@ -65,7 +72,7 @@ def _command_flags(*names: str) -> list[Flag]:
             raise FlagError(f"unknown command {name[:60]!r}; there are {', '.join(sorted(known))}")
     found = [Flag("help", "", "", ""), Flag("h", "", "", "")]
     for parameter in command.params:
-        metavar = "" if getattr(parameter, "is_flag", False) else "VALUE"
+        metavar = "" if getattr(parameter, "is_flag", False) else parameter.metavar or "VALUE"
         found += [Flag(option.lstrip("-"), "", metavar, "") for option in parameter.opts if option.startswith("--")]
     return found
 
@@ -138,8 +145,10 @@ def demo(
         chosen = allocation_policy(policy)
     except ValueError as error:
         raise SettingsError(f"--policy: {error}") from None
-    if node is not None and not Path(node).is_file():
+    if node is not None and not Path(node).exists():
         raise SettingsError(f"--node: there is no file {node[:200]!r}")
+    if node is not None and Path(node).is_dir():
+        raise SettingsError(f"--node: {node[:200]!r} is a directory; a file with a node description is needed")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # as in main.py
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it starts processes, none of which inherits gRPC
     from qat_server.simulation import demo as simulation  # noqa: PLC0415 - the server never needs it
@@ -209,7 +218,7 @@ def doctor(**given: str | bool | None) -> None:
     as_json = bool(given.pop("json"))
     texts = {flag.name: given.get(flag.variable.lower()) for flag in SERVER_FLAGS}
     chosen = {name: text for name, text in texts.items() if isinstance(text, str)}
-    settings = parse(from_environment(os.environ) | chosen)
+    settings = parse(chosen, from_environment(os.environ))
     check_sysfs_root(settings.sysfs_root)
     from qat_server.doctor import report  # noqa: PLC0415 - the server never needs it
 

@@ -52,7 +52,7 @@ class CommandLine(Struct, frozen=True):
 SERVER_FLAGS: Final = (
     Flag("dpdk-driver", "vfio-pci", "DRIVER", "driver to bind VFs to: vfio-pci or igb_uio"),
     Flag("kernel-vf-drivers", "4xxxvf,420xxvf", "LIST", "kernel VF drivers whose devices are served, with commas"),
-    Flag("max-num-devices", "64", "N", "most VFs to serve, in address order"),
+    Flag("max-num-devices", "64", "N", "how many VFs are served at most: the first in address order"),
     Flag("allocation-policy", "", "POLICY", "balanced or packed; without it the first free VFs in address order"),
     Flag("mode", "dpdk", "MODE", "dpdk (kernel comes with a later version)"),
     Flag("sysfs-root", "/sys", "DIR", "where sysfs is"),
@@ -120,7 +120,7 @@ def read(arguments: Sequence[str], flags: Iterable[Flag]) -> CommandLine:
             if flag.boolean:
                 value = "true"
             elif position == len(arguments):
-                raise FlagError(f"flag -{flag.name} needs a value ({flag.metavar})")
+                raise FlagError(f"flag {argument} needs a value ({flag.metavar})")
             else:
                 value = arguments[position]
                 position += 1
@@ -170,5 +170,6 @@ def _unknown(written: str, name: str, flags: Iterable[Flag]) -> str:
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     if not near:  # -v4, -logtostderr0
         near = sorted((known for known in names if name.startswith(known)), key=len)[-1:]
-    hint = f"did you mean -{near[0]}?" if near else "--help lists all"
+    dashes = written[: len(written) - len(written.lstrip("-"))]
+    hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all"
     return f"unknown flag {written}: {hint}"

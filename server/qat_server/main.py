@@ -47,7 +47,7 @@ def settings_from(arguments: Sequence[str], environment: Mapping[str, str]) -> S
     line = read(arguments, SERVER_FLAGS)
     if line.rest:
         raise FlagError(f"unexpected argument {line.rest[0][:60]!r}")
-    return parse(from_environment(environment) | line.values)
+    return parse(line.values, from_environment(environment))
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -69,7 +69,7 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
                 f"-{next(iter(line.values))} is the server's: it has no meaning before {line.rest[0][:60]!r}"
             )
         return commands.run([*line.rest, *(["--help"] if switches else [])])
-    return _serve(parse(from_environment(environment) | line.values))
+    return _serve(parse(line.values, from_environment(environment)))
 
 
 def _serve(settings: Settings) -> int:

@@ -29,6 +29,7 @@ STATUS_SOCKET: Final = ".status.sock"
 _SHORTEST_INTERVAL: Final = 0.01  # seconds: a shorter one would be a busy loop
 # The longest name that a QAT device's services make: three of sym, asym, dc, dcc, decomp (Gen6).
 _LONGEST_RESOURCE: Final = "asym-decomp-sym"
+_VARIABLES: Final = {flag.name: flag.variable for flag in SERVER_FLAGS}
 _DEFAULTS: Final = {flag.name: flag.default for flag in SERVER_FLAGS}
 _WITHOUT_EFFECT: Final = tuple(flag.name for flag in SERVER_FLAGS if not flag.effect)
 # klog: "no effect when -logtostderr=true".
@@ -115,12 +116,15 @@ def socket_directory(kubelet_dir: Path, registration: Registration) -> Path:
     return kubelet_dir / _DIRECTORIES[registration][1] / NAMESPACE
 
 
-def parse(given: Mapping[str, str] | None = None) -> Settings:
+def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
     """The settings from flag names and their texts; what is not given has its default. Raises SettingsError.
+
+    What `given` does not have is taken from `environment`: the texts of the flags' variables.
 
     Names that are no flag of SERVER_FLAGS are a defect of the caller (KeyError).
     """
-    texts = _DEFAULTS | dict(given or {})
+    given, environment = given or {}, environment or {}
+    texts = _DEFAULTS | dict(environment) | dict(given)
     if unknown := texts.keys() - _DEFAULTS.keys():
         raise KeyError(*unknown)
 
@@ -128,7 +132,8 @@ def parse(given: Mapping[str, str] | None = None) -> Settings:
         try:
             return parser(texts[name])
         except ValueError as error:
-            raise SettingsError(f"--{name}: {error}") from None
+            by_variable = name in environment and name not in given
+            raise SettingsError(f"{_VARIABLES[name] if by_variable else f'--{name}'}: {error}") from None
 
     settings = Settings(
         dpdk_driver=read("dpdk-driver", _dpdk_driver),
@@ -151,7 +156,7 @@ def parse(given: Mapping[str, str] | None = None) -> Settings:
         uevents=read("uevents", _uevents),
         require_sandbox=read("require-sandbox", values.boolean),
         allow_root=read("allow-root", values.boolean),
-        logging=_logging(read, frozenset(given or ())),
+        logging=_logging(read, frozenset((*given, *environment))),
     )
     read("kubelet-dir", lambda _: _check_length(settings.longest_socket))
     return settings
@@ -218,7 +223,8 @@ def _check_length(socket: Path) -> None:
 
 def _one_of(text: str, choices: tuple[str, ...], kind: str) -> str:
     if text not in choices:
-        raise ValueError(f"unknown {kind} {text[:60]!r}; known are {values.listed(choices)}")
+        known = "known are" if len(choices) > 1 else "the only one is"
+        raise ValueError(f"unknown {kind} {text[:60]!r}; {known} {values.listed(choices)}")
     return text
 
 

@@ -146,6 +146,15 @@ CASES = [
         ),
     ),
     Case(
+        "C62x denied by vfio-pci, beside Gen4",
+        {
+            "disable_denylist": False,
+            "pfs": [GEN4, {"address": OTHER, "device": "37c8", "total_vfs": 2}],
+        },
+        1,
+        (r"✓ 4 of 6 VFs bound to vfio-pci by the helper; 2 not bound", r"✗ 2 of 6 VFs could not be bound", r"✓ pod-a"),
+    ),
+    Case(
         "a PF without its driver beside one with it",
         {"pfs": [GEN4, GEN4 | {"address": OTHER, "driver": "", "num_vfs": 2}]},
         0,
@@ -185,3 +194,24 @@ def test_what_is_said_of_a_node(case: Case, tmp_path: Path) -> None:
     assert status == case.status, output
     assert seconds < 30
     assert ("All " in output) == (status == 0)
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "node.json"
+    for text, said in (("{", "it is no JSON: Input data was truncated"), ('{"pfs": [{}]}', "missing required field")):
+        file.write_text(text)
+        console = Console(file=io.StringIO(), width=80, color_system=None)
+        assert demo.run(file, AllocationPolicy.BALANCED, False, console) == 1
+        assert isinstance(console.file, io.StringIO)
+        (line,) = console.file.getvalue().splitlines()
+        assert line.startswith(f"demo failed: {file}: the node description is not usable: ")
+        assert said in line
+
+
+def test_without_the_helper_s_distribution_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat_server.simulation.running_node.shutil.which", lambda name, path=None: None)
+    status, output, _ = show({"pfs": [GEN4]}, tmp_path)
+    assert status == 1
+    assert output.startswith("demo failed: qat-helper is not installed")
+    assert "install the distribution qat-plugin-helper" in output
+    assert "A node without hardware" not in output

@@ -65,9 +65,13 @@ def test_lines(arguments: list[str], values: dict[str, str], rest: tuple[str, ..
 
 ERRORS = {
     "near": (["-dpdk-drivr", "x"], "unknown flag -dpdk-drivr: did you mean -dpdk-driver?"),
-    "near, two dashes and a value": (["--max-devices=4"], "unknown flag --max-devices: did you mean -max-num-devices?"),
+    "near, two dashes and a value": (
+        ["--max-devices=4"],
+        "unknown flag --max-devices: did you mean --max-num-devices?",
+    ),
     "a value that sticks to its flag": (["-v4"], "unknown flag -v4: did you mean -v?"),
     "far": (["--zzz"], "unknown flag --zzz: --help lists all"),
+    "no value, two dashes": (["--dpdk-driver"], "flag --dpdk-driver needs a value (DRIVER)"),
     "no value": (["-dpdk-driver"], "flag -dpdk-driver needs a value (DRIVER)"),
     "three dashes": (["---v"], "bad flag syntax: '---v'"),
     "no name": (["-=3"], "bad flag syntax: '-=3'"),

@@ -67,8 +67,12 @@ REFUSED = {
     "no sysfs": (["-sysfs-root", "/proc"], "--sysfs-root: /proc: bus/pci/devices: not a readable sysfs tree"),
     "switch": (["-version=maybe"], "--version: 'maybe' is not true or false"),
     "unknown flag of a command": (["demo", "-kep"], "unknown flag -kep: did you mean -keep?"),
-    "too many arguments": (["demo", "now"], "unexpected extra argument"),
+    "too many arguments": (["demo", "now"], "unexpected argument 'now'"),
     "demo's policy": (["demo", "-policy", "random"], "--policy: unknown policy 'random'; known are balanced, packed"),
+    "too many arguments of all": (["demo", "now", "then"], "unexpected argument 'now'"),
+    "no value of a command's flag": (["demo", "--node"], "flag --node needs a value (FILE)"),
+    "demo's node is a directory": (["demo", "--node", "/tmp"], "--node: '/tmp' is a directory; a file with"),
+    "unknown mode": (["-mode=foo"], "--mode: unknown mode 'foo'; the only one is dpdk"),
     "demo's node": (["demo", "--node=/nonexistent.json"], "--node: there is no file '/nonexistent.json'"),
     "status of a bad address": (["status", "-metrics-address", "x"], "--metrics-address: 'x' is not an address"),
 }

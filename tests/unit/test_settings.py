@@ -91,7 +91,7 @@ BAD = {
     "very large number": ("max-num-devices", "9" * 19, "is too large"),
     "huge number": ("max-num-devices", "9" * 5000, "is not a whole number"),
     "kernel mode": ("mode", "kernel", "comes with a later version"),
-    "unknown mode": ("mode", "turbo", "unknown mode 'turbo'; known are dpdk"),
+    "unknown mode": ("mode", "turbo", "unknown mode 'turbo'; the only one is dpdk"),
     "unknown registration": (
         "registration",
         "post",
@@ -160,9 +160,11 @@ def test_flag_wins_over_environment_over_default() -> None:
     assert settings.logging.verbosity == 0
 
 
-def test_bad_environment_names_the_flag() -> None:
-    with pytest.raises(SettingsError, match="--mode: 'kernel' comes with a later version"):
+def test_a_bad_text_is_named_after_where_it_was_given() -> None:
+    with pytest.raises(SettingsError, match=r"^QAT_PLUGIN_MODE: 'kernel' comes with a later version"):
         settings_from([], {"QAT_PLUGIN_MODE": "kernel"})
+    with pytest.raises(SettingsError, match=r"^--mode: 'kernel' comes with a later version"):
+        settings_from(["-mode=kernel"], {"QAT_PLUGIN_MODE": "dpdk"})
 
 
 INEFFECTIVE = {

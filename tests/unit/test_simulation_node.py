@@ -17,7 +17,13 @@ class Bad(NamedTuple):
 
 
 BAD = [
-    Bad("no JSON", "{", "the node description is not usable"),
+    Bad("no JSON", "{", "the node description is not usable: it is no JSON: Input data was truncated"),
+    Bad(
+        "no such state",
+        '{"pfs": [{"address": "0000:6b:00.0", "state": "sideways"}]}',
+        "Invalid enum value 'sideways' - at `$.pfs[0].state`: it is up or down",
+    ),
+    Bad("no such heartbeat", '{"pfs": [{"address": "0000:6b:00.0", "heartbeat": 1}]}', "heartbeat`: it is 0 or -1"),
     Bad("not UTF-8", '{"pfs": "\udcff"}', "the node description is not usable"),
     Bad("unknown key", '{"pf": []}', "unknown field `pf`"),
     Bad(
@@ -75,6 +81,11 @@ BAD = [
         "unknown driver of a VF alone",
         '{"vfs": [{"address": "0000:00:05.0", "driver": "foo"}]}',
         "VF 0000:00:05.0: driver: 'foo' is none of",
+    ),
+    Bad(
+        "denied by vfio-pci",
+        '{"disable_denylist": false, "pfs": [{"address": "0000:6b:00.0", "device": "37c8", "vf_driver": "vfio-pci"}]}',
+        "vf_driver: vfio-pci does not take c6xxvf's devices; set disable_denylist",
     ),
     Bad("driver is a path", '{"pfs": [{"address": "0000:6b:00.0", "vf_driver": "../x"}]}', "$.pfs[0].vf_driver"),
 ]

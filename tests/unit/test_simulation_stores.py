@@ -377,6 +377,19 @@ def test_vf_driver_of_the_description(wanted: str | None, driver: str | None) ->
         assert kernel.driver(VF) == driver
 
 
+@pytest.mark.parametrize(
+    ("device", "off", "taken"), [("37c8", True, True), ("37c8", False, False), ("4940", False, True)]
+)
+def test_vfio_pci_denies_old_devices_unless_told_not_to(device: str, off: bool, taken: bool) -> None:
+    with emulated(Node(pfs=(Pf(address=PF, device=device, total_vfs=1),), disable_denylist=off)) as kernel:
+        assert read(kernel, "module/vfio_pci/parameters/disable_denylist") == f"{'NY'[off]}\n"
+        vf = next(str(address) for address, state in kernel.snapshot().items() if state.pf)
+        kernel.unbind(vf)
+        kernel.set_driver_override(vf, "vfio-pci")
+        kernel.probe(vf)
+        assert kernel.driver(vf) == ("vfio-pci" if taken else None)
+
+
 def test_old_kernels_show_services_as_written() -> None:
     with emulated(Node(pfs=(Pf(address=PF, state="down"),), canonical_services=False)) as kernel:
         kernel.set_services(PF, "sym;asym")

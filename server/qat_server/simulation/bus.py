@@ -28,6 +28,7 @@ class Bus:
         self.tree = tree
         self.iommu = node.iommu
         self.noiommu = node.noiommu
+        self.denies = not node.disable_denylist
         self.canonical_services = node.canonical_services
         self.autoprobe = True
         self.closed = False

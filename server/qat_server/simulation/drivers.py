@@ -9,9 +9,13 @@ from typing import Final
 
 from qat_server.simulation.bus import Bus
 from qat_server.simulation.model import Device, Driver, failure
+from qat_server.simulation.node import DENYLISTED
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
 
 QAT_ATTRIBUTES: Final = ("qat/state", "qat/cfg_services", "qat/auto_reset", "qat/num_rps")
+_DENIED: Final = frozenset(
+    (VENDOR_INTEL, number) for number, kind in (*PHYSICAL.items(), *VIRTUAL.items()) if kind.driver in DENYLISTED
+) - {(VENDOR_INTEL, 0x0442)}
 _PM_IDLE: Final = "qat/pm_idle_enabled"
 # Modules whose name is not qat_<driver>.
 _MODULES: Final = {"c6xx": "qat_c62x", "c6xxvf": "qat_c62xvf"}
@@ -23,7 +27,9 @@ class VfioPci(Driver):
     enables = False
 
     def probe(self, bus: Bus, device: Device) -> None:
-        """Raises OSError EINVAL without an IOMMU, unless vfio was told to do without."""
+        """Raises OSError EINVAL without an IOMMU, unless vfio was told to do without, and for what is denied."""
+        if bus.denies and (device.vendor, device.device_id) in _DENIED:
+            raise failure(errno.EINVAL)
         if device.group is None:
             if not bus.noiommu:
                 raise failure(errno.EINVAL)

@@ -13,6 +13,7 @@ from qat_shared.devices import VENDOR_INTEL
 from qat_shared.pci import PciAddress
 
 _QAT_CLASS: Final = 0x0B4000
+_VFIO_PCI: Final = "module/vfio_pci"
 _FOLDERS: Final = ("bus/pci/devices", "bus/pci/drivers", "kernel/iommu_groups", "class/uio", "class/vfio", "devices")
 
 
@@ -39,6 +40,8 @@ class Hardware:
         named += [device.driver for device in node.others]
         for name in dict.fromkeys((*node.loaded_kernel_drivers, *node.drivers, *filter(None, named))):
             self._bus.add_driver(drivers.make_driver(name, noiommu=not node.iommu))
+        if "vfio-pci" in self._bus.drivers:
+            tree.folder(f"{_VFIO_PCI}/parameters", [("disable_denylist", f"{'NY'[node.disable_denylist]}\n", 0o444)])
         for hardware in self._present():
             self._plug(hardware, as_described=True)
 

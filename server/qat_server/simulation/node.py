@@ -6,7 +6,7 @@ Read from JSON (`--node FILE`), checked here and trusted everywhere else; the em
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -17,6 +17,9 @@ from qat_shared.pci import PciAddress
 
 GEN4: Final = frozenset({0x4940, 0x4942, 0x4944, 0x4946, 0x4948})
 """PFs whose driver has the qat/ attributes. Older ones have their configuration in debugfs only."""
+
+DENYLISTED: Final = frozenset({"dh895xcc", "dh895xccvf", "c3xxx", "c3xxxvf", "c6xx", "c6xxvf"})
+"""Kernel drivers of the devices that vfio-pci refuses (vfio_pci.c, vfio_pci_dev_in_denylist, since Linux 5.9)."""
 
 HexId = Annotated[str, Meta(pattern=r"^(0x)?[0-9a-fA-F]{4}$", description="a PCI id in hexadecimal: 4940")]
 NumaNode = Annotated[int, Meta(ge=0, le=1023)]
@@ -125,6 +128,7 @@ class OtherDevice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole node. `drivers` are loaded beside the QAT drivers that `kernel_drivers` names (None: all needed).
 
+    `disable_denylist` is vfio-pci's parameter: without it, VFs of dh895xcc, c3xxx and c6xx are refused.
     `noiommu` is vfio's enable_unsafe_noiommu_mode. `canonical_services`: whether cfg_services is shown in the
     kernel's order (asym;sym) after a write, as from Linux 6.16 on, or as it was written.
     """
@@ -134,6 +138,7 @@ class Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     others: tuple[OtherDevice, ...] = ()
     iommu: bool = True
     noiommu: bool = False
+    disable_denylist: bool = True
     drivers: tuple[DriverName, ...] = ("vfio-pci", "igb_uio")
     kernel_drivers: tuple[DriverName, ...] | None = None
     canonical_services: bool = True
@@ -156,8 +161,19 @@ def parse_node(text: bytes | str) -> Node:
     """Read a description from JSON. Raises NodeError."""
     try:
         return msgspec.json.decode(text, type=Node)
+    except msgspec.ValidationError as error:
+        raise NodeError(f"the node description is not usable: {_with_choices(str(error))}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise NodeError(f"the node description is not usable: {error}") from None
+        raise NodeError(f"the node description is not usable: it is no JSON: {error}") from None
+
+
+def _with_choices(sentence: str) -> str:
+    """msgspec says that a value is none of a key's, but not which these are."""
+    key = sentence.rstrip("`").rpartition(".")[2]
+    hint = get_type_hints(Pf).get(key)
+    if not sentence.startswith("Invalid enum value") or get_origin(hint) is not Literal:
+        return sentence
+    return f"{sentence}: it is {' or '.join(map(str, get_args(hint)))}"
 
 
 def check(node: Node) -> None:
@@ -190,6 +206,8 @@ def _check_vf_driver(name: str, key: str, driver: str | None, own: str, node: No
     known = dict.fromkeys((own, *DPDK_DRIVERS, *node.drivers))
     if driver not in known:
         raise NodeError(f"{name}: {key}: {driver!r} is none of {', '.join(known)}; others are named in drivers first")
+    if driver == "vfio-pci" and own in DENYLISTED and not node.disable_denylist:
+        raise NodeError(f"{name}: {key}: {driver} does not take {own}'s devices; set disable_denylist")
     if driver == "vfio-pci" and not (node.iommu or node.noiommu):
         raise NodeError(f"{name}: {key}: {driver} takes no device on a node without IOMMU; set noiommu")
 

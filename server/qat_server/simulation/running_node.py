@@ -44,8 +44,9 @@ def command(name: str) -> list[str]:
     """How to start one of our programs (qat-helper, qat-plugin): from beside this Python, else from PATH."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
+        distribution = {"qat-helper": "qat-plugin-helper", "qat-plugin": "qat-plugin-server"}.get(name, name)
         raise SimulationError(
-            f"{name} is not installed beside {sys.executable} nor on PATH: install the {name} distribution"
+            f"{name} is not installed beside {sys.executable} nor on PATH: install the distribution {distribution}"
         )
     return [found]
 

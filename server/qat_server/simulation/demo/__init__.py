@@ -16,7 +16,7 @@ from qat_server.allocation import AllocationPolicy
 from qat_server.simulation.demo.sequence import Demo
 from qat_server.simulation.interception import InterceptionError
 from qat_server.simulation.kubelet import AdmissionError
-from qat_server.simulation.node import NodeError, demo_node, parse_node
+from qat_server.simulation.node import Node, NodeError, demo_node, parse_node
 from qat_server.simulation.running_node import SimulationError, command
 
 __all__ = ["run"]
@@ -29,8 +29,20 @@ def run(node: Path | None, policy: AllocationPolicy, keep: bool, console: Consol
     try:
         for program in ("qat-helper", "qat-plugin"):
             command(program)  # before anything is made
-        described = demo_node() if node is None else parse_node(node.read_bytes())
+        described = demo_node() if node is None else _read(node)
         return asyncio.run(Demo(console, described, policy, keep).run())
-    except (SimulationError, NodeError, InterceptionError, AdmissionError, OSError) as error:
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        console.print(f"[red]demo failed:[/red] {escape(why)}", soft_wrap=True)
+        return 1
+    except (SimulationError, NodeError, InterceptionError, AdmissionError) as error:
         console.print(f"[red]demo failed:[/red] {escape(str(error))}", soft_wrap=True)
         return 1
+
+
+def _read(path: Path) -> Node:
+    """Raises NodeError that names the file, and OSError."""
+    try:
+        return parse_node(path.read_bytes())
+    except NodeError as error:
+        raise NodeError(f"{path}: {error}") from None

@@ -33,6 +33,8 @@ class Scene:
         self.config = config
         self.policy = policy
         self.pods: dict[str, Allocation] = {}
+        self.bare: frozenset[str] = frozenset()
+        """PFs that had no VFs before anything was started, and on which the plugin enables them."""
         self.seen = 0
         self.skipped = 0
         self.troubles: list[str] = []

@@ -41,7 +41,8 @@ def show_node(scene: Scene) -> None:
     for vf in scene.description.vfs:
         table.add_row("(VF alone)", f"8086:{vf.device}", "", "", "", "", vf.address, vf.driver or "")
     scene.console.print(table)
-    if not scene.description.vfs and not any(device.pf for device in devices.values()) and not _bare(scene):
+    scene.bare = frozenset(pf.address for pf in _bare(scene))
+    if not scene.description.vfs and not any(device.pf for device in devices.values()) and not scene.bare:
         raise NodeError(
             "the node has no VF, and no PF on which the plugin could enable any: there is nothing to show"
             " (docs/simulation.md has the keys of a node description)"
@@ -65,7 +66,7 @@ async def start(scene: Scene) -> None:
 
 async def provision(scene: Scene) -> None:
     """PFs that have no VFs get them, as the configuration wants."""
-    bare = {pf.address for pf in _bare(scene)}
+    bare = scene.bare
     if not bare:
         return
     failed_since: float | None = None

@@ -205,7 +205,7 @@ def test_every_metric_of_the_dashboard_is_one_that_the_server_has() -> None:
 def _exported() -> set[str]:
     """The names that the server's /metrics has: its families are there before anything has happened."""
     plugin = Plugin(settings.parse())
-    text = metrics.text(metrics.registry(plugin.state, plugin.counters)).decode()
+    text = metrics.text(metrics.registry(lambda: plugin.state(plugin.inventory), plugin.counters)).decode()
     names = set()
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):
         names |= {f"{name}{suffix}" for suffix in ("_bucket", "_sum", "_count")} if kind == "histogram" else {name}

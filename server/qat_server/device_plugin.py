@@ -150,6 +150,11 @@ class DevicePlugin(rpc.DevicePluginServicer):
         if self._snapshot.message is not before:
             self._wake_streams()
 
+    @property
+    def count(self) -> int:
+        """How many devices are listed now."""
+        return len(self._snapshot.entries)
+
     def withdraw(self) -> None:
         """End all streams and refuse every further request."""
         self._withdrawn = True

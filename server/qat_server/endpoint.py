@@ -205,7 +205,12 @@ class Endpoint:
             self._say_registered()
 
     def _say_registered(self) -> None:
-        log.info("resource registered", resource=self.resource, registrations=self.state.registrations)
+        log.info(
+            "resource registered",
+            resource=self.resource,
+            devices=self._plugin.count,
+            registrations=self.state.registrations,
+        )
 
     def _failed(self, why: str) -> None:
         if why != self.state.error:

@@ -137,6 +137,15 @@ async def test_a_vf_that_vanishes_becomes_unhealthy_and_the_others_stay() -> Non
         )
 
 
+async def test_a_registration_says_how_many_devices_there_are() -> None:
+    async with running_node(ONE_PF) as node:
+        await start(node, {CY: 4})
+        await node.kubelet.restart()
+        await node.until("registered again", lambda: node.log("server").count('"resource registered"') == 2)
+        last = [line for line in node.log("server").splitlines() if '"resource registered"' in line][-1]
+        assert "devices=4" in last
+
+
 async def test_a_new_pf_is_served_without_a_restart() -> None:
     async with running_node(ONE_PF) as node:
         await start(node, {CY: 4})

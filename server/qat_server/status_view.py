@@ -1,13 +1,16 @@
 """`qat-plugin status` on a terminal: tables of a Status. What came from elsewhere is shown as text, never as markup."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from qat_server import tables
 from qat_server.status import Status, VfStatus, no_vfs_hint
+from qat_server.tables import plain
 from qat_shared.confinement import missing
+
+_Row = tuple[str, ...]
 
 _USE = {True: "in use", False: "idle", None: "?"}
 
@@ -39,50 +42,18 @@ def show(status: Status, console: Console) -> None:
         if state:
             lacks = missing(state)
             _line(console, f"sandbox of the {process}: ", lacks or "whole", good=not lacks)
-    console.print(
-        _table(
-            "resources",
-            ("resource", "capacity", "allocatable", "registered", "last error"),
-            (
-                (each.name, str(each.capacity), str(each.allocatable), _yes(each.registered), each.error)
-                for each in status.resources
-            ),
-        ),
-        _table(
-            "physical functions",
-            ("PF", "device", "driver", "NUMA", "state", "services", "VFs", "served", "health"),
-            (
-                (
-                    pf.address,
-                    pf.device,
-                    pf.driver or "none",
-                    _number(pf.numa_node),
-                    pf.state or "-",
-                    pf.services or "-",
-                    f"{pf.vfs}/{pf.total_vfs}",
-                    str(sum(vf.listed and vf.pf == pf.address for vf in status.vfs)),
-                    pf.reason or "ok",
-                )
-                for pf in status.pfs
-            ),
-        ),
-        _table(
-            "virtual functions",
-            ("VF", "PF", "driver", "NUMA", "resource", "use", "pod", "health"),
-            (
-                (
-                    vf.address,
-                    vf.pf or "-",
-                    vf.driver or "none",
-                    _number(vf.numa_node),
-                    vf.resource if vf.listed else f"({vf.resource or '-'})",
-                    _USE[vf.in_use],
-                    vf.pod or "-",
-                    _health(vf),
-                )
-                for vf in status.vfs
-            ),
-        ),
+    _show(console, "resources", ("resource", "capacity", "allocatable", "registered", "last error"), _resources(status))
+    _show(
+        console,
+        "physical functions",
+        ("PF", "device", "driver", "NUMA", "state", "services", "VFs", "served", "health"),
+        _pfs(status),
+    )
+    _show(
+        console,
+        "virtual functions",
+        ("VF", "PF", "driver", "NUMA", "resource", "use", "pod", "health"),
+        _vfs(status),
     )
     if status.provisioning:
         columns = ("PF", "provisioning", "wanted", "steps", "held by", "reason")
@@ -90,7 +61,7 @@ def show(status: Status, console: Console) -> None:
             (pf.pf, pf.stage, pf.wanted, ", ".join(pf.steps), ", ".join(pf.held_by), pf.reason)
             for pf in status.provisioning
         )
-        console.print(_table("provisioning", columns, rows))
+        _show(console, "provisioning", columns, rows)
     if status.provisioning_error:
         console.print(_text(f"provisioning configuration: {status.provisioning_error}"))
     for problem in status.problems:
@@ -101,13 +72,43 @@ def _health(vf: VfStatus) -> str:
     return vf.reason or ("ok" if vf.listed else "not listed")
 
 
-def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold", header_style="dim")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(_text, row))
-    return table
+def _resources(status: Status) -> Iterator[_Row]:
+    for each in status.resources:
+        yield each.name, str(each.capacity), str(each.allocatable), _yes(each.registered), each.error
+
+
+def _pfs(status: Status) -> Iterator[_Row]:
+    for pf in status.pfs:
+        yield (
+            pf.address,
+            pf.device,
+            pf.driver or "none",
+            _number(pf.numa_node),
+            pf.state or "-",
+            pf.services or "-",
+            f"{pf.vfs}/{pf.total_vfs}",
+            str(sum(vf.listed and vf.pf == pf.address for vf in status.vfs)),
+            pf.reason or "ok",
+        )
+
+
+def _vfs(status: Status) -> Iterator[_Row]:
+    for vf in status.vfs:
+        yield (
+            vf.address,
+            vf.pf or "-",
+            vf.driver or "none",
+            _number(vf.numa_node),
+            vf.resource if vf.listed else f"({vf.resource or '-'})",
+            _USE[vf.in_use],
+            vf.pod or "-",
+            _health(vf),
+        )
+
+
+def _show(console: Console, title: str, columns: Sequence[str], rows: Iterable[_Row]) -> None:
+    console.print()
+    tables.show(console, title, columns, rows)
 
 
 def _line(console: Console, label: str, text: str, *, good: bool) -> None:
@@ -117,8 +118,7 @@ def _line(console: Console, label: str, text: str, *, good: bool) -> None:
 
 
 def _text(text: str, style: str = "") -> Text:
-    # The status is another process's: no control characters to the terminal.
-    return Text("".join(letter if letter.isprintable() else "\ufffd" for letter in text), style)
+    return Text(plain(text), style)
 
 
 def _number(number: int | None) -> str:

@@ -48,7 +48,7 @@ CASES = [
         0,
         (
             r"✓ 64 of 128 VFs bound to vfio-pci by the helper; 64 beyond --max-num-devices left alone",
-            rf"PF {OTHER} +beyond --max-num-devices: 64 VFs",
+            rf"PF {OTHER} beyond --max-num-devices: 64 VFs",
             r"All \d+ steps",
         ),
         ("every VF",),

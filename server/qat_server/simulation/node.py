@@ -115,7 +115,7 @@ class LoneVf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class OtherDevice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Any other PCI function: nobody's business."""
+    """Any other PCI function, which the plugin does not touch."""
 
     address: str
     vendor: HexId

@@ -4,9 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
+from qat_server import tables
 from qat_server.simulation.demo.scene import Scene
 from qat_server.simulation.running_node import SimulationError
 
@@ -24,19 +22,21 @@ def show_audit(scene: Scene) -> None:
         previous = hashlib.sha256(line).hexdigest()
     scene.saw(f"the audit log of what root did: {len(lines)} lines, the chain of hashes intact")
     shown, more = examples([json.loads(line) for line in lines])
-    table = Table("line", "event", "operation", "of what", "verdict", "ms", box=None, pad_edge=False)
-    for record in shown:
-        table.add_row(
-            str(record["sequence"]),
-            record["event"],
-            record.get("operation") or "(helper)",
-            escape(" ".join(map(str, (record.get("arguments") or {}).values()))),
-            record.get("verdict") or "-",
-            f"{record['duration_ms']:.1f}" if record.get("duration_ms") is not None else "-",
-        )
-    scene.console.print(table)
+    columns = ("line", "event", "operation", "of what", "verdict", "ms")
+    tables.show(scene.console, "", columns, map(_row, shown))
     if more:
         scene.say("not shown: " + ", ".join(f"{number} more lines of {name}" for name, number in more.items()))
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    return (
+        str(record["sequence"]),
+        record["event"],
+        record.get("operation") or "(helper)",
+        " ".join(map(str, (record.get("arguments") or {}).values())),
+        record.get("verdict") or "-",
+        f"{record['duration_ms']:.1f}" if record.get("duration_ms") is not None else "-",
+    )
 
 
 def examples(records: list[Record]) -> tuple[list[Record], dict[str, int]]:

@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
+from rich.text import Text
 
 from qat_server.allocation import AllocationPolicy
 from qat_server.simulation.config_map import ConfigMap
@@ -70,7 +72,8 @@ class Scene:
 
     def say(self, text: str) -> None:
         """A line of detail, as it is."""
-        self.console.print(f"  {escape(text)}")
+        indented = f"  {text}" if self.console.soft_wrap else Padding(Text(text), (0, 0, 0, 2))
+        self.console.print(indented, markup=False)
 
     def show_capacity(self) -> None:
         """As `kubectl describe node` prints it."""

@@ -3,10 +3,10 @@
 import json
 import os
 import time
+from collections.abc import Iterator
 from typing import Final
 
-from rich.table import Table
-
+from qat_server import tables
 from qat_server.naming import NAMESPACE
 from qat_server.simulation.demo.groups import DRIVER, Groups, groups_of, spans
 from qat_server.simulation.demo.scene import Scene
@@ -14,6 +14,7 @@ from qat_server.simulation.node import NodeError, Pf
 from qat_server.simulation.running_node import SimulationError
 from qat_server.status import Status
 from qat_shared.devices import PHYSICAL
+from qat_shared.pci import PciAddress
 
 _GRACE: Final = 1.5  # seconds: what has failed is tried again by then, and may succeed
 
@@ -25,22 +26,20 @@ def show_node(scene: Scene) -> None:
         f"A node without hardware in {node.directory}: its kernel and its kubelet are emulated;"
         f" [bold]qat-helper[/bold] and [bold]qat-plugin[/bold] are real (here both as uid {os.geteuid()})."
     )
-    table = Table("PF", "device", "driver", "NUMA", "state", "services", "VFs", "VFs' driver", box=None, pad_edge=False)
-    for pf in scene.description.pfs:
-        vfs = [device for device in devices.values() if device.pf == pf.pci_address]
-        table.add_row(
-            pf.address,
-            f"8086:{pf.device}",
-            devices[pf.pci_address].driver or "none",
-            "-" if pf.numa_node is None else str(pf.numa_node),
-            pf.state if pf.has_qat_attributes else "-",
-            pf.services or "-",
-            f"{len(vfs)} of {pf.total_vfs}",
-            ", ".join(sorted({vf.driver or "none" for vf in vfs})) or "-",
-        )
-    for vf in scene.description.vfs:
-        table.add_row("(VF alone)", f"8086:{vf.device}", "", "", "", "", vf.address, vf.driver or "")
-    scene.console.print(table)
+    if scene.description.pfs:
+        columns = ("PF", "device", "driver", "NUMA", "state", "services", "VFs", "VFs' driver")
+        tables.show(scene.console, "", columns, _pfs(scene))
+    if scene.description.vfs:
+        lone = [
+            (
+                vf.address,
+                f"8086:{vf.device}",
+                devices[PciAddress.parse(vf.address)].driver or "none",
+                _numa(vf.numa_node),
+            )
+            for vf in scene.description.vfs
+        ]
+        tables.show(scene.console, "", ("VF without PF", "device", "driver", "NUMA"), lone)
     scene.bare = frozenset(pf.address for pf in _bare(scene))
     if not scene.description.vfs and not any(device.pf for device in devices.values()) and not scene.bare:
         raise NodeError(
@@ -59,7 +58,7 @@ async def start(scene: Scene) -> None:
     assert node.helper is not None  # noqa: S101
     assert node.server is not None  # noqa: S101
     scene.say(
-        f"helper pid {node.helper.pid} (as root on a real node), server pid {node.server.pid} (unprivileged),"
+        f"helper pid {node.helper.pid} (root on a real node), server pid {node.server.pid} (not root there),"
         f" version {status.version}"
     )
 
@@ -164,6 +163,26 @@ async def register(scene: Scene) -> None:
             scene.say(pf.reason)
 
 
+def _pfs(scene: Scene) -> Iterator[tuple[str, ...]]:
+    devices = scene.node.kernel.snapshot()
+    for pf in scene.description.pfs:
+        vfs = [device for device in devices.values() if device.pf == pf.pci_address]
+        yield (
+            pf.address,
+            f"8086:{pf.device}",
+            devices[pf.pci_address].driver or "none",
+            _numa(pf.numa_node),
+            pf.state if pf.has_qat_attributes else "-",
+            pf.services or "-",
+            f"{len(vfs)} of {pf.total_vfs}",
+            ", ".join(sorted({vf.driver or "none" for vf in vfs})) or "-",
+        )
+
+
+def _numa(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
 def _bare(scene: Scene) -> list[Pf]:
     """PFs without VFs on which the plugin enables them."""
     devices = scene.node.kernel.snapshot()
@@ -212,7 +231,6 @@ def _told(groups: Groups, by_helper: int) -> str:
 
 def _show_by_pf(scene: Scene, groups: Groups) -> None:
     devices = scene.node.kernel.snapshot()
-    table = Table("of", "VFs", box=None, pad_edge=False, show_header=False)
     names = {vf: str(state.pf or "") for address, state in devices.items() for vf in [str(address)]}
     kinds = (
         (f"on {DRIVER}", groups.served),
@@ -224,5 +242,4 @@ def _show_by_pf(scene: Scene, groups: Groups) -> None:
         for kind, vfs in kinds:
             own = [vf for vf in vfs if names[vf] == pf]
             if own:
-                table.add_row(f"  PF {pf}" if pf else "  without PF", f"{kind}: {spans(own)}")
-    scene.console.print(table)
+                scene.say(f"{f'PF {pf}' if pf else 'without PF'} {kind}: {spans(own)}")

@@ -84,8 +84,8 @@ async def test_one_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> 
             pass
     assert str(caught.value) == (
         f"{path} is not there: mount the kubelet's device-plugins/qat.intel.com there, which the helper makes for this "
-        "server's group, or give the kubelet's directory with --kubelet-dir; if it was made anew, start helper and server "
-        "again"
+        "server's group, or give the kubelet's directory with --kubelet-dir; if it was made anew, start helper and "
+        "server again"
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from qat_helper.operations import NAMES, OPERATIONS
 from qat_helper.policy import ALL, BUILTIN_RATES, Id, Policy, Rate
 from qat_shared.devices import PHYSICAL
-from qat_shared.messages import DpdkDriver, SocketDirectory
+from qat_shared.messages import DpdkDriver, KubeletService, SocketDirectory
 
 _WITHOUT = {
     "PrepareSocketDirectory": "the server cannot serve, unless somebody has made its directory",
@@ -58,6 +58,9 @@ def _limits(policy: Policy) -> Iterator[str]:
     yield (
         f"Kubelet directories in which the server may serve: {_list('', sorted(policy.directories)) or 'none'}"
         + _rule("directories", narrowed=policy.directories != frozenset(SocketDirectory))
+    )
+    yield f"Kubelet services that it may be connected to: {_list('', sorted(policy.services)) or 'none'}" + _rule(
+        "kubelet_services", narrowed=policy.services != frozenset(KubeletService)
     )
     yield (
         "VFs that one PF may be given: "

@@ -55,7 +55,8 @@ def prepare_socket_directory(node: Node, request: PrepareSocketDirectory) -> Out
         raise OperationError(
             ErrorCode.KERNEL,
             f"{folder / ENDPOINTS} cannot be made a directory of group {node.server_gid} ({os.strerror(number)}): "
-            "remove what is there, and run the helper as root in that group",
+            "remove what is there, run the helper as root in that group, and start it again if the kubelet's directory "
+            "was made anew",
             number,
         ) from error
     finally:

@@ -105,6 +105,10 @@ def _directory(policy: Policy, request: PrepareSocketDirectory) -> None:
     policy.check_directory(request.directory)
 
 
+def _service(policy: Policy, request: OpenKubeletSocket) -> None:
+    policy.check_service(request.service)
+
+
 def _no_rule(policy: Policy, request: Request) -> None:
     """Nothing that a client could choose wrongly."""
 
@@ -122,7 +126,7 @@ _TABLE: Final[tuple[Operation[Any], ...]] = (
     Operation(SetAutoReset,           _address,            set_auto_reset,           PF,          True,    16),
     Operation(SetNumVfs,              _address,            set_num_vfs,              PF,          True,    16, LONG),
     Operation(PrepareSocketDirectory, _directory,          prepare_socket_directory, "directory", True,    1),
-    Operation(OpenKubeletSocket,      _no_rule,            open_kubelet_socket,      None,        True,    4),
+    Operation(OpenKubeletSocket,      _service,            open_kubelet_socket,      None,        True,    4),
 )
 # fmt: on
 

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from qat_helper.errors import denied
 from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
-from qat_shared.messages import DpdkDriver, SocketDirectory
+from qat_shared.messages import DpdkDriver, KubeletService, SocketDirectory
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice
 
@@ -55,6 +55,7 @@ class Policy(Struct, frozen=True):
     addresses: frozenset[PciAddress] | None = None
     drivers: frozenset[DpdkDriver] = frozenset(DpdkDriver)
     directories: frozenset[SocketDirectory] = frozenset(SocketDirectory)
+    services: frozenset[KubeletService] = frozenset(KubeletService)
     device_ids: frozenset[Id] | None = None
     max_vfs: int | None = None
     rates: Mapping[str, Rate] = BUILTIN_RATES
@@ -80,6 +81,11 @@ class Policy(Struct, frozen=True):
         """Raises OperationError."""
         if directory not in self.directories:
             raise denied("directories", f"{directory} is not among the directories of the helper's policy file")
+
+    def check_service(self, service: KubeletService) -> None:
+        """Raises OperationError."""
+        if service not in self.services:
+            raise denied("kubelet_services", f"{service} is not among the kubelet_services of the helper's policy file")
 
     def check_vf_count(self, address: PciAddress, count: int) -> None:
         """`count`: the VFs that the PF would have then, whatever number was asked for. Raises OperationError."""
@@ -141,6 +147,7 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     device_ids: frozenset[str] | None = None
     drivers: frozenset[DpdkDriver] | None = None
     directories: frozenset[SocketDirectory] | None = None
+    kubelet_services: frozenset[KubeletService] | None = None
     max_vfs: Annotated[int, Meta(ge=0)] | None = None
     rates: dict[str, Rate] = {}
     extra_virtual_ids: tuple[str, ...] = ()
@@ -165,6 +172,7 @@ def narrow(builtin: Policy, path: Path, owner: int) -> Policy:
             device_ids=None if file.device_ids is None else _ids("device_ids", file.device_ids, qat=True),
             drivers=builtin.drivers if file.drivers is None else file.drivers,
             directories=builtin.directories if file.directories is None else file.directories,
+            services=builtin.services if file.kubelet_services is None else file.kubelet_services,
             max_vfs=file.max_vfs,
             rates={**builtin.rates, **file.rates},
             extra_virtual_ids=_ids("extra_virtual_ids", file.extra_virtual_ids, qat=False),

@@ -5,12 +5,14 @@
               the fewest free first, so that few PFs stay partly used), then untouched ones; ties by address
     balanced  again and again the PF with the fewest devices in use, counting those chosen so far; ties by address
 
-A device is in use when it is listed as healthy and not offered as available: the kubelet offers all that are free.
+A device is in use when a pod holds it, as PodResources and this server's own answers say. Where that is not known, it
+is when it is listed as healthy and not offered as available: mostly the kubelet offers all that are free, but not those
+of other NUMA nodes, and of a held device that is unhealthy this cannot tell.
 Where no PF is known (inside a VM), all devices on one bus count as one PF. Answers are in address order.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from heapq import heapify, heappop, heapreplace
 from typing import Final
@@ -45,6 +47,7 @@ class AllocationIndex:
         listed = sorted(self._devices.values(), key=lambda device: device.address)
         self._ids = [str(device.address) for device in listed]
         self._ranks = {device_id: rank for rank, device_id in enumerate(self._ids)}
+        self._places = {device.address: rank for rank, device in enumerate(listed)}
         numbers: dict[PciAddress, int] = {}
         self._pfs = [numbers.setdefault(_pf_of(device), len(numbers)) for device in listed]
         self._counted = [pf if device.healthy else _UNCOUNTED for pf, device in zip(self._pfs, listed, strict=True)]
@@ -52,26 +55,48 @@ class AllocationIndex:
         self._healthy_of = [counts[pf] for pf in (*range(len(numbers)), _UNCOUNTED)]
 
     def preferred(
-        self, policy: AllocationPolicy, available: Sequence[str], must_include: Sequence[str], size: int
+        self,
+        policy: AllocationPolicy,
+        available: Sequence[str],
+        must_include: Sequence[str],
+        size: int,
+        held: Collection[PciAddress] | None = None,
     ) -> list[str]:
-        """Choose `size` of the `available` ids, all of `must_include` among them. Raises AllocationError."""
+        """Choose `size` of the `available` ids, all of `must_include` among them. Raises AllocationError.
+
+        `held`: the devices that pods hold, None where that is not known.
+        """
         _check(available, must_include, size)
         try:
             ranks = [self._ranks[device_id] for device_id in available]
         except KeyError:
-            return self._with_unlisted(available).preferred(policy, available, must_include, size)
+            return self._with_unlisted(available).preferred(policy, available, must_include, size, held)
         must = [self._ranks[device_id] for device_id in must_include]
         free = sorted(set(ranks).difference(must) if must else ranks)
         wanted = size - len(must)
         if policy is AllocationPolicy.NONE or wanted in (0, len(free)):
             chosen = free[:wanted]
         else:
-            in_use, counted = self._healthy_of.copy(), self._counted
-            for rank in ranks:
-                in_use[counted[rank]] -= 1
+            in_use = self._not_offered(ranks) if held is None else self._held(held, ranks)
             choose = self._packed if policy is AllocationPolicy.PACKED else self._balanced
             chosen = choose(free, wanted, in_use, [self._pfs[rank] for rank in must])
         return [self._ids[rank] for rank in sorted(must + chosen)]
+
+    def _not_offered(self, ranks: list[int]) -> list[int]:
+        """By PF: how many are healthy and not among `ranks`."""
+        numbers, counted = self._healthy_of.copy(), self._counted
+        for rank in ranks:
+            numbers[counted[rank]] -= 1
+        return numbers
+
+    def _held(self, held: Collection[PciAddress], ranks: list[int]) -> list[int]:
+        """By PF: how many are held. One that is offered is not, whatever was known of it."""
+        numbers, offered = [0] * len(self._healthy_of), frozenset(ranks)
+        for address in held:
+            rank = self._places.get(address)
+            if rank is not None and rank not in offered:
+                numbers[self._pfs[rank]] += 1
+        return numbers
 
     def _packed(self, free: list[int], wanted: int, in_use: list[int], must_pfs: list[int]) -> list[int]:
         def order(item: tuple[int, list[int]]) -> tuple[bool, bool, int, int]:

@@ -9,7 +9,7 @@ a full answer or an error with a sentence that ends up in the pod's status.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final, NoReturn, TypeAlias
 
 import grpc
@@ -87,7 +87,7 @@ class Streams:
     `fresh`: one was opened after the last one that ended.
     """
 
-    def __init__(self, on_opened: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, on_opened: Callable[[bool], None] = lambda _: None) -> None:
         self.opened = 0
         self.ended = 0
         self.fresh = False
@@ -103,7 +103,7 @@ class Streams:
         self.opened += 1
         self.fresh = True
         self._event.set()
-        self._on_opened()
+        self._on_opened(self.ended > 0)
 
     def end(self) -> None:
         self.ended += 1
@@ -115,7 +115,8 @@ class DevicePlugin(rpc.DevicePluginServicer):
     """Serves one resource, named without its namespace.
 
     `handed_out` maps each device to when (by `clock`) it was last given to a container. `on_allocated` is called after
-    each allocation, `on_watched` when the kubelet opens a stream.
+    each allocation, `on_watched` when the kubelet opens a stream, with whether one has ended before.
+    `in_use` tells, by resource and `handed_out`, which devices pods hold, None where that is not known.
     """
 
     def __init__(
@@ -125,9 +126,11 @@ class DevicePlugin(rpc.DevicePluginServicer):
         counters: Counters,
         on_allocated: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
-        on_watched: Callable[[], None] = lambda: None,
+        on_watched: Callable[[bool], None] = lambda _: None,
+        in_use: Callable[[str, Mapping[PciAddress, float]], Collection[PciAddress] | None] = lambda *_: None,
     ) -> None:
         self._name = name
+        self._in_use = in_use
         self._policy = policy
         self._counters = counters
         self._on_allocated = on_allocated
@@ -276,7 +279,8 @@ class DevicePlugin(rpc.DevicePluginServicer):
         eligible = snapshot.healthy.union(must) if must else snapshot.healthy
         available = [each for each in offered if each in eligible]
         try:
-            return snapshot.index.preferred(self._policy, available, must, request.allocation_size)
+            held = self._in_use(self._name, self.handed_out)
+            return snapshot.index.preferred(self._policy, available, must, request.allocation_size, held)
         except AllocationError as error:
             lost = len(offered) - len(available)
             also = f" ({lost} of those offered are not healthy or not listed any more)" if lost else ""

@@ -10,7 +10,7 @@ once, is asked again after a growing pause.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +40,8 @@ class Endpoint:
     """Made for one resource: `update` at any time, `run` once, `withdraw` to end it from outside.
 
     `state` is replaced at each change. `handed_out` maps devices to when, by `clock`, they were last allocated.
-    `on_watched` is called when the kubelet opens a stream, `on_lost` when the socket's directory cannot be used.
+    `on_watched` is called when the kubelet opens a stream, with whether one has ended before; `on_lost` when the
+    socket's directory cannot be used.
     """
 
     def __init__(
@@ -52,15 +53,16 @@ class Endpoint:
         on_allocated: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         timing: Timing | None = None,
-        on_watched: Callable[[], None] = lambda: None,
+        on_watched: Callable[[bool], None] = lambda _: None,
         on_lost: Callable[[], None] = lambda: None,
+        in_use: Callable[[str, Mapping[PciAddress, float]], Collection[PciAddress] | None] = lambda *_: None,
     ) -> None:
         self.name = name
         self._on_lost = on_lost
         self.state = EndpointState()
         self._registrar = registrar
         self._timing = timing or Timing()
-        self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock, on_watched)
+        self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock, on_watched, in_use)
         self._server: grpc.aio.Server | None = None
         self._bound: BoundSocket | None = None
         self._withdrawing = asyncio.Event()

@@ -122,7 +122,7 @@ class EndpointDirectory:
         tree = "/".join(self.path.parts[-2:])
         return DirectoryUnusableError(
             f"{self.path} {what}: mount the kubelet's {tree} there, which the helper makes for this server's group,"
-            " or give the kubelet's directory with --kubelet-dir"
+            " or give the kubelet's directory with --kubelet-dir; if it was made anew, start helper and server again"
         )
 
     def _say(self, message: str, why: str) -> None:

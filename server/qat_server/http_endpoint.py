@@ -16,7 +16,7 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import h11
@@ -45,8 +45,8 @@ class Response(Struct, frozen=True):
     content_type: str = TEXT
 
 
-Handler = Callable[[], Response]
-"""Makes the answer of one path. Called in the loop: it must be quick and must not wait."""
+Handler = Callable[[], Response | Awaitable[Response]]
+"""Makes the answer of one path. Called in the loop: what takes long is to be awaited."""
 
 
 class Limits(Struct, frozen=True):
@@ -133,7 +133,7 @@ class _Endpoint:
                 self._waiting.pop(writer, None)
                 if not isinstance(event, h11.Request):
                     return
-                response, extra = self._answer(event)
+                response, extra = await self._answer(event)
                 # A body is not waited for: the answer is the last.
                 if any(name in (b"content-length", b"transfer-encoding") for name, _ in event.headers):
                     extra.append(_CLOSE)
@@ -170,7 +170,7 @@ class _Endpoint:
                 begun = True
                 conn.receive_data(data)
 
-    def _answer(self, request: h11.Request) -> tuple[Response, list[tuple[str, str]]]:
+    async def _answer(self, request: h11.Request) -> tuple[Response, list[tuple[str, str]]]:
         path = request.target.partition(b"?")[0].decode("ascii", "replace")
         handler = self._handlers.get(path)
         if request.http_version not in (b"1.0", b"1.1"):
@@ -180,7 +180,8 @@ class _Endpoint:
         if request.method not in (b"GET", b"HEAD"):
             return Response(405, b"only GET and HEAD are answered\n"), [("Allow", "GET, HEAD")]
         try:
-            return handler(), []
+            made = handler()
+            return (made if isinstance(made, Response) else await made), []
         except Exception:  # a defect in one answer must not end the process that serves devices
             log.exception("request failed", path=path)
             return Response(500, b"internal error, see the log\n"), []

@@ -23,11 +23,12 @@ import uvloop
 from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile, sandbox, status_socket
 from qat_server.binder import Binder
 from qat_server.counters import Counters
-from qat_server.discovery import discover, with_fresh_use
+from qat_server.discovery import discover
 from qat_server.endpoint import Endpoint
 from qat_server.endpoint_directory import DirectoryGoneError, EndpointDirectory
 from qat_server.events import Again, Changes, UeventListener, resync
 from qat_server.facts import Facts
+from qat_server.fresh_use import FreshUse
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient
 from qat_server.http_endpoint import Response
@@ -148,6 +149,7 @@ class Plugin:
         self.foreign: dict[PciAddress, str] = {}
         self.endpoints: dict[str, Endpoint] = {}
         self._not_ready = "starting"
+        self._fresh_use = FreshUse(settings.sysfs_root, clock)
         self._facts = Facts()
         self._again = Again(self.changes)
         self._clock = clock
@@ -157,10 +159,10 @@ class Plugin:
         """Where the endpoints' sockets are."""
         return self.settings.socket_directory
 
-    def state(self) -> State:
-        """What is known at this moment, for /status and /metrics."""
+    def state(self, inventory: Inventory) -> State:
+        """What is known at this moment, for /status and /metrics; `inventory` as FreshUse gives it."""
         return State(
-            inventory=with_fresh_use(self.settings.sysfs_root, self.inventory),
+            inventory=inventory,
             listing=self.listing,
             names=self.names,
             unhealthy=self.health.unhealthy(),
@@ -248,19 +250,27 @@ class Plugin:
             self.endpoints.clear()
             self._not_ready = "the socket directory has gone"
 
-    def _handlers(self) -> dict[str, Callable[[], Response]]:
+    def _handlers(self) -> dict[str, http_endpoint.Handler]:
         from qat_server import metrics  # noqa: PLC0415 - prometheus_client only where metrics are wanted
 
-        registry = metrics.registry(self.state, self.counters)
+        scraped = self.inventory
+        registry = metrics.registry(lambda: self.state(scraped), self.counters)
+
+        async def answer() -> Response:
+            nonlocal scraped
+            scraped = await self._fresh_use.of(self.inventory)
+            return Response(200, metrics.text(registry), metrics.CONTENT_TYPE)
+
         return {
             "/healthz": lambda: Response(200, b"ok\n"),
             "/readyz": self._readyz,
-            "/metrics": lambda: Response(200, metrics.text(registry), metrics.CONTENT_TYPE),
+            "/metrics": answer,
             "/status": self._status,
         }
 
-    def _status(self) -> Response:
-        return Response(200, encode(status_from(self.state())), http_endpoint.JSON)
+    async def _status(self) -> Response:
+        inventory = await self._fresh_use.of(self.inventory)
+        return Response(200, encode(status_from(self.state(inventory))), http_endpoint.JSON)
 
     async def _serve_status(self) -> None:
         """For `qat-plugin status`, whether or not there is a --metrics-address."""
@@ -422,6 +432,7 @@ class Plugin:
             self._clock,
             on_watched=self.usage.watched,
             on_lost=self.directory.missed,
+            in_use=self.usage.in_use,
         )
 
     def _registrar(self, name: str) -> Registrar:

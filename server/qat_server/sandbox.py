@@ -67,6 +67,7 @@ def _rules(settings: Settings) -> Iterator[tuple[Path, int]]:
     yield from ((Path(path), READ) for path in _SYSTEM)
     yield from ((Path(path), READ) for path in _code())
     yield nearest(settings.socket_directory), _SOCKETS
+    yield nearest(settings.helper_socket.parent), READ  # to lock it: one server works on a node
     if settings.provisioning_config is not None:
         yield nearest(settings.provisioning_config), READ
     logging = settings.logging

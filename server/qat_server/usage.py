@@ -5,14 +5,14 @@ in its device manager). So a device leaves only after it has been listed as Unhe
 allocation begun before can still be under way, and two PodResources answers asked for after that do not name it.
 
 A kubelet that has just started names no pod until it has heard of its pods, which may take as long as the API server is
-away. When a stream is opened it may be such a one: the time to settle begins anew, and what was known to be held is
-held until it has named a pod, any pod. (It names all or, but for static pods, none; where the server is a pod itself,
-there is one.) Without PodResources nothing ever leaves a list while this server lives.
+away. When a stream is opened after the end of one it may be such a one: the time to settle begins anew, and what was
+known to be held is held until it has named a pod, any pod. (It names all or, but for static pods, none; where the
+server is a pod itself, there is one.) Without PodResources nothing ever leaves a list while this server lives.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Final
 
 from msgspec import Struct
@@ -105,10 +105,11 @@ class Usage:
         """Take note that devices were handed out just now."""
         self._ask_at(self._clock() + _AFTER_ALLOCATION)
 
-    def watched(self) -> None:
-        """Take note that the kubelet has opened a stream: it may be one that has just started."""
+    def watched(self, anew: bool) -> None:
+        """Take note that the kubelet has opened a stream; `anew`: after the end of one, so it may have just started."""
         self._watched_at = self._clock()
-        self._pods_known = False
+        if anew:
+            self._pods_known = False
         self.ask()
 
     def ask(self) -> None:
@@ -137,6 +138,13 @@ class Usage:
             if not shown and (unknown or handed_out_at > self.answer_asked_at - self._settle):
                 return True
         return address in (self.holders or {}).get(resource, {})
+
+    def in_use(self, resource: str, handed_out: Mapping[PciAddress, float]) -> Collection[PciAddress] | None:
+        """The devices of a resource that pods hold, or may, by what was handed out when; None without PodResources."""
+        if self.holders is None:
+            return None
+        known = self.holders.get(resource, {}).keys()
+        return known | {address for address, at in handed_out.items() if self.held(resource, address, at)}
 
     def by_device(self) -> dict[PciAddress, str]:
         """The devices that pods are known to hold, each with its holder (namespace/pod/container)."""

@@ -24,6 +24,11 @@ from qat_shared.messages import (
     ReadDeviceConfig,
     ReadHeartbeat,
     ReleaseDriver,
+    Service,
+    SetAutoReset,
+    SetNumVfs,
+    SetPmIdle,
+    SetServices,
     SocketDirectory,
 )
 from qat_shared.pci import PciAddress
@@ -74,6 +79,16 @@ REQUESTS: Final[dict[type[AnyRequest], Callable[[random.Random, int, str], AnyRe
     ReleaseDriver: lambda dice, n, why: ReleaseDriver(id=n, reason=why, address=address(dice)),
     ReadHeartbeat: lambda dice, n, why: ReadHeartbeat(id=n, reason=why, address=address(dice)),
     ReadDeviceConfig: lambda dice, n, why: ReadDeviceConfig(id=n, reason=why, address=address(dice)),
+    SetServices: lambda dice, n, why: SetServices(
+        id=n, reason=why, address=address(dice), services=tuple(dice.choices(list(Service), k=dice.randrange(1, 4)))
+    ),
+    SetPmIdle: lambda dice, n, why: SetPmIdle(
+        id=n, reason=why, address=address(dice), on=dice.random() < 0.5, stay_down=dice.random() < 0.5
+    ),
+    SetAutoReset: lambda dice, n, why: SetAutoReset(id=n, reason=why, address=address(dice), on=dice.random() < 0.5),
+    SetNumVfs: lambda dice, n, why: SetNumVfs(
+        id=n, reason=why, address=address(dice), count=dice.choice((0, 1, 2, 16, 0xFFFF))
+    ),
     PrepareSocketDirectory: lambda dice, n, why: PrepareSocketDirectory(
         id=n, reason=why, directory=dice.choice(list(SocketDirectory))
     ),

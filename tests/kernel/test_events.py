@@ -74,6 +74,16 @@ async def all_alive(node: RealNode) -> None:
     assert (await node.kubelet.check()).violations == ()
 
 
+async def with_new_host_bridges(node: RealNode) -> None:
+    """The helper's sandbox knows those that were there when it began: it says so, and is started again."""
+    await node.until_status(
+        "the reason is told", lambda status: any("start the helper again" in vf.reason for vf in status.vfs)
+    )
+    await all_alive(node)
+    await node.stop_helper()
+    node.start_helper()
+
+
 async def test_a_pf_goes_and_comes_and_another_is_plugged_in() -> None:
     async with real_node(TWO_SMALL) as node:
         await node.start({CY: 4})
@@ -105,6 +115,7 @@ async def test_a_pf_goes_and_comes_and_another_is_plugged_in() -> None:
         await all_alive(node)
         # A new one.
         node.real.add_pf(Pf(address="0000:77:00.0", services="dc", total_vfs=3))
+        await with_new_host_bridges(node)
         await node.wait({CY: 2, DC: 3})
         await node.kubelet.free("pod")
         await all_alive(node)
@@ -119,6 +130,7 @@ async def test_the_drivers_module_is_unloaded_and_loaded_again() -> None:
         await node.wait({CY: 0})
         await all_alive(node)
         node.real.load()
+        await with_new_host_bridges(node)
         await node.wait({CY: 4})
         await node.until_bound()
         await all_alive(node)

@@ -51,7 +51,8 @@ async def test_an_audit_log_that_was_moved_away_does_not_keep_a_watched_server_f
 
 
 @pytest.mark.parametrize("way", list(Registration))
-async def test_it_goes_and_is_made_anew(way: Registration) -> None:
+async def test_when_it_was_made_anew_both_say_that_they_must_be_started_again(way: Registration) -> None:
+    """Their sandboxes are of the directories that were there at their start."""
     async with running_node(ONE_PF, (f"--registration={way}",)) as node:
         node.start_helper()
         node.start_server()
@@ -60,6 +61,15 @@ async def test_it_goes_and_is_made_anew(way: Registration) -> None:
         for each in ("device-plugins", "plugins_registry"):
             shutil.rmtree(node.kubelet.directory / each, ignore_errors=True)
         await node.kubelet.start()
+        await node.until("the helper says it", lambda: "directory was made anew" in node.log("server"), 40)
+        server, node.server = node.server, None  # which is to end by itself
+        assert server is not None
+        await node.stop_helper()
+        node.start_helper()
+        await node.until("the server ends", lambda: server.poll() is not None, 40)
+        assert server.returncode == 1
+        assert "if it was made anew, start helper and server again" in node.log("server")
+        node.start_server()
         await node.until("registered again", lambda: node.kubelet.allocatable().get(CY) == 4, 40)
         await node.until_status("ready", lambda status: status.ready)
         assert "Traceback" not in node.log("server")
@@ -74,7 +84,8 @@ async def test_one_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> 
             pass
     assert str(caught.value) == (
         f"{path} is not there: mount the kubelet's device-plugins/qat.intel.com there, which the helper makes for this "
-        "server's group, or give the kubelet's directory with --kubelet-dir"
+        "server's group, or give the kubelet's directory with --kubelet-dir; if it was made anew, start helper and "
+        "server again"
     )
 
 

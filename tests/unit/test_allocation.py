@@ -266,3 +266,18 @@ ENVIRONMENTS: dict[str, tuple[list[PciAddress], dict[str, str]]] = {
 def test_environment(addresses: list[PciAddress], expected: dict[str, str]) -> None:
     assert environment(addresses) == expected
     assert list(environment(addresses)) == list(expected)
+
+
+def test_what_pods_hold_counts_whether_it_is_healthy_or_offered_or_not() -> None:
+    """03: two held, one of them unhealthy. 04: one held. 05: none held, but not offered (another NUMA node)."""
+    devices = [
+        Device(address, PciAddress(0, address.bus, 0, 0), 0, (), (), reason="bad" if address == sick else "")
+        for sick in ids("03:00.2")
+        for address in ids("03:00.1-4", "04:00.1-4", "05:00.1-4")
+    ]
+    available = list(map(str, ids("03:00.3-4", "04:00.2-4")))
+    index = AllocationIndex(devices)
+    held = ids("03:00.1-2", "04:00.1")
+    assert index.preferred(BALANCED, available, [], 1, held) == ["0000:04:00.2"]
+    assert index.preferred(BALANCED, available, [], 1) == ["0000:03:00.3"], "without PodResources that cannot be seen"
+    assert index.preferred(BALANCED, available, [], 1, [*held, *ids("03:00.3")]) == ["0000:04:00.2"], "offered: free"

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from qat_server.doctor.checks import Finding, Level, diagnose
-from qat_server.doctor.facts import Facts, Function, Helper, read_facts
+from qat_server.doctor.facts import DEAD, Facts, Function, Helper, read_facts
 from qat_server.settings import parse
 from qat_shared.pci import PciAddress
 from sysfs_tree import SysfsTree, address
@@ -122,6 +122,12 @@ ONE_WRONG: dict[str, tuple[dict[str, object], Level, str, str]] = {
         Level.NOTE,
         "the helper's policy forbids BindDriver",
         "policy file",
+    ),
+    "dead firmware": (
+        {"helper": msgspec.structs.replace(GOOD.helper, heartbeats={PF: DEAD})},
+        Level.PROBLEM,
+        "no heartbeat of 0000:6b:00.0: its firmware does not answer",
+        "auto_reset",
     ),
     "no heartbeat": (
         {"helper": msgspec.structs.replace(GOOD.helper, heartbeats={PF: "is debugfs mounted"})},

@@ -200,6 +200,7 @@ addresses = ["0000:6b:00.2", "0000:6b:00.1"]
 device_ids = ["8086:4940", "8086:4941"]
 drivers = ["vfio-pci"]
 directories = ["device-plugins"]
+kubelet_services = ["pod-resources"]
 max_vfs = 8
 extra_virtual_ids = ["8086:10ca"]
 extra_physical_ids = ["8086:10c9"]
@@ -225,6 +226,7 @@ EXPLAINED = (
     "  only with an id of 8086:4940 (a PF), 8086:4941 (rule device_ids)",
     "Drivers that a VF may be bound to: vfio-pci (rule drivers).",
     "Kubelet directories in which the server may serve: device-plugins (rule directories).",
+    "Kubelet services that it may be connected to: pod-resources (rule kubelet_services).",
     "VFs that one PF may be given: at most 8; QAT drivers enable all that a PF has, so one with more gets none "
     "(rule max_vfs).",
     "WIDER than without the file: uid 1000, 1001 may ask for all of this too.",

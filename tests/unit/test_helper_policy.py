@@ -18,6 +18,8 @@ from qat_shared.messages import (
     DpdkDriver,
     ErrorCode,
     Hello,
+    KubeletService,
+    OpenKubeletSocket,
     PrepareSocketDirectory,
     SocketDirectory,
 )
@@ -177,6 +179,7 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
         addresses = ["0000:6b:00.1", "10000:e1:00.1"]
         drivers = ["igb_uio"]
         directories = ["plugins-registry"]
+        kubelet_services = ["pod-resources"]
         device_ids = ["8086:4941"]
         max_vfs = 8
         extra_virtual_ids = ["8086:10ca", "1af4:1041"]
@@ -201,6 +204,13 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
     assert prepare(SocketDirectory.PLUGINS_REGISTRY) == ""
     assert prepare(SocketDirectory.DEVICE_PLUGINS) == "directories"
 
+    def connect(service: KubeletService) -> str:
+        request = OpenKubeletSocket(id=1, service=service)
+        return rule_of(lambda: OPERATIONS[OpenKubeletSocket].rule(policy, request))
+
+    assert connect(KubeletService.POD_RESOURCES) == ""
+    assert connect(KubeletService.REGISTRATION) == "kubelet_services"
+
     def bind(where: PciAddress, driver: DpdkDriver) -> str:
         request = BindDriver(id=1, address=where, driver=driver)
         return rule_of(lambda: OPERATIONS[BindDriver].rule(policy, request))
@@ -217,6 +227,7 @@ UNUSABLE = {
     "unknown key": ("allow_everything = true", "allow_everything"),
     "wrong type": ('drivers = "vfio-pci"', "drivers"),
     "unknown driver": ('drivers = ["e1000"]', "drivers"),
+    "unknown service": ('kubelet_services = ["kubelet.sock"]', "kubelet_services"),
     "unknown directory": ('directories = ["plugins_registry"]', "directories"),
     "unknown operation": ('operations = ["Reboot"]', "Reboot is no operation"),
     "Hello cannot be forbidden": ('operations = ["Hello"]', "Hello is no operation"),

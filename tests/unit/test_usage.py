@@ -216,7 +216,7 @@ async def test_a_kubelet_that_knows_no_pod_yet_lets_nothing_go_that_was_held() -
     await told.ask(HELD)
     told.usage.observe(GONE)
     told.now += 2 * SETTLE
-    told.usage.watched()  # the kubelet was started anew
+    told.usage.watched(anew=True)  # the kubelet was started anew
     for _ in range(3):
         await told.ask({}, pods=0, after=2 * SETTLE)
         told.usage.observe(GONE)
@@ -233,7 +233,7 @@ async def test_a_kubelet_that_knows_no_pod_yet_lets_nothing_go_that_was_held() -
 async def test_what_was_handed_out_is_held_until_a_new_kubelet_knows_a_pod() -> None:
     told = Told()
     await told.ask({})
-    told.usage.watched()
+    told.usage.watched(anew=True)
     await told.ask({}, pods=0, after=3600)
     assert told.usage.held("cy", VF, -1.0), "and it was not shown by the kubelet before"
     await told.ask({})
@@ -244,9 +244,25 @@ async def test_a_stream_that_was_opened_begins_the_time_to_settle_anew() -> None
     told = Told()
     told.usage.observe(GONE)
     await told.ask({}, after=2 * SETTLE)
-    told.usage.watched()
+    told.usage.watched(anew=True)
     await told.ask({})
     assert not told.usage.releasable("cy", VF)
     await told.ask({}, after=SETTLE)
     await told.ask({})
     assert told.usage.releasable("cy", VF)
+
+
+async def test_the_first_stream_is_no_sign_of_a_new_kubelet() -> None:
+    told = Told()
+    await told.ask(HELD)
+    told.usage.watched(anew=False)
+    await told.ask({}, pods=0)
+    assert told.usage.by_device() == {}
+
+
+async def test_in_use_is_what_pods_hold_and_what_was_just_handed_out() -> None:
+    told, other, old = Told(), PciAddress.parse("0000:6b:00.2"), PciAddress.parse("0000:6b:00.3")
+    assert told.usage.in_use("cy", {}) is None
+    await told.ask(HELD, after=3600)
+    assert told.usage.in_use("cy", {other: told.now, old: 0.0}) == {VF, other}
+    assert told.usage.in_use("dc", {}) == set()

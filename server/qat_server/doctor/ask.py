@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from qat_server.counters import Counters
-from qat_server.doctor.facts import Helper
+from qat_server.doctor.facts import DEAD, Helper
 from qat_server.helper_client import HelperClient, HelperError
 from qat_shared.pci import PciAddress
 
@@ -38,6 +38,6 @@ async def ask_helper(socket: Path, pfs: Sequence[PciAddress]) -> Helper:
 
 async def _heartbeat(client: HelperClient, pf: PciAddress) -> str:
     try:
-        return "" if (await client.heartbeat(pf)).alive else "its firmware does not answer"
+        return "" if (await client.heartbeat(pf)).alive else DEAD
     except HelperError as error:
         return error.message

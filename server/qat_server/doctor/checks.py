@@ -11,7 +11,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.doctor.facts import Facts, Function
+from qat_server.doctor.facts import DEAD, Facts, Function
 from qat_server.settings import Settings
 from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VIRTUAL
 from qat_shared.messages import DpdkDriver
@@ -246,7 +246,10 @@ def _helper(facts: Facts, settings: Settings) -> Iterator[Finding]:
             advice = "add it to operations in the helper's policy file, if that was not meant"
             yield Finding(check, Level.NOTE, f"the helper's policy forbids {operation}", advice)
     for pf, why in sorted(helper.heartbeats.items()):
-        if why:
+        if why == DEAD:
+            advice = "its VFs are Unhealthy until it does: switch on qat/auto_reset, or take qat/state down and up"
+            yield Finding(check, Level.PROBLEM, f"no heartbeat of {pf}: {why}", advice)
+        elif why:
             advice = "without it, health is the PF's state only"
             yield Finding(check, Level.NOTE, f"no heartbeat of {pf}: {why}", advice)
         else:

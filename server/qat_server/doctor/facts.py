@@ -35,6 +35,10 @@ class Function(Struct, frozen=True):
         return self.device_id in PHYSICAL
 
 
+DEAD: Final = "its firmware does not answer"
+"""In place of a reason why a heartbeat cannot be read: it was, and says this."""
+
+
 class Helper(Struct, frozen=True):
     """The helper as this process meets it. `error` is "" when it answers; heartbeats: PF to "" or to why not."""
 

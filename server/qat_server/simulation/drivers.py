@@ -13,14 +13,12 @@ from qat_server.simulation.node import DENYLISTED
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
 
 QAT_ATTRIBUTES: Final = ("qat/state", "qat/cfg_services", "qat/auto_reset", "qat/num_rps")
+_DRIVERS: Final = {number: kind.driver for number, kind in PHYSICAL.items()} | {
+    number: kind.driver for number, kind in VIRTUAL.items()
+}
 _DENIED: Final = frozenset(
-    (VENDOR_INTEL, number)
-    for number, driver in (
-        *((number, kind.driver) for number, kind in PHYSICAL.items()),
-        *((number, kind.driver) for number, kind in VIRTUAL.items()),
-    )
-    if driver in DENYLISTED
-) - {(VENDOR_INTEL, 0x0442)}
+    (VENDOR_INTEL, number) for number, driver in _DRIVERS.items() if driver in DENYLISTED and number != 0x0442
+)
 _PM_IDLE: Final = "qat/pm_idle_enabled"
 # Modules whose name is not qat_<driver>.
 _MODULES: Final = {"c6xx": "qat_c62x", "c6xxvf": "qat_c62xvf"}

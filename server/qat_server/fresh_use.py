@@ -1,0 +1,42 @@
+"""Which VFs are open now, for who looks at /status and /metrics: read in a thread, at most once a second.
+
+Opening and closing a device gives no uevent, so it must be read: a file for each VF, some 50 ms for a thousand.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from qat_server.discovery import with_fresh_use
+from qat_server.inventory import Inventory
+
+FRESH: Final = 1.0
+"""Seconds for which what was read answers all who ask."""
+
+
+class FreshUse:
+    """Who asks while it is being read waits for the same answer."""
+
+    def __init__(
+        self,
+        sysfs_root: Path,
+        clock: Callable[[], float] = time.monotonic,
+        read: Callable[[Path, Inventory], Inventory] = with_fresh_use,
+    ) -> None:
+        self._sysfs_root = sysfs_root
+        self._clock = clock
+        self._read = read
+        self._lock = asyncio.Lock()
+        self._of: Inventory | None = None
+        self._fresh: Inventory | None = None
+        self._at = 0.0
+
+    async def of(self, inventory: Inventory) -> Inventory:
+        """`inventory` with what is in use."""
+        async with self._lock:
+            if self._fresh is None or self._of is not inventory or self._clock() >= self._at + FRESH:
+                self._fresh = await asyncio.to_thread(self._read, self._sysfs_root, inventory)
+                self._of, self._at = inventory, self._clock()
+            return self._fresh

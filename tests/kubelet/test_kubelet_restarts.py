@@ -17,6 +17,8 @@ from qat_server.settings import Registration
 from qat_server.simulation.topology import TopologyPolicy
 
 RESTARTS = 200
+PATIENCE = 60.0
+"""Seconds that what a process holds has to settle: only a leak takes so long."""
 DAMAGES = get_args(Damage)
 
 
@@ -103,14 +105,19 @@ async def restart_often(registration: Registration) -> None:
 async def settled(
     node: ProductionNode[RealKubelet], wanted: dict[str, Footprint] | None = None
 ) -> dict[str, Footprint]:
-    """What both processes hold, once it is `wanted`, or as it is after a while."""
+    """What both processes hold between operations, once it is `wanted` (or not even after long), or stays the same."""
     assert node.helper is not None
     assert node.server is not None
     pids = {"helper": node.helper.pid, "server": node.server.pid}
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + PATIENCE
+    found: dict[str, Footprint] = {}
+    same = 0
     while True:
-        found = {name: footprint(pid) for name, pid in pids.items()}
-        same = wanted is not None and all(found[name].descriptors == wanted[name].descriptors for name in found)
-        if same or time.monotonic() > deadline:
+        before, found = found, {name: footprint(pid) for name, pid in pids.items()}
+        known = before if wanted is None else wanted
+        idle = not any("pidfd" in kind for kind in found["helper"].descriptors)  # no operation is under way
+        alike = all(name in known and found[name].descriptors == known[name].descriptors for name in found)
+        same = same + 1 if idle and alike else 0
+        if same >= (1 if wanted is not None else 20) or time.monotonic() > deadline:
             return found
         await asyncio.sleep(0.05)

@@ -43,11 +43,6 @@ class Binder:
         self._timer: asyncio.TimerHandle | None = None
         self.failures: dict[PciAddress, str] = {}
 
-    @property
-    def busy(self) -> bool:
-        """Whether any VF is being bound."""
-        return bool(self._running)
-
     def discovery_begins(self) -> None:
         """What ends from now on, the inventory that is being made may not know yet."""
         self._ended.clear()

@@ -18,7 +18,7 @@ from typing import Final
 import grpc.aio
 from msgspec import Struct
 
-PRIVATE: Final = ".qat-"
+_PRIVATE: Final = ".qat-"
 """How the names begin that only the process knows which has made them."""
 
 
@@ -54,26 +54,37 @@ def short(directory: Path) -> Iterator[str]:
         os.close(descriptor)
 
 
-async def start(server: grpc.aio.Server, path: Path, mode: int) -> BoundSocket:
-    """Start `server` at `path`, in place of whatever socket was there. Raises OSError."""
-    private = f"{PRIVATE}{secrets.token_hex(4)}"
-    with short(path.parent) as directory:
-        bound = f"{directory}/{private}"
+@contextlib.contextmanager
+def private_name(directory: Path) -> Iterator[str]:
+    """A path to bind a socket of `directory` to, removed if the block fails; else to be `put`. Raises OSError."""
+    with short(directory) as here:
+        private = f"{here}/{_PRIVATE}{secrets.token_hex(4)}"
         try:
-            server.add_insecure_port(f"unix:{bound}")
-        except RuntimeError as error:  # gRPC keeps the errno to itself
-            why = "no write permission" if not os.access(directory, os.W_OK | os.X_OK) else str(error)
-            raise OSError(f"cannot make a socket in {path.parent}: {why}") from error
-        try:
-            os.chmod(bound, mode)
-            await server.start()
-            found = os.lstat(bound)
-            os.rename(bound, f"{directory}/{path.name}")
+            yield private
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(bound)
+                os.unlink(private)
             raise
+
+
+def put(private: str, path: Path) -> BoundSocket:
+    """Move a socket from its private name to `path`, in the same directory. Raises OSError."""
+    found = os.lstat(private)
+    os.rename(private, f"{os.path.dirname(private)}/{path.name}")
     return BoundSocket(path, found.st_dev, found.st_ino)
+
+
+async def start(server: grpc.aio.Server, path: Path, mode: int) -> BoundSocket:
+    """Start `server` at `path`, in place of whatever socket was there. Raises OSError."""
+    with private_name(path.parent) as private:
+        try:
+            server.add_insecure_port(f"unix:{private}")
+        except RuntimeError as error:  # gRPC keeps the errno to itself
+            why = "no write permission" if not os.access(os.path.dirname(private), os.W_OK | os.X_OK) else str(error)
+            raise OSError(f"cannot make a socket in {path.parent}: {why}") from error
+        os.chmod(private, mode)
+        await server.start()
+        return put(private, path)
 
 
 async def stop(server: grpc.aio.Server, grace: float) -> None:
@@ -91,7 +102,7 @@ async def stop(server: grpc.aio.Server, grace: float) -> None:
 @contextlib.contextmanager
 def private_directory(directory: Path) -> Iterator[Path]:
     """A fresh 0700 directory in `directory`, removed at the end. Raises OSError."""
-    made = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=directory))
+    made = Path(tempfile.mkdtemp(prefix=_PRIVATE, dir=directory))
     try:
         yield made
     finally:
@@ -103,7 +114,7 @@ def remove_leftovers(directory: Path) -> None:
     """Remove what a killed process left, its sockets too: only where no other process works in `directory`."""
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            if not (entry.name.startswith(PRIVATE) or _is_socket(entry)):
+            if not (entry.name.startswith(_PRIVATE) or _is_socket(entry)):
                 continue
             with contextlib.suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):

@@ -42,7 +42,6 @@ from qat_shared.messages import (
     Provisioned,
     ReadDeviceConfig,
     ReadHeartbeat,
-    ReleaseDriver,
     SocketDirectory,
     Welcome,
 )
@@ -147,10 +146,6 @@ class HelperClient:
     async def bind(self, address: PciAddress, driver: DpdkDriver, reason: str) -> Bound:
         """Bind a VF to a DPDK driver. Raises HelperError."""
         return await self._call(lambda i: BindDriver(id=i, address=address, driver=driver, reason=reason), Bound)
-
-    async def release(self, address: PciAddress, reason: str) -> Bound:
-        """Give a VF back to the kernel's own choice of driver. Raises HelperError."""
-        return await self._call(lambda i: ReleaseDriver(id=i, address=address, reason=reason), Bound)
 
     async def heartbeat(self, address: PciAddress) -> Heartbeat:
         """Query a PF's heartbeat. Raises HelperError."""

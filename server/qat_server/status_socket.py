@@ -6,13 +6,12 @@ subdirectory. The directory is root's and the server's group's, so nobody else c
 
 import contextlib
 import os
-import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from qat_server.grpc_socket import PRIVATE, BoundSocket, short
+from qat_server.grpc_socket import private_name, put
 from qat_server.settings import STATUS_SOCKET
 
 _BACKLOG: Final = 16
@@ -22,20 +21,12 @@ _MODE: Final = 0o660
 @contextlib.contextmanager
 def listening(directory: Path) -> Iterator[socket.socket]:
     """A socket that listens at `directory`/STATUS_SOCKET, in place of one that was left there. Raises OSError."""
-    private = f"{PRIVATE}{secrets.token_hex(4)}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        with short(directory) as here:
-            listener.bind(f"{here}/{private}")
-            try:
-                os.chmod(f"{here}/{private}", _MODE)
-                listener.listen(_BACKLOG)
-                found = os.lstat(f"{here}/{private}")
-                os.rename(f"{here}/{private}", f"{here}/{STATUS_SOCKET}")
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{here}/{private}")
-                raise
-        bound = BoundSocket(directory / STATUS_SOCKET, found.st_dev, found.st_ino)
+        with private_name(directory) as private:
+            listener.bind(private)
+            os.chmod(private, _MODE)
+            listener.listen(_BACKLOG)
+            bound = put(private, directory / STATUS_SOCKET)
         try:
             yield listener
         finally:

@@ -24,7 +24,7 @@ from kubelet.real_kubelet import RealKubelet
 from qat_server.settings import Registration
 from qat_server.simulation.kernel import Kernel
 from qat_server.simulation.node import Node
-from qat_server.simulation.running_node import Processes, free_port, short_tmp
+from qat_server.simulation.running_node import Processes, short_tmp
 from qat_server.simulation.topology import TopologyPolicy
 from qat_server.status import Status
 
@@ -127,7 +127,6 @@ class ProductionNode(Processes, Generic[K]):
         """Start another server beside the present one, as a rolling update does, and return the old one."""
         assert self.server is not None
         old, before = self.server, self.log("server").count("another server works here")
-        self.metrics_port = free_port()
         self.start_server()
         await self.until(
             "the new server waits for the old one",

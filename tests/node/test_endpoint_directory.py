@@ -11,7 +11,7 @@ from qat_server.endpoint_directory import DirectoryUnusableError, EndpointDirect
 from qat_server.helper_client import HelperClient
 from qat_server.settings import Registration
 from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import free_port, running_node
+from qat_server.simulation.running_node import running_node
 from waiting import until
 
 CY = "qat.intel.com/cy"
@@ -97,7 +97,6 @@ async def test_two_servers_do_not_work_at_once_however_they_register(way: Regist
         await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4)
         first, node.server = node.server, None
         assert first is not None
-        node.metrics_port = free_port()
         node.add_server_options(f"--registration={way}")
         node.start_server()
         await until(lambda: "another server works here" in node.log("server"))

@@ -256,7 +256,6 @@ async def test_one_server_works_at_a_time() -> None:
     async with running_node(ONE_PF) as node:
         await start(node, {CY: 4})
         first, node.server = node.server, None
-        node.metrics_port += 1
         node.start_server()
         await until(lambda: "another server works here" in node.log("server"))
         assert len(node.kubelet.registrations) == 1

@@ -65,6 +65,10 @@ class _Status(msgspec.Struct):
     containers: dict[str, dict[str, dict[str, str]]]
 
 
+class _Watcher(msgspec.Struct):
+    settled: bool
+
+
 class _Started(msgspec.Struct):
     refused: tuple[RefusedPod, ...]
 
@@ -246,6 +250,10 @@ class RealKubelet:
     async def check(self) -> Check:
         """Compare the kubelet's books with each other; see `Check`. Waits for an admission under way."""
         return await self._ask("check", Check)
+
+    async def settled(self) -> bool:
+        """Whether the plugin watcher has registered all that it has found, and will change nothing by itself."""
+        return (await self._ask("watcher", _Watcher)).settled
 
     async def healthy(self) -> bool:
         """The device manager's part of /healthz."""

@@ -205,7 +205,7 @@ class Events(RuleBasedStateMachine):
         async def replace() -> None:
             old = await self.node.replace_server()
             old.send_signal(how)
-            await asyncio.to_thread(old.wait, 10)
+            await asyncio.to_thread(old.wait, 60)
 
         self.run(replace())
 

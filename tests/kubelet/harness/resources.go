@@ -233,6 +233,22 @@ func (k *kubelet) health(empty) (*empty, error) {
 	return &empty{}, nil
 }
 
+// watcher tells whether the plugin watcher's next look changes nothing: each socket that it has found is registered as it
+// was last found, and no other.
+func (k *kubelet) watcher(empty) (*watcherResult, error) {
+	l, err := k.running()
+	if err != nil {
+		return nil, err
+	}
+	wanted, registered := worldsOf(l.plugins)
+	found := wanted.GetPluginsToRegister()
+	settled := len(found) == len(registered.GetRegisteredPlugins())
+	for _, plugin := range found {
+		settled = settled && registered.PluginExistsWithCorrectUUID(plugin)
+	}
+	return &watcherResult{settled}, nil
+}
+
 // age makes a stopped endpoint older: the kubelet forgets its resource after five minutes.
 func (k *kubelet) age(arguments ageArguments) (*empty, error) {
 	l, err := k.running()

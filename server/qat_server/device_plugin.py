@@ -76,7 +76,8 @@ class Snapshot:
         self.index = AllocationIndex(listed)
         message = pb.ListAndWatchResponse(devices=[entry.listed for entry in self.entries.values()])
         # What the kubelet may know of has not changed: the very same message tells the streams so.
-        self.message = before.message if before is not None and message == before.message else message
+        same = before is not None and message == before.message
+        self.message: pb.ListAndWatchResponse = before.message if before is not None and same else message
 
 
 def _listed(device: Device) -> pb.Device:

@@ -16,6 +16,9 @@ from qat_server.settings import Registration
 from qat_server.simulation.topology import TopologyPolicy
 
 RESTARTS = 200
+GROWTH = 6 << 10
+"""Bytes of memory for each restart of the second half. Seen over 800 restarts: at first 5 KiB, from the 200th on less
+than 1 KiB, up and down; of the helper none at all."""
 PATIENCE = 60.0
 """Seconds that what a process holds has to settle: only a leak takes so long."""
 DAMAGES = get_args(Damage)
@@ -90,15 +93,19 @@ async def restart_often(registration: Registration) -> None:
         before = await settled(node)
         files = os.listdir(node.sockets)
         what = f"one of {RESTARTS} kubelet restarts in a row: its start to allocatable"
+        halfway = before
         async with Timed(what, 1, registration) as timed:
             for n in range(RESTARTS):
+                if n == RESTARTS // 2:
+                    halfway = await settled(node, before)
                 await timed.add(await restart(node, bool(n % 2), {CY: 4}))
         assert await node.kubelet.devices_of("pod") == held
         after = await settled(node, before)
         for name in before:
             assert after[name].descriptors == before[name].descriptors, name
             assert after[name].threads - before[name].threads < 4, name  # gRPC's own come and go
-            assert after[name].rss - before[name].rss < 4 << 20, name
+            # A leak goes on as it began; what an allocator has not filled yet gets less and less.
+            assert after[name].memory - halfway[name].memory < GROWTH * RESTARTS // 2, name
         await node.until("as many sockets as before", lambda: len(os.listdir(node.sockets)) == len(files), PATIENCE)
 
 

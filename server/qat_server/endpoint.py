@@ -163,14 +163,13 @@ class Endpoint:
                 log.warning(
                     "endpoint's socket has gone, serving anew", resource=self.resource, socket=str(self.socket_path)
                 )
-            elif not self._registrar.afresh or self._plugin.streams.fresh:  # fresh: the kubelet came back by itself
+            elif not await self._registrar.needs_new_socket(self._plugin.streams):
                 return
-            await self._stop_serving()
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         add_DevicePluginServicer_to_server(self._plugin, server)
         self._registrar.add_to(server)
         try:
-            self._bound = await grpc_socket.start(server, self.socket_path, SOCKET_MODE)
+            bound = await grpc_socket.start(server, self.socket_path, SOCKET_MODE)
         except OSError as error:
             await server.stop(None)
             self._on_lost()
@@ -178,7 +177,11 @@ class Endpoint:
         except BaseException:
             await server.stop(None)
             raise
-        self._server = server
+        # Only now the old one: a kubelet that connects at any moment finds somebody there.
+        former, self._server = self._server, server
+        self._bound = bound
+        if former is not None:
+            await grpc_socket.stop(former, STOP_GRACE)
 
     async def _stop_serving(self) -> None:
         server, self._server = self._server, None

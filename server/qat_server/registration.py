@@ -27,6 +27,8 @@ class Timing(Struct, frozen=True):
         1.0  # until the kubelet opens the stream (it takes milliseconds); doubles, since it may be busy
     )
     stream_last: float = 10.0
+    # Before a socket is made anew: a kubelet that restarts, or registers all over again by itself, takes milliseconds.
+    by_itself: float = 0.1
     kubelet: float = 10.0  # that the helper waits for the kubelet's socket in one request
     # Until the kubelet has found a new socket, by itself: its watcher takes a second, its dial ten. A kubelet that is
     # down finds the socket when it starts, so this only mends what was lost.
@@ -44,9 +46,8 @@ class Registrar(Protocol):
     def socket_path(self) -> Path:
         """Where the endpoint is to be served."""
 
-    @property
-    def afresh(self) -> bool:
-        """Whether it is the appearance of the socket that registers, so that each registration needs a new one."""
+    async def needs_new_socket(self, streams: Streams) -> bool:
+        """Whether only a new socket makes the kubelet register; the old one is being served meanwhile."""
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add what the kubelet asks on the endpoint's socket beside the DevicePlugin service."""

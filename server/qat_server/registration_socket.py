@@ -18,8 +18,6 @@ from qat_shared.messages import KubeletService
 class SocketRegistrar:
     """For one resource, whose socket is in `directory`: device-plugins/qat.intel.com."""
 
-    afresh = False
-
     def __init__(self, name: str, directory: Path, helper: KubeletDialer, timing: Timing | None = None) -> None:
         self.socket_path = directory / f"{name}.sock"
         self._helper = helper
@@ -30,6 +28,10 @@ class SocketRegistrar:
             resource_name=f"{NAMESPACE}/{name}",
             options=OPTIONS,
         )
+
+    async def needs_new_socket(self, streams: Streams) -> bool:
+        """Never: Register may be called again and again."""
+        return False
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Nothing: the kubelet is told."""

@@ -1,13 +1,16 @@
 """An endpoint against the emulated plugin watcher, whose time passes fast here: it is registered whenever it can be."""
 
 import asyncio
+import functools
 import logging
 import os
 import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import TypeAlias
 
+import grpc.aio
 import pytest
 import uvloop
 
@@ -15,6 +18,10 @@ from kubelet_sockets import short_directory
 from qat_server.allocation import AllocationPolicy
 from qat_server.counters import Counters
 from qat_server.endpoint import Endpoint
+from qat_server.generated import deviceplugin_v1beta1_pb2 as deviceplugin
+from qat_server.generated import pluginregistration_v1_pb2 as registration
+from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
+from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationStub
 from qat_server.inventory import Device
 from qat_server.registration import Timing
 from qat_server.registration_watcher import WatcherRegistrar
@@ -23,6 +30,7 @@ from qat_shared.pci import PciAddress
 from waiting import until
 
 CY = "qat.intel.com/cy"
+Watching: TypeAlias = "grpc.aio.UnaryStreamCall[deviceplugin.Empty, deviceplugin.ListAndWatchResponse]"
 PERIOD = 0.02
 QUICK = Timing(
     first=0.01, after_failure=0.05, after_stream=0.05, settled=0.3, stream_first=0.1, stream_last=0.2, found=1.0
@@ -83,8 +91,8 @@ async def test_it_is_found_and_its_devices_are_allocatable(kubelet: Kubelet) -> 
         await allocatable(kubelet)
         await until(lambda: endpoint.state.registered)
         assert endpoint.state.registrations == 1
-        [registration] = kubelet.registrations
-        assert (registration.endpoint, registration.version) == (str(endpoint.socket_path), "v1beta1")
+        [registered] = kubelet.registrations
+        assert (registered.endpoint, registered.version) == (str(endpoint.socket_path), "v1beta1")
         mode = endpoint.socket_path.stat().st_mode
         assert stat.S_ISSOCK(mode)
         assert stat.S_IMODE(mode) == 0o660
@@ -144,6 +152,56 @@ async def test_the_end_of_a_stream_makes_the_socket_anew_under_its_name(kubelet:
         assert endpoint.socket_path == path
         assert path.stat().st_ctime_ns != before
         await until(lambda: endpoint.state.registrations == 2)
+
+
+async def test_a_kubelet_that_asks_before_the_old_one_has_gone_finds_no_new_socket(kubelet: Kubelet) -> None:
+    """It is about to connect: a socket made anew would end its stream, or make it register all over again."""
+    await kubelet.stop()
+    async with running(kubelet, timing=Timing()) as endpoint, AsyncExitStack() as channels:
+        await until(endpoint.socket_path.exists)
+        made = endpoint.socket_path.stat().st_ctime_ns
+        old, new = [
+            await channels.enter_async_context(grpc.aio.insecure_channel(f"unix:{endpoint.socket_path}"))
+            for _ in range(2)
+        ]
+        first = await watched(old)
+        await until(lambda: endpoint.state.registrations == 1)
+        await RegistrationStub(new).GetInfo(registration.InfoRequest())
+        first.cancel()
+        await until(lambda: not endpoint.state.registered)
+        second = await watched(new)
+        await until(lambda: endpoint.state.registrations == 2)
+        assert endpoint.socket_path.stat().st_ctime_ns == made
+        assert not second.done()
+
+
+async def watched(channel: grpc.aio.Channel) -> Watching:
+    """What a kubelet does once it has found a socket."""
+    await RegistrationStub(channel).GetInfo(registration.InfoRequest())
+    call: Watching = DevicePluginStub(channel).ListAndWatch(deviceplugin.Empty())
+    devices = await call.read()
+    assert isinstance(devices, deviceplugin.ListAndWatchResponse)
+    assert len(devices.devices) == 4
+    word = registration.RegistrationStatus(plugin_registered=True)
+    await RegistrationStub(channel).NotifyRegistrationStatus(word)
+    return call
+
+
+def registered_times(endpoint: Endpoint, number: int) -> bool:
+    return endpoint.state.registrations == number
+
+
+async def test_nobody_is_turned_away_while_the_socket_is_made_anew(kubelet: Kubelet) -> None:
+    async with running(kubelet) as endpoint:
+        await allocatable(kubelet)
+        for n in range(1, 6):
+            await until(functools.partial(registered_times, endpoint, n))
+            before = endpoint.socket_path.stat().st_ctime_ns
+            await kubelet.plugin_gone(CY)
+            while endpoint.socket_path.stat().st_ctime_ns == before:
+                _, writer = await asyncio.open_unix_connection(str(endpoint.socket_path))
+                writer.close()
+                await writer.wait_closed()
 
 
 async def test_a_socket_that_was_deleted_is_made_anew(kubelet: Kubelet) -> None:

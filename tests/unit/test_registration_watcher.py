@@ -26,6 +26,7 @@ async def say(to: WatcherRegistrar, error: str = "", registered: bool = False) -
 async def asked(of: WatcherRegistrar, streams: Streams | None = None) -> asyncio.Task[None]:
     task = asyncio.create_task(of.register(streams or Streams()))
     await asyncio.sleep(0)
+    await of.GetInfo(pb.InfoRequest(), CONTEXT)
     return task
 
 
@@ -115,3 +116,30 @@ async def test_a_kubelet_that_came_by_itself_is_not_waited_for() -> None:
     task = await asked(registrar(SHORT), streams)
     streams.open()  # its word is lost
     await task
+
+
+async def test_its_word_may_come_before_it_is_waited_for_but_a_stale_one_does_not_count() -> None:
+    one = registrar(SHORT)
+    await one.GetInfo(pb.InfoRequest(), CONTEXT)
+    await say(one, registered=True)
+    await one.register(Streams())
+    await one.GetInfo(pb.InfoRequest(), CONTEXT)
+    await say(one, registered=True)
+    await one.GetInfo(pb.InfoRequest(), CONTEXT)  # another kubelet
+    with pytest.raises(CannotRegisterError, match="has not asked"):
+        await one.register(Streams())
+
+
+async def test_a_new_socket_is_for_a_kubelet_that_does_not_come_by_itself() -> None:
+    one, streams = registrar(Timing(by_itself=0.01)), Streams()
+    assert await one.needs_new_socket(streams)
+    streams.open()
+    assert not await one.needs_new_socket(streams)
+    streams.end()
+    await one.GetInfo(pb.InfoRequest(), CONTEXT)
+    assert not await one.needs_new_socket(streams)
+    one = registrar(Timing(by_itself=60))
+    coming = asyncio.create_task(one.needs_new_socket(Streams()))
+    await asyncio.sleep(0)
+    await one.GetInfo(pb.InfoRequest(), CONTEXT)
+    assert not await coming

@@ -3,6 +3,7 @@
 What is not for a device plugin to feel is left out: the order of ids in a refusal, names with random parts in them.
 """
 
+import asyncio
 import signal
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeAlias, get_args
@@ -165,7 +166,7 @@ async def rolling_update(node: AnyNode) -> Seen:
     seen: Seen = [await admitted(node, "a", ("main", CY, 2))]
     old = await node.replace_server()
     old.send_signal(signal.SIGTERM)
-    old.wait(10)
+    await asyncio.to_thread(old.wait, 60)
     await node.until_status("the new server is registered", lambda status: status.ready)
     await node.wait({CY: 4})
     return [*seen, *await quantities(node), await admitted(node, "b", ("main", CY, 2))]

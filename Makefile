@@ -44,6 +44,7 @@ test-kernel: $(READY) ## run both processes on a real kernel, in QEMU (x86_64, r
 	@echo "==> test-kernel: Debian's kernel in QEMU, without hardware virtualisation, with PCI devices that a test module makes"
 	@tests/kernel/prepare
 	@tests/kubelet/build
+	@$(BIN)/python -m compileall -q shared helper server tests # the guest's processes may not write it down
 	@$(BIN)/pytest -q tests/kernel
 
 .PHONY: test-security

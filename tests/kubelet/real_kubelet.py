@@ -329,7 +329,7 @@ class RealKubelet:
         self.control.unlink(missing_ok=True)
         # The harness ends when its standard input does: when this process ends, however it ends.
         self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await self._accepts():
                 if self.process.poll() is not None:
                     raise KubeletDiedError(self.process.returncode, self.log_tail())

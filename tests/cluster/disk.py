@@ -1,8 +1,8 @@
 """The guest's disk: an ext4 image with containerd's own root in it, images imported, and the kubelet.
 
-There is no registry: a containerd of this machine's, with a root and a socket of its own, imports the images here, where
-that is quick, and what it leaves becomes the disk. Images have the very names that the manifests have, so that nothing
-is rewritten and nothing pulled. The disk is made anew when anything in it has changed.
+There is no registry: a containerd of this machine's, with a root and a socket of its own, imports the images here,
+where that is quick, and what it leaves becomes the disk. Images have the very names that the manifests have, so that
+nothing is rewritten and nothing pulled. The disk is made anew when anything in it has changed.
 """
 
 import contextlib

@@ -7,10 +7,10 @@
         guest.reboot()                             # the disk, and so all that was written, stays; memory does not
 
 The guest's root is this machine's own (read-only, so the project and its .venv are where they are here), with a layer
-above it on the disk. PID 1 is systemd with nothing of this machine's services (guest/start). Containerd is Debian's unit,
-`containerd`; `kubelet` is guest/units/kubelet.service. Neither is started by the boot unless it was enabled. Each command
-is a process of its own, so several can be under way; what one starts with setsid or by systemd-run lives on. A disk is never
-changed: what guests write is in a copy that ends with them.
+above it on the disk. PID 1 is systemd with nothing of this machine's services (guest/start). Containerd is Debian's
+unit, `containerd`; `kubelet` is guest/units/kubelet.service. Neither is started by the boot unless it was enabled. Each
+command is a process of its own, so several can be under way; what one starts with setsid or by systemd-run lives on. A
+disk is never changed: what guests write is in a copy that ends with them.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final, Self, TypeVar
 
 from kernel import machine
+from kernel.machine import PROJECT
 from kernel.machine import GuestError, qemu
 from kernel.machine import why_not as why_no_guest
 
@@ -94,8 +95,8 @@ class Machine:
         return time.monotonic() - self._began
 
     def run(self, script: str, check: bool = True, seconds: float = LIMIT) -> str:
-        """Run a script with bash as root: what it prints, to both outputs. Raises CommandError when it ends with another
-        status than 0 (unless `check` is false), or does not end in time."""
+        """Run a script with bash as root: what it prints, to both outputs. Raises CommandError when it does not end in
+        time, or, unless `check` is false, with another status than 0."""
         self._number += 1
         path = self.share / "commands" / str(self._number)
         path.with_name(f"{path.name}.new").write_text(script + "\n")
@@ -125,6 +126,13 @@ class Machine:
             return self.run(f'{again}echo "$last"', seconds=seconds + LIMIT)
         except CommandError as error:
             raise CommandError(f"waiting until {what}: {script}", error.status, error.output) from None
+
+    def wait(self, what: str, condition: Callable[[], _T], seconds: float = LIMIT) -> _T:
+        """Wait until a condition, which asks the guest, returns something true: that. Raises CommandError."""
+        try:
+            return self._wait(what, condition, seconds)
+        except TimeoutError:
+            raise CommandError(f"waiting until {what}", None, self.tail()) from None
 
     def reboot(self, command: str = "systemctl reboot") -> float:
         """Restart the machine with its disk, by this command in the guest: seconds until it takes commands again."""

@@ -51,7 +51,7 @@ def why_not() -> str:
 
 
 def qemu(directory: Path, iommu: bool = True, memory: int = 3072, words: Sequence[str] = ()) -> list[str]:
-    """The command that starts a guest which shares `directory`: `memory` in MiB, `words` for the kernel's command line."""
+    """The command for a guest that shares `directory`: `memory` in MiB, `words` for the kernel's command line."""
     kernel = (BUILD / "kernel").read_text().strip()
     image = BUILD / "image"
     line = [

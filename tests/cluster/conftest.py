@@ -1,0 +1,54 @@
+"""One guest for all tests here, booted when the first asks for it; what must be on it, each test says (`installed`).
+
+Tests may come in any order: what a test finds installed that it did not ask for is taken away first. Those that ask for
+the same stand in one file, so that this is seldom.
+"""
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from cluster import disk, installation, machine
+from cluster.installation import Installation
+from cluster.machine import Machine
+from cluster.node import KubeletNode
+from kernel.machine import PROJECT
+
+APPARMOR = ("apparmor=1", "security=apparmor")
+
+
+@pytest.fixture(scope="session")
+def guest() -> Iterator[Machine]:
+    if reason := machine.why_not() or disk.why_not():
+        pytest.skip(reason)
+    subprocess.run([PROJECT / "tests/deployments/tools/build"], check=True)
+    with Machine(disk.disk(), words=APPARMOR) as running:
+        installation.lines.append(f"QEMU's start to the first command in the guest: {running.booted():.1f} s")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def started(guest: Machine) -> KubeletNode:
+    node = KubeletNode(guest)
+    node.start()
+    return node
+
+
+@pytest.fixture(scope="session")
+def installed(started: KubeletNode) -> Installation:
+    return Installation(started)
+
+
+@pytest.fixture
+def node(started: KubeletNode) -> Iterator[KubeletNode]:
+    """The node; workloads that a test leaves are removed."""
+    yield started
+    started.withdraw(*(name for name in started.pods() if name != "qat-plugin"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if installation.lines:
+        terminalreporter.section("measured on the node")
+        for line in installation.lines:
+            terminalreporter.write_line(line)

@@ -48,12 +48,22 @@ def why_not() -> str:
     return ""
 
 
+@functools.cache
+def committed() -> str:
+    """What docs/by-hand.md installs on a node: the commit's trees; "" where there is no repository."""
+    command = ["git", "rev-parse", *(f"HEAD:{name}" for name in ("shared", "helper", "server", "docs/by-hand.md"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
 def disk(programs: Sequence[str] = ("kubelet",), with_images: Sequence[str] = ("helper", "server")) -> Path:
     """Make the disk, unless it is there. `programs` of tests/cluster/build are at /run/layer/bin in the guest,
-    `with_images` (helper, server, dpdk) in its containerd, beside those named above."""
+    `with_images` (helper, server, dpdk) in its containerd, beside those named above; /opt/qat-plugin is as
+    docs/by-hand.md installs it."""
     subprocess.run([ROOT / "tests/cluster/build", *programs, "pause"], check=True)
     names = {name: _reference(name) for name in with_images}
     parts = [f"{reference} {images.image(name).layers}" for name, reference in names.items()]
+    parts += [committed(), _digest(ROOT / "tests/cluster/by_hand")]
     parts += [_digest(BINARIES / name) for name in (*programs, "pause")]
     parts += [
         _digest(Path(path)) for path in (__file__, _CLIENT, shutil.which("busybox"), shutil.which("containerd")) if path
@@ -88,6 +98,10 @@ def _make(made: Path, programs: Sequence[str], names: Mapping[str, str]) -> None
         layer, archives = top / "layer", top / "archives"
         (layer / "bin").mkdir(parents=True)
         archives.mkdir()
+        if committed():
+            installed = layer / "upper/opt/qat-plugin"
+            installed.mkdir(parents=True)
+            _run(ROOT / "tests/cluster/by_hand", installed)
         for program in programs:
             shutil.copy2(BINARIES / program, layer / "bin")
         for name, reference in names.items():

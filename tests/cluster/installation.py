@@ -34,4 +34,5 @@ class Installation:
     def clear(self) -> None:
         """No plugin and no workloads."""
         self._devices, self._manifests = None, None
-        self.node.withdraw(*{"qat-plugin", *self.node.pods()})
+        if pods := self.node.pods():
+            self.node.withdraw(*pods)

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Final, Self, TypeVar
 
 from kernel import machine
-from kernel.machine import PROJECT
 from kernel.machine import GuestError, qemu
 from kernel.machine import why_not as why_no_guest
 

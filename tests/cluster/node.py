@@ -89,6 +89,15 @@ class KubeletNode:
         pod: Manifest = self.until(f"{name} is ready", ready)
         return pod
 
+    def until_running(self, pod: str, name: str) -> None:
+        """Wait until a container runs, ready or not."""
+
+        def running(pods: dict[str, Manifest]) -> bool:
+            listed = pods.get(pod, {}).get("status", {}).get("containerStatuses", ())
+            return any(each["name"] == name and "running" in each["state"] for each in listed)
+
+        self.until(f"{name} of {pod} runs", running)
+
     def until_refused(self, name: str) -> tuple[str, str]:
         """Wait until the kubelet has refused a pod: reason and message."""
 

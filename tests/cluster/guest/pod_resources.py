@@ -43,13 +43,16 @@ def main() -> None:
     resource, _, number = (sys.argv[1] if sys.argv[1:] else "").partition("=")
     deadline = time.monotonic() + LIMIT
     while True:
-        found = answer()
-        if not resource or len(found["allocatable"].get(resource, [])) == int(number):
-            break
+        try:
+            found = answer()
+            if not resource or len(found["allocatable"].get(resource, [])) == int(number):
+                print(json.dumps(found))
+                return
+        except grpc.RpcError as error:  # the kubelet has been killed, for one
+            found = {"error": str(error)}
         if time.monotonic() > deadline:
             sys.exit(f"{resource}={number} has not come: {json.dumps(found)}")
-        time.sleep(0.05)
-    print(json.dumps(found))
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

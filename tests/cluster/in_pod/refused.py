@@ -1,4 +1,4 @@
-"""In the server's container: try what is the helper's, or nobody's. Prints a line for each trial: `DONE` if it worked."""
+"""In the server's container: try what is the helper's, or nobody's. One line each: `DONE` if it worked."""
 
 import os
 import socket

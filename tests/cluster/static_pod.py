@@ -60,7 +60,7 @@ def workload(name: str, resources: dict[str, int], command: list[str] | None = N
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        # A static pod's uid is its manifest's hash: the number makes each a pod of its own, not one that has ended already.
+        # A static pod's uid is its manifest's hash: the number makes each a pod of its own, not one that has ended.
         "metadata": {"name": name, "namespace": "default", "annotations": {"number": str(next(_NUMBERS))}},
         "spec": {
             "restartPolicy": "Never",

@@ -44,7 +44,14 @@ test-kernel: $(READY) ## run both processes on a real kernel, in QEMU (x86_64, r
 	@echo "==> test-kernel: Debian's kernel in QEMU, without hardware virtualisation, with PCI devices that a test module makes"
 	@tests/kernel/prepare
 	@tests/kubelet/build
+	@$(BIN)/python -m compileall -q shared helper server tests # the guest's processes may not write it down
 	@$(BIN)/pytest -q tests/kernel
+
+.PHONY: test-node
+test-node: .venv/.deployments ## run the images and manifests in pods on a node in QEMU: kubelet, containerd (as test-kernel, and Go)
+	@echo "==> test-node: the kubelet, containerd and systemd in the guest; our images, the DaemonSet's pod as a static one"
+	@tests/cluster/prepare
+	@$(BIN)/pytest -q $(foreach each,base confined lifecycle reboot,tests/cluster/test_$(each).py)
 
 .PHONY: test-security
 test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, floods, races, kills (root for all of it)

@@ -1,10 +1,17 @@
-"""Before any test module is imported: gRPC stays out of fork().
+"""Before any test module is imported: gRPC stays out of fork(), and no example is judged by its time.
 
 The helper forks a child for each operation, and some tests do so within pytest, where gRPC is loaded too. Its fork
 handlers would stop its threads in the parent and abort the child; neither is wanted by a child that never uses gRPC.
+
+Hypothesis fails an example that takes 200 ms, and a test whose examples are slow to make: on a busy machine any does.
 """
 
 import os
 
+from hypothesis import HealthCheck, settings
+
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")

@@ -4,6 +4,7 @@ One operation for one VF at a time, a bounded number in all; each failure is tha
 """
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -18,6 +19,11 @@ from qat_shared.pci import PciAddress
 log = logs.get(__name__)
 
 _AT_ONCE: Final = 16
+_ADVICE: Final = (
+    "on nodes with AppArmor the default profile of containers refuses every write to /sys: "
+    "the helper's container needs its own profile, or Unconfined (see qat-plugin doctor)"
+)
+"""For EACCES, which root without capabilities gets from a security module only."""
 
 
 class Binder:
@@ -93,7 +99,8 @@ class Binder:
     def _failed(self, address: PciAddress, error: HelperError) -> None:
         self._attempts = self._attempts.failed(address, self._clock())
         if self.failures.get(address) != error.message:
-            log.error("VF not bound", address=address, code=error.code, why=error.message)
+            more = {"advice": _ADVICE} if error.errno == errno.EACCES else {}
+            log.error("VF not bound", address=address, code=error.code, why=error.message, **more)
         self.failures[address] = error.message
 
     def _wake_at(self, due: float | None) -> None:

@@ -48,10 +48,11 @@ class RefusedError(Exception):
 class _Entry:
     """One device with its part of an answer, made once for each snapshot."""
 
-    __slots__ = ("device", "mounts", "specs")
+    __slots__ = ("device", "listed", "mounts", "specs")
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.listed = _listed(device)
         self.specs = tuple(
             (node, pb.DeviceSpec(container_path=node, host_path=node, permissions="rw")) for node in device.nodes
         )
@@ -63,14 +64,20 @@ class Snapshot:
 
     __slots__ = ("entries", "healthy", "index", "message")
 
-    def __init__(self, devices: Iterable[Device], before: pb.ListAndWatchResponse | None = None) -> None:
-        self.entries = {str(device.address): _Entry(device) for device in devices}
+    def __init__(self, devices: Iterable[Device], before: "Snapshot | None" = None) -> None:
+        known = {} if before is None else before.entries
+        self.entries: dict[str, _Entry] = {}
+        for device in devices:
+            name = str(device.address)
+            entry = known.get(name)
+            self.entries[name] = entry if entry is not None and entry.device == device else _Entry(device)
         listed = [entry.device for entry in self.entries.values()]
         self.healthy = frozenset(each for each, entry in self.entries.items() if entry.device.healthy)
         self.index = AllocationIndex(listed)
-        message = pb.ListAndWatchResponse(devices=[_listed(device) for device in listed])
+        message = pb.ListAndWatchResponse(devices=[entry.listed for entry in self.entries.values()])
         # What the kubelet may know of has not changed: the very same message tells the streams so.
-        self.message = before if message == before else message
+        same = before is not None and message == before.message
+        self.message: pb.ListAndWatchResponse = before.message if before is not None and same else message
 
 
 def _listed(device: Device) -> pb.Device:
@@ -144,10 +151,10 @@ class DevicePlugin(rpc.DevicePluginServicer):
 
     def update(self, devices: Sequence[Device]) -> None:
         """Replace the list; the kubelet is told when what it may know of differs."""
-        before = self._snapshot.message
+        before = self._snapshot
         self._snapshot = Snapshot(devices, before)
         self._ever.update(self._snapshot.entries)
-        if self._snapshot.message is not before:
+        if self._snapshot.message is not before.message:
             self._wake_streams()
 
     @property

@@ -112,12 +112,22 @@ class EndpointDirectory:
         held = os.fstat(self._lock)
         return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
+    def _is_anothers(self) -> bool:
+        try:
+            return os.stat(self.path / NAME).st_uid != os.geteuid()
+        except OSError:
+            return False
+
     def _usable(self) -> bool:
         return os.access(self.path, os.W_OK | os.X_OK)
 
     def _unusable(self, error: OSError) -> DirectoryUnusableError:
         why = os.strerror(error.errno or 0)
         number = error.errno or 0
+        if number == errno.EACCES and self._is_anothers():
+            return DirectoryUnusableError(
+                f"{self.path / NAME} cannot be opened ({why}): a server that ran as another user has left it; remove it"
+            )
         what = "is not there" if number in (errno.ENOENT, errno.ENOTDIR) else f"cannot be written to ({why})"
         tree = "/".join(self.path.parts[-2:])
         return DirectoryUnusableError(

@@ -27,6 +27,8 @@ _RECEIVE_BUFFER: Final = 1024 * 1024  # 1024 VFs bound at once are some 3000 pac
 _AGAIN_FIRST: Final = 1.0
 _AGAIN_LAST: Final = 60.0
 _COALESCE: Final = 0.005  # seconds that a burst is gathered before it is looked at
+_COALESCE_MOST: Final = 0.1
+_SHARE: Final = 3  # a burst is gathered for so many times as long as the last look took: a thousand VFs make it 20 ms
 
 
 class Uevent(Struct, frozen=True):
@@ -59,6 +61,7 @@ class Changes:
         self._event = asyncio.Event()
         self._devices: set[PciAddress] = set()
         self._everything = False
+        self._looked_at: float | None = None
 
     def mark(self, address: PciAddress | None = None) -> None:
         """Ask for a look at one device, or at everything."""
@@ -81,12 +84,15 @@ class Changes:
 
     async def wait(self) -> frozenset[PciAddress] | None:
         """The devices to look at (None: everything; empty: none), once there is something; a burst comes as one."""
+        loop = asyncio.get_running_loop()
+        took = 0.0 if self._looked_at is None else loop.time() - self._looked_at
         await self._event.wait()
-        await asyncio.sleep(_COALESCE)
+        await asyncio.sleep(min(max(_COALESCE, took * _SHARE), _COALESCE_MOST))
         devices = None if self._everything else frozenset(self._devices)
         self._devices.clear()
         self._everything = False
         self._event.clear()
+        self._looked_at = loop.time()
         return devices
 
 

@@ -33,6 +33,9 @@ log = logs.get(__name__)
 
 SETTLE: Final = 10.0
 """Seconds. The kubelet chooses devices and calls Allocate within one admission, which takes milliseconds."""
+ADMITTED: Final = 3.0
+"""Seconds after which a pod is named that was given a device: the kubelet has it down once Allocate has answered. One
+that is not named then has ended already, or was not admitted. (Short: whoever waits for the device waits for this.)"""
 PATIENCE: Final = 10.0
 """Seconds of failures after which a kubelet that runs is taken to have no answer."""
 _AFTER_ALLOCATION: Final = 1.0  # the kubelet shows a pod in PodResources once it is admitted
@@ -135,7 +138,7 @@ class Usage:
             # Has the kubelet shown the pod that it was handed out to, it knows; else the answer may be from before.
             shown = self._shown.get((resource, address), _NEVER) > handed_out_at
             unknown = handed_out_at < self._watched_at and not self._pods_known
-            if not shown and (unknown or handed_out_at > self.answer_asked_at - self._settle):
+            if not shown and (unknown or handed_out_at > self.answer_asked_at - min(ADMITTED, self._settle)):
                 return True
         return address in (self.holders or {}).get(resource, {})
 

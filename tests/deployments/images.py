@@ -122,6 +122,13 @@ def base() -> None:
     shutil.rmtree(root)
 
 
+def push_base(layout: Path) -> None:
+    """Write the base as an OCI layout, its layer as it is (not compressed)."""
+    base()
+    name = f"{_BASE}:{_fingerprint('base')}"
+    _run(["buildah", "push", "-q", "--disable-compression", name, f"oci:{layout}:base"], _environment())
+
+
 def _debootstrap_options() -> tuple[str, ...]:
     return ("--variant=minbase", "--include=python3-venv,libseccomp2,ca-certificates")
 

@@ -48,8 +48,11 @@ class PodNode(RunningNode):
         self._bundles = bundles
         self._configs = {each["metadata"]["name"]: each["data"] for each in manifests if each["kind"] == "ConfigMap"}
         self._volumes = dict(self._made_volumes())
-        server = rendered.container(self.pod, "server")
-        self.metrics_port = int(server["ports"][0]["containerPort"])
+
+    @property
+    def metrics_port(self) -> int:
+        """In the pod's network."""
+        return int(rendered.container(self.pod, "server")["ports"][0]["containerPort"])
 
     @property
     def audit_log(self) -> Path:

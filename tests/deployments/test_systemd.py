@@ -102,6 +102,13 @@ def test_paths_agree_with_the_programs_defaults() -> None:
     assert helper["Before"] == server["Before"] == ["kubelet.service"]
 
 
+def test_the_way_to_the_servers_directories_is_open() -> None:
+    """Parents of mount points that systemd itself makes get UMask='s mode: each has a file system of its own, 0755."""
+    server = settings_of("qat-plugin.service")
+    made = {path.partition(":")[0] for line in server["TemporaryFileSystem"] for path in line.split()}
+    assert {str(Path(path.removeprefix("-")).parent) for path in server["BindPaths"]} <= made
+
+
 def test_the_services_have_no_capability_and_only_the_helper_is_root() -> None:
     for unit, user in (("qat-helper.service", "root"), ("qat-plugin.service", "qat-plugin")):
         found = settings_of(unit)

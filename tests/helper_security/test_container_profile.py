@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from helper_process import COMMAND, Helper, helper, wait_until
-from qat_server.simulation.running_node import free_port
 
 SECCOMP = Path(__file__).parents[2] / "seccomp"
 NONE: list[str] = []
@@ -109,7 +108,7 @@ def test_both_start_and_serve_beneath_their_profiles() -> None:
                 f"--sysfs-root={running.directory / 'sys'}",
                 f"--kubelet-dir={running.directory / 'kubelet'}",
                 f"--helper-socket={running.socket}",
-                f"--metrics-address=127.0.0.1:{free_port()}",
+                "--metrics-address=127.0.0.1:0",
             ]
             second.start([COMMAND.replace("qat-helper", "qat-plugin"), *options], log)
             wait_until(lambda: "VF not bound" in log.read_text(), 60)  # no driver here, so it has asked and been told

@@ -7,12 +7,15 @@ has a guest of its own, since what it does to the kernel cannot be undone.
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kernel.foretold import FILE, runs
 from kernel.machine import Guest, GuestError, why_not
 
 _IN_GUEST = os.environ.get("QAT_GUEST")
@@ -44,6 +47,7 @@ class _OnHost:
         self._dead = ""
         self._why_not = why_not()
         self._lines: list[str] = []
+        self._foretelling: subprocess.Popen[bytes] | None = None
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         ours = [item for item in items if _HERE in item.path.parents]
@@ -74,6 +78,7 @@ class _OnHost:
             self._end()
             self._key = key
             self._guest = Guest(key[0], self._tests[key])
+            self._foretell(self._guest, self._tests[key])
         assert self._guest is not None
         if self._dead:
             yield self._report(item, "failed", self._dead)
@@ -88,10 +93,30 @@ class _OnHost:
             self._dead = f"not run: the guest had ended or hung in {item.nodeid}"
             yield self._report(item, "failed", str(error))
 
+    def _foretell(self, guest: Guest, tests: list[str]) -> None:
+        """Have what the guest is to compare with made on the host, at the same time."""
+        names = [name for test in tests if "test_same_scenarios" in test if (name := test.partition("[")[2][:-1])]
+        if names := [name for name in names if runs(name)]:
+            command = [sys.executable, "-m", "kernel.foretold", str(guest.directory / FILE), *names]
+            environment = os.environ | {"PYTHONPATH": str(_HERE.parent)}
+            log = guest.directory / f"{FILE}.log"
+            with log.open("wb") as out:
+                script = '"$@" || touch "$0"'
+                self._foretelling = subprocess.Popen(
+                    ["sh", "-c", script, f"{guest.directory / FILE}.failed", *command],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                )
+
     def _report(self, item: pytest.Item, outcome: Any, text: Any) -> pytest.TestReport:
         return pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), outcome, text, "call")
 
     def _end(self) -> None:
+        if self._foretelling is not None:
+            self._foretelling.wait()
+            self._foretelling = None
         if self._guest is not None:
             if self._dead:
                 self._guest.end(0)

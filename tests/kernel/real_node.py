@@ -6,6 +6,7 @@ As tests/kubelet's nodes, but that /sys is the kernel's, uevents come by netlink
 import asyncio
 import json
 import os
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from kubelet.real_kubelet import RealKubelet
 from qat_server.settings import Registration
 from qat_server.simulation.kernel import Kernel
 from qat_server.simulation.node import Node
+from qat_server.simulation.running_node import SimulationError
 from qat_server.simulation.topology import TopologyPolicy
 from qat_server.status import Status
 
@@ -35,16 +37,21 @@ class RealNode(ProductionNode[RealKubelet]):
     real: RealKernel
     helper_wrapper: Sequence[str] = ()
     """What the helper is started by: a mount namespace in which something is changed, for one."""
+    server_wrapper: Sequence[str] = ()
 
     def helper_command(self) -> list[str]:
         # Root, which the tests run as, may ask too: they are not the server, and need not become it.
         policy = self.directory / "policy.toml"
         policy.write_text("server_uids = [0]\n")
-        return [*self.helper_wrapper, *super().helper_command(), f"--policy={policy}"]
+        # Nobody has to look into it here, as the emulated kernel does.
+        plain = [word for word in super().helper_command() if word != "--traceable"]
+        return [*self.helper_wrapper, *plain, "--require-sandbox", f"--policy={policy}"]
 
     def ask(self) -> Client:
         """A connection to the helper."""
-        return Client(self.helper_socket)
+        client = Client(self.helper_socket)
+        client.sock.settimeout(PATIENCE)
+        return client
 
     def audited(self, operation: str) -> list[dict[str, Any]]:
         """The lines about an operation in the audit log."""
@@ -52,7 +59,16 @@ class RealNode(ProductionNode[RealKubelet]):
         return [line for line in lines if line.get("operation") == operation]
 
     def server_command(self) -> list[str]:
-        return [word for word in super().server_command() if not word.startswith("--uevents=")]
+        plain = [word for word in super().server_command() if not word.startswith("--uevents=")]
+        return [*self.server_wrapper, *plain, "--require-sandbox"]
+
+    async def stop_server(self, how: signal.Signals = signal.SIGTERM) -> int:
+        server, self.server = self.server, None
+        return await _ended(server, how)
+
+    async def stop_helper(self, how: signal.Signals = signal.SIGTERM) -> int:
+        helper, self.helper = self.helper, None
+        return await _ended(helper, how)
 
     async def until(self, what: str, condition: Callable[[], _T], seconds: float = PATIENCE) -> _T:
         return await super().until(what, condition, seconds)
@@ -62,6 +78,14 @@ class RealNode(ProductionNode[RealKubelet]):
 
     async def wait(self, allocatable: Mapping[str, int | None], seconds: float = PATIENCE) -> None:
         await super().wait(allocatable, seconds)
+
+
+async def _ended(process: "subprocess.Popen[bytes] | None", how: signal.Signals) -> int:
+    """As the simulated node ends a process, but with patience."""
+    if process is None:
+        raise SimulationError("it is not running")
+    process.send_signal(how)
+    return await asyncio.to_thread(process.wait, PATIENCE)
 
 
 @asynccontextmanager

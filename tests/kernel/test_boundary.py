@@ -87,10 +87,10 @@ async def test_the_heartbeat_comes_from_debugfs_through_the_helper() -> None:
         address = PciAddress.parse(PF)
         with node.ask() as client:
             before = int((path / "queries_sent").read_text())
-            assert client.ask(ReadHeartbeat(id=1, address=address)) == Heartbeat(
-                id=1, audit=client.ask(ReadHeartbeat(id=1, address=address)).audit, alive=True
-            )
-            assert int((path / "queries_sent").read_text()) >= before + 2
+            reply = client.ask(ReadHeartbeat(id=1, address=address))
+            assert isinstance(reply, Heartbeat)
+            assert reply.alive
+            assert int((path / "queries_sent").read_text()) > before
             node.real.set_heartbeat(PF, -1)
             reply = client.ask(ReadHeartbeat(id=2, address=address))
             assert isinstance(reply, Heartbeat)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc.aio
 
 from kernel.nodes import PF, SMALL, TWO_SMALL, VF
-from kernel.real_node import RealNode, real_node
+from kernel.real_node import PATIENCE, RealNode, real_node
 from kubelet.nodes import CY, DC
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
@@ -26,7 +26,7 @@ class Lists:
     async def until(self, address: str, health: str) -> float:
         """When (time.monotonic) the list came in which a device is Healthy or Unhealthy."""
         while True:
-            response = await asyncio.wait_for(anext(self._stream), 60)
+            response = await asyncio.wait_for(anext(self._stream), PATIENCE)
             if any(address == device.ID and device.health == health for device in response.devices):
                 return time.monotonic()
 
@@ -36,7 +36,7 @@ def spread(times: list[float]) -> str:
 
 
 async def test_an_administrators_echo_reaches_the_list(record_property: Callable[[str, object], None]) -> None:
-    async with real_node(SMALL, ("--resync-interval=1h",)) as node:
+    async with real_node(SMALL, ("--resync-interval=1h",)) as node:  # so that nothing but uevents can tell
         await node.start({CY: 4})
         await node.until_bound()
         await node.stop_helper()  # so that nobody binds again what the administrator takes away
@@ -53,7 +53,6 @@ async def test_an_administrators_echo_reaches_the_list(record_property: Callable
                 back.append(await lists.until(VF, "Healthy") - began)
         record_property("measured", f"unbind by hand to the new list, {TIMES} times: {spread(gone)}")
         record_property("measured", f"bind by hand to the new list, {TIMES} times: {spread(back)}")
-        assert statistics.median(gone) < 2, "not the resync"
         node.start_helper()
 
 

@@ -1,14 +1,20 @@
 """Without an IOMMU the kernel refuses, and the server says why. And, with a pretend one, another PCI domain."""
 
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from emulated import emulated
 from kernel.cases import bind_by_hand
 from kernel.nodes import PF, VF
-from kernel.real_kernel import real_kernel
-from kernel.real_node import real_node
-from kernel.steps import Case, Write, differences, emulated_uevents, kernel_uevents, observe
-from kubelet.nodes import CY, DC
+from kernel.real_kernel import modprobe, real_kernel
+from kernel.real_node import InContainer, group_of, real_node
+from kernel.steps import Case, Close, Open, Seen, Write, differences, emulated_uevents, kernel_uevents, observe
+from kernel.test_main_job import CLIENT
+from kubelet.nodes import CY, DC, GENERIC
 from qat_server.simulation.node import LoneVf, Node, Pf
 
 pytestmark = pytest.mark.guest("no-iommu")
@@ -27,15 +33,19 @@ TWO_DOMAINS = Node(
 )
 
 
-def test_the_kernel_refuses_as_the_emulated_one_does() -> None:
-    case = NOTHING_WORKS
+def compare(case: Case) -> Seen:
+    """Both kernels do the same; what the real one showed."""
     with emulated(case.node) as kernel, emulated_uevents(kernel, case.watched[0]) as uevents:
         ours = observe(kernel, case, uevents)
     with kernel_uevents() as uevents, real_kernel(case.node) as real:
         theirs = observe(real, case, uevents)
-    assert theirs.steps[0][1] == "EINVAL"
     if found := differences(ours, theirs):
         pytest.fail("\n".join(found), pytrace=False)
+    return theirs
+
+
+def test_the_kernel_refuses_as_the_emulated_one_does() -> None:
+    assert compare(NOTHING_WORKS).steps[0][1] == "EINVAL"
 
 
 async def test_the_server_says_that_no_vf_can_be_bound() -> None:
@@ -45,6 +55,71 @@ async def test_the_server_says_that_no_vf_can_be_bound() -> None:
         status = await node.until_status("the failure shows", lambda status: any(vf.reason for vf in status.vfs))
         assert "IOMMU" in status.vfs[0].reason
         assert node.real.driver(LONE) == "4xxxvf", "it has what it had"
+
+
+@pytest.fixture
+def unsafe() -> Iterator[None]:
+    """vfio with its unsafe mode on. Debian builds it without: here it is of the same source, with."""
+    ours = Path(__file__).parent / "build/noiommu/vfio.ko"
+    unload_vfio()
+    subprocess.run(["insmod", os.fspath(ours), "enable_unsafe_noiommu_mode=1"], check=True)
+    modprobe("vfio-pci")
+    try:
+        yield
+    finally:
+        unload_vfio()
+        modprobe("vfio-pci")
+        modprobe("vfio_iommu_type1")
+
+
+def unload_vfio() -> None:
+    for name in ("vfio_pci", "vfio_pci_core", "vfio_iommu_type1", "vfio_virqfd", "vfio"):
+        if Path(f"/sys/module/{name}").exists():
+            subprocess.run(["rmmod", name], check=True)
+
+
+UNSAFE = Case(
+    Node(vfs=(LoneVf(address=LONE),), iommu=False, noiommu=True),
+    (LONE,),
+    (
+        *bind_by_hand(LONE, "4xxxvf", "vfio-pci"),
+        Open(LONE),
+        Close(LONE),
+        Write("bus/pci/drivers/vfio-pci/unbind", LONE),
+    ),
+)
+
+
+@pytest.mark.usefixtures("unsafe")
+def test_in_the_unsafe_mode_the_kernel_does_as_the_emulated_one() -> None:
+    compare(UNSAFE)
+
+
+@pytest.mark.usefixtures("unsafe")
+async def test_in_the_unsafe_mode_the_group_without_an_iommu_is_given() -> None:
+    async with real_node(UNSAFE.node) as node:
+        await node.start({GENERIC: 1})
+        await node.until_bound()
+        group = f"/dev/vfio/noiommu-{group_of(LONE)}"
+        assert Path(group).is_char_device()
+        main = (await node.kubelet.allocate("pod", [("main", GENERIC, 1)])).containers["main"]
+        assert set(main.device_nodes) == {group, "/dev/vfio/vfio"}
+        # The kernel gives it only to who may do raw I/O (CAP_SYS_RAWIO), which the pod would have to ask for.
+        without = InContainer(main, *CLIENT)
+        with pytest.raises(AssertionError, match="Operation not permitted"):
+            await without.line()
+        assert await without.end() != 0
+        with node.real.open_vfio(LONE):
+            await node.until_status("it is in use", lambda status: status.vfs[0].in_use)
+        await node.until_status("nobody has it", lambda status: not status.vfs[0].in_use)
+
+
+def test_debians_kernel_has_neither_that_mode_nor_vfios_character_devices() -> None:
+    """When it has, docs/troubleshooting.md has to be looked at again, and this file."""
+    config = next((Path(__file__).parent / "build/image/boot").glob("config-*")).read_text()
+    assert "# CONFIG_VFIO_NOIOMMU is not set" in config
+    assert "CONFIG_VFIO_DEVICE_CDEV=y" not in config
+    assert "CONFIG_IOMMUFD=" not in config
 
 
 async def test_two_pci_domains() -> None:

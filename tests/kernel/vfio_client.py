@@ -17,7 +17,7 @@ import sys
 VERSION, CHECK_EXTENSION, SET_IOMMU = 0x3B64, 0x3B65, 0x3B66
 GROUP_STATUS, GROUP_SET_CONTAINER, GROUP_DEVICE = 0x3B67, 0x3B68, 0x3B6A
 DEVICE_INFO, REGION_INFO, RESET, MAP_DMA = 0x3B6B, 0x3B6C, 0x3B6F, 0x3B71
-TYPE1V2 = 3
+TYPE1V2, NOIOMMU = 3, 8
 CONFIG_REGION = 7
 VIABLE = 1
 MAP_SIZE = 64 * 1024
@@ -46,12 +46,13 @@ class VfioUser:
 
     def _device(self, address: str, first: bool) -> dict[str, object]:
         group_name = os.path.basename(os.readlink(f"/sys/bus/pci/devices/{address}/iommu_group"))
-        group = self._hold(os.open(f"/dev/vfio/{group_name}", os.O_RDWR))
+        without = _name_of(address) == "vfio-noiommu"
+        group = self._hold(os.open(f"/dev/vfio/{'noiommu-' if without else ''}{group_name}", os.O_RDWR))
         status = bytearray(struct.pack("II", 8, 0))
         fcntl.ioctl(group, GROUP_STATUS, status)
         fcntl.ioctl(group, GROUP_SET_CONTAINER, bytearray(struct.pack("i", self._container)))
         if first:
-            fcntl.ioctl(self._container, SET_IOMMU, TYPE1V2)
+            fcntl.ioctl(self._container, SET_IOMMU, NOIOMMU if without else TYPE1V2)
         device = self._hold(fcntl.ioctl(group, GROUP_DEVICE, bytearray(address.encode() + b"\0")))
         info = bytearray(struct.pack("5I", 20, 0, 0, 0, 0))
         fcntl.ioctl(device, DEVICE_INFO, info)
@@ -81,6 +82,15 @@ class VfioUser:
         for descriptor in reversed(self._open):
             os.close(descriptor)
         self._open.clear()
+
+
+def _name_of(address: str) -> str:
+    """What the kernel says of a group that vfio has made; "" of an IOMMU's."""
+    try:
+        with open(f"/sys/bus/pci/devices/{address}/iommu_group/name") as name:
+            return name.read().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def main() -> None:

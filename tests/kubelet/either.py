@@ -44,6 +44,8 @@ class AnyKubelet(Protocol):
 
     async def devices_of(self, pod: str) -> set[str]: ...
 
+    async def settled(self) -> bool: ...
+
     def damage_checkpoint(self, damage: Damage = "garbage") -> None: ...
 
 
@@ -100,6 +102,9 @@ class EmulatedKubelet:
 
     async def devices_of(self, pod: str) -> set[str]:
         return self.kubelet.devices_of(pod)
+
+    async def settled(self) -> bool:
+        return self.kubelet.settled
 
     def damage_checkpoint(self, damage: Damage = "garbage") -> None:
         damage_checkpoint(self.directory / "device-plugins", damage)

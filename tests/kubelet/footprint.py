@@ -9,10 +9,10 @@ from msgspec import Struct
 
 
 class Footprint(Struct, frozen=True):
-    """`descriptors` by kind (socket, pipe, a path, ...); `rss` in bytes; `threads`."""
+    """`descriptors` by kind (socket, pipe, a path, ...); `memory` of its own (RssAnon) in bytes; `threads`."""
 
     descriptors: dict[str, int]
-    rss: int
+    memory: int
     threads: int
 
 
@@ -26,5 +26,5 @@ def footprint(pid: int) -> Footprint:
             continue
         kinds[re.sub(r":\[\d+\]$", "", target)] += 1
     status = Path(f"/proc/{pid}/status").read_text()
-    numbers = {name: int(re.findall(rf"^{name}:\s*(\d+)", status, re.MULTILINE)[0]) for name in ("VmRSS", "Threads")}
-    return Footprint(dict(kinds), numbers["VmRSS"] * 1024, numbers["Threads"])
+    numbers = {name: int(re.findall(rf"^{name}:\s*(\d+)", status, re.MULTILINE)[0]) for name in ("RssAnon", "Threads")}
+    return Footprint(dict(kinds), numbers["RssAnon"] * 1024, numbers["Threads"])

@@ -40,7 +40,7 @@ LARGE: Final = Node(
 )
 """64 PFs with 16 VFs each."""
 
-LONE: Final = Node(vfs=tuple(LoneVf(address=f"0000:0{n}:00.0", numa_node=n % 2) for n in range(1, 5)))
+LONE: Final = Node(vfs=tuple(LoneVf(address=f"0000:a{n}:00.0", numa_node=n % 2) for n in range(1, 5)))
 """As in a VM: four VFs (generic) without a PF, which can be removed and found again one by one."""
 
 SMALL: Final = Node(

@@ -5,6 +5,7 @@ uid and gid 65532 without capabilities, and sees of the kubelet's directories on
 script as_server does that). Without root to begin with, all run as one user: `why_one_user` says why.
 """
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -15,16 +16,18 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 import qat_server
 import qat_shared
+from kubelet.answers import Allocation as RealAllocation
 from kubelet.either import AnyKubelet
 from kubelet.real_kubelet import RealKubelet
 from qat_server.settings import Registration
+from qat_server.simulation import kubelet as emulated
 from qat_server.simulation.kernel import Kernel
 from qat_server.simulation.node import Node
-from qat_server.simulation.running_node import Processes, free_port, short_tmp
+from qat_server.simulation.running_node import Processes, short_tmp
 from qat_server.simulation.topology import TopologyPolicy
 from qat_server.status import Status
 
@@ -38,6 +41,10 @@ SOCKETS: Final = {
 
 _AS_SERVER: Final = Path(__file__).with_name("as_server")
 _NO_CAPABILITIES: Final = ("--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--")
+
+Requests: TypeAlias = Sequence[tuple[str, str, int]]
+"""Container, resource, number."""
+Allocation: TypeAlias = RealAllocation | emulated.Allocation
 
 K = TypeVar("K", bound=AnyKubelet)
 
@@ -117,6 +124,62 @@ class ProductionNode(Processes, Generic[K]):
             else:
                 return
 
+    async def settled(self, allocatable: Mapping[str, int], seconds: float = 60) -> None:
+        """Until it is so and stays so: each resource is registered by the present server as it was last, and the
+        kubelet will do nothing more about it. (A kubelet that has just started may register a watched plugin twice.)
+        Raises TimeoutError."""
+        deadline = time.monotonic() + seconds
+        while True:
+            await self.wait(allocatable)
+            if await self.kubelet.settled() and await self._registered() and await self.kubelet.settled():
+                seen = await self.kubelet.allocatable()
+                if {name: seen.get(name) for name in allocatable} == dict(allocatable):
+                    return
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{dict(allocatable)} did not settle\n{self.tails()}")
+            await asyncio.sleep(0.005)
+
+    async def _registered(self) -> bool:
+        with contextlib.suppress(OSError):
+            return all(resource.registered for resource in (await self.status()).resources)
+        return False
+
+    async def admit(self, pod: str, requests: Requests) -> Allocation:
+        """A pod whose turn comes while the kubelet or the server comes back is refused, and admitted in the end.
+
+        As for a controller's pods: asked for again and again. Raises AdmissionError when it is refused for long.
+        """
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return await self.kubelet.allocate(pod, requests)
+            except emulated.AdmissionError:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(0.02)
+
+    async def refused(self, pod: str, requests: Requests, why: str) -> None:
+        """A pod is refused, for this reason in the end. Raises AssertionError when it is admitted."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                await self.kubelet.allocate(pod, requests)
+            except emulated.AdmissionError as refusal:
+                if why in str(refusal):
+                    return
+                assert time.monotonic() < deadline, f"refused with {refusal}, not with {why}"
+            else:
+                raise AssertionError(f"{pod} was admitted")
+            await asyncio.sleep(0.02)
+
+    async def free_in_the_end(self, allocatable: Mapping[str, int], seconds: float = 60) -> None:
+        """Until so many healthy devices are free. Raises AssertionError."""
+        deadline = time.monotonic() + seconds
+        while (seen := await self.kubelet.allocatable_free()) != allocatable:
+            assert time.monotonic() < deadline, f"free are {seen}, not {allocatable}"
+            await asyncio.sleep(0.02)
+
     async def until_bound(self) -> Status:
         """Until every VF is bound, and the server says that it is ready."""
         return await self.until_status(
@@ -127,7 +190,6 @@ class ProductionNode(Processes, Generic[K]):
         """Start another server beside the present one, as a rolling update does, and return the old one."""
         assert self.server is not None
         old, before = self.server, self.log("server").count("another server works here")
-        self.metrics_port = free_port()
         self.start_server()
         await self.until(
             "the new server waits for the old one",

@@ -65,6 +65,10 @@ class _Status(msgspec.Struct):
     containers: dict[str, dict[str, dict[str, str]]]
 
 
+class _Watcher(msgspec.Struct):
+    settled: bool
+
+
 class _Started(msgspec.Struct):
     refused: tuple[RefusedPod, ...]
 
@@ -247,6 +251,10 @@ class RealKubelet:
         """Compare the kubelet's books with each other; see `Check`. Waits for an admission under way."""
         return await self._ask("check", Check)
 
+    async def settled(self) -> bool:
+        """Whether the plugin watcher has registered all that it has found, and will change nothing by itself."""
+        return (await self._ask("watcher", _Watcher)).settled
+
     async def healthy(self) -> bool:
         """The device manager's part of /healthz."""
         try:
@@ -321,7 +329,7 @@ class RealKubelet:
         self.control.unlink(missing_ok=True)
         # The harness ends when its standard input does: when this process ends, however it ends.
         self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await self._accepts():
                 if self.process.poll() is not None:
                     raise KubeletDiedError(self.process.returncode, self.log_tail())

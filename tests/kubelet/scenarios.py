@@ -3,6 +3,7 @@
 What is not for a device plugin to feel is left out: the order of ids in a refusal, names with random parts in them.
 """
 
+import asyncio
 import signal
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeAlias, get_args
@@ -86,7 +87,7 @@ def kubelet_restarts(kill: bool, damage: Damage | None = None) -> Callable[[AnyN
         if damage is not None:
             kubelet.damage_checkpoint(damage)
         await kubelet.start()
-        await node.wait({CY: 4})
+        await node.settled({CY: 4})
         seen += [*await quantities(node), sorted(await kubelet.devices_of("a"))]
         seen += [await admitted(node, "b", ("main", CY, 1)), *await quantities(node)]
         await kubelet.free("a")
@@ -105,6 +106,7 @@ def server_ends(how: signal.Signals) -> Callable[[AnyNode], Awaitable[Seen]]:
         await node.kubelet.restart(kill=True)
         seen += await quantities(node)
         await node.start_again({CY: 4})
+        await node.settled({CY: 4})
         return [*seen, *await quantities(node), await admitted(node, "c", ("main", CY, 2))]
 
     return run
@@ -130,6 +132,7 @@ async def a_pods_vf_vanishes_without_a_server(node: AnyNode) -> Seen:
     await node.stop_server(signal.SIGKILL)
     node.kernel.unplug(min(await node.kubelet.devices_of("a")))
     await node.start_again({GENERIC: 3})
+    await node.settled({GENERIC: 3})
     return [*seen, *await quantities(node), await admitted(node, "a", ("main", GENERIC, 1)), await quantities(node)]
 
 
@@ -146,7 +149,7 @@ def a_pods_vf_vanishes_without_anybody(kill: bool) -> Callable[[AnyNode], Awaita
         node.start_server()
         await node.until_status("the server has looked", lambda status: len(status.vfs) == 3)
         await node.kubelet.start()
-        await node.wait({GENERIC: 3})
+        await node.settled({GENERIC: 3})
         seen += [*await quantities(node), await admitted(node, "a", ("main", GENERIC, 1)), await quantities(node)]
         return [*seen, sorted(await node.kubelet.devices_of("a"))]
 
@@ -165,9 +168,9 @@ async def rolling_update(node: AnyNode) -> Seen:
     seen: Seen = [await admitted(node, "a", ("main", CY, 2))]
     old = await node.replace_server()
     old.send_signal(signal.SIGTERM)
-    old.wait(10)
+    await asyncio.to_thread(old.wait, 60)
     await node.until_status("the new server is registered", lambda status: status.ready)
-    await node.wait({CY: 4})
+    await node.settled({CY: 4})
     return [*seen, *await quantities(node), await admitted(node, "b", ("main", CY, 2))]
 
 

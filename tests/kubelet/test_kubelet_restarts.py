@@ -7,9 +7,8 @@ from typing import get_args
 
 import pytest
 
-from kubelet.answers import AdmissionError
 from kubelet.footprint import Footprint, footprint
-from kubelet.measured import measured
+from kubelet.measured import Timed
 from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, ONE_PF
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import Damage, RealKubelet
@@ -17,6 +16,9 @@ from qat_server.settings import Registration
 from qat_server.simulation.topology import TopologyPolicy
 
 RESTARTS = 200
+GROWTH = 6 << 10
+"""Bytes of memory for each restart of the second half. Seen over 800 restarts: at first 5 KiB, from the 200th on less
+than 1 KiB, up and down; of the helper none at all."""
 PATIENCE = 60.0
 """Seconds that what a process holds has to settle: only a leak takes so long."""
 DAMAGES = get_args(Damage)
@@ -40,14 +42,16 @@ async def test_pods_keep_their_devices(policy: TopologyPolicy, kill: bool, regis
             name: set((await node.kubelet.allocate(name, asked)).devices)
             for name, asked in (("a", [("main", CY, 2), ("side", DC, 1)]), ("b", [("main", CY, 2)]))
         }
-        for _ in range(3):
-            seconds = await restart(node, kill, EVERY_ALLOCATABLE)
-            measured(f"kubelet {'killed' if kill else 'stopped'}: its start to allocatable", seconds, 5, registration)
-            for name, devices in pods.items():
-                assert await node.kubelet.devices_of(name) == devices
-            assert (await node.kubelet.check()).violations == ()
-        assert await node.kubelet.allocatable_free() == {**EVERY_ALLOCATABLE, CY: 4, DC: 2}
-        await node.kubelet.allocate("c", [("main", CY, 2)])
+        what = f"kubelet {'killed' if kill else 'stopped'}: its start to allocatable"
+        async with Timed(what, 1, registration) as timed:
+            for _ in range(3):
+                await timed.add(await restart(node, kill, EVERY_ALLOCATABLE))
+                for name, devices in pods.items():
+                    assert await node.kubelet.devices_of(name) == devices
+                assert (await node.kubelet.check()).violations == ()
+        await node.settled(EVERY_ALLOCATABLE)
+        await node.free_in_the_end({**EVERY_ALLOCATABLE, CY: 4, DC: 2})
+        await node.admit("c", [("main", CY, 2)])
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -58,18 +62,17 @@ async def test_a_damaged_checkpoint_is_the_kubelets_loss_alone(damage: Damage, r
         first = (await node.kubelet.allocate("first", [("main", CY, 3)])).devices
         await node.kubelet.stop(kill=True)
         node.kubelet.damage_checkpoint(damage)
-        began = time.monotonic()
-        assert await node.kubelet.start() == ()
-        await node.wait({CY: 4})
-        seconds = time.monotonic() - began
-        measured("kubelet killed, checkpoint damaged: its start to allocatable", seconds, 5, registration)
+        async with Timed("kubelet killed, checkpoint damaged: its start to allocatable", 1, registration) as timed:
+            began = time.monotonic()
+            assert await node.kubelet.start() == ()
+            await node.wait({CY: 4})
+            await timed.add(time.monotonic() - began)
         assert await node.kubelet.devices_of("first") == set()
-        second = (await node.kubelet.allocate("second", [("main", CY, 4)])).devices
+        second = (await node.admit("second", [("main", CY, 4)])).devices
         assert set(first) < set(second)
         assert [vf.driver for vf in (await node.status()).vfs] == ["vfio-pci"] * 4
         await node.kubelet.free("first")
-        with pytest.raises(AdmissionError, match="Available: 0"):
-            await node.kubelet.allocate("third", [("main", CY, 1)])
+        await node.refused("third", [("main", CY, 1)], "Available: 0")
         await node.kubelet.free("second")
 
 
@@ -89,17 +92,21 @@ async def restart_often(registration: Registration) -> None:
             await restart(node, bool(n % 2), {CY: 4})
         before = await settled(node)
         files = os.listdir(node.sockets)
-        for n in range(RESTARTS):
-            seconds = await restart(node, bool(n % 2), {CY: 4})
-            what = f"one of {RESTARTS} kubelet restarts in a row: its start to allocatable"
-            measured(what, seconds, 10, registration)
+        what = f"one of {RESTARTS} kubelet restarts in a row: its start to allocatable"
+        halfway = before
+        async with Timed(what, 1, registration) as timed:
+            for n in range(RESTARTS):
+                if n == RESTARTS // 2:
+                    halfway = await settled(node, before)
+                await timed.add(await restart(node, bool(n % 2), {CY: 4}))
         assert await node.kubelet.devices_of("pod") == held
         after = await settled(node, before)
         for name in before:
             assert after[name].descriptors == before[name].descriptors, name
             assert after[name].threads - before[name].threads < 4, name  # gRPC's own come and go
-            assert after[name].rss - before[name].rss < 4 << 20, name
-        assert len(os.listdir(node.sockets)) == len(files)
+            # A leak goes on as it began; what an allocator has not filled yet gets less and less.
+            assert after[name].memory - halfway[name].memory < GROWTH * RESTARTS // 2, name
+        await node.until("as many sockets as before", lambda: len(os.listdir(node.sockets)) == len(files), PATIENCE)
 
 
 async def settled(

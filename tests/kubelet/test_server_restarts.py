@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kubelet.measured import measured
+from kubelet.measured import Timed
 from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, ONE_PF
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import RealKubelet
@@ -32,21 +32,21 @@ async def with_pods(registration: Registration) -> AsyncIterator[tuple[Nodes, di
         yield node, pods
         for name, devices in pods.items():
             assert await node.kubelet.devices_of(name) == devices
-        assert await node.kubelet.allocatable() == EVERY_ALLOCATABLE
-        await node.kubelet.allocate("late", [("main", CY, 3), ("side", DC, 2)])
+        await node.settled(EVERY_ALLOCATABLE)
+        await node.admit("late", [("main", CY, 3), ("side", DC, 2)])
         assert await node.kubelet.restart() == (), "and all pods are admitted once more"
         await node.wait(EVERY_ALLOCATABLE)
 
 
 @ENDS
 async def test_a_server_that_ends_and_starts_again(how: signal.Signals, registration: Registration) -> None:
-    async with with_pods(registration) as (node, _):
+    what = f"server ended by {how.name}: its next start to allocatable"
+    async with with_pods(registration) as (node, _), Timed(what, 1, registration) as timed:
         for _ in range(3):
             bound = node.audit_log.read_text().count('"BindDriver"')
             await node.stop_server(how)
             await node.wait(NOTHING)
-            seconds = await node.start_again(EVERY_ALLOCATABLE)
-            measured(f"server ended by {how.name}: its next start to allocatable", seconds, 5, registration)
+            await timed.add(await node.start_again(EVERY_ALLOCATABLE))
             assert node.audit_log.read_text().count('"BindDriver"') == bound, "what is bound is not bound again"
 
 
@@ -61,12 +61,12 @@ async def test_a_server_that_starts_without_a_helper(how: signal.Signals, regist
         if registration is Registration.PLUGIN_WATCHER:
             await node.wait({CY: 8, DC: 3})
         else:
-            assert await node.kubelet.allocatable() == NOTHING
-        began = time.monotonic()
-        node.start_helper()
-        await node.wait(EVERY_ALLOCATABLE)
-        seconds = time.monotonic() - began
-        measured("helper's start to allocatable, the server waiting", seconds, 5, registration)
+            await node.wait(NOTHING)
+        async with Timed("helper's start to allocatable, the server waiting", 1, registration) as timed:
+            began = time.monotonic()
+            node.start_helper()
+            await node.wait(EVERY_ALLOCATABLE)
+            await timed.add(time.monotonic() - began)
 
 
 @ENDS
@@ -74,26 +74,28 @@ async def test_a_server_that_starts_without_a_helper(how: signal.Signals, regist
 async def test_a_rolling_update(how: signal.Signals, kill_helper: bool, registration: Registration) -> None:
     """Old and new overlap: the kubelet may see the old stream's end after the new registration, which it then drops."""
     async with with_pods(registration) as (node, _):
-        for _ in range(3):
-            old = await node.replace_server()
-            assert await node.kubelet.allocatable() == EVERY_ALLOCATABLE, "the old one serves until it ends"
-            if kill_helper:
-                await node.stop_helper(signal.SIGKILL)
-            began = time.monotonic()
-            old.send_signal(how)
-            if kill_helper:
-                node.start_helper()
-            await asyncio.to_thread(old.wait, 10)
-            await until_served_anew(node)
-            seconds = time.monotonic() - began
-            measured(f"rolling update, old server ended by {how.name}: until allocatable", seconds, 10, registration)
+        what = f"rolling update, old server ended by {how.name}: until allocatable"
+        async with Timed(what, 1, registration) as timed:
+            for _ in range(3):
+                old = await node.replace_server()
+                assert await node.kubelet.allocatable() == EVERY_ALLOCATABLE, "the old one serves until it ends"
+                if kill_helper:
+                    await node.stop_helper(signal.SIGKILL)
+                began = time.monotonic()
+                old.send_signal(how)
+                if kill_helper:
+                    node.start_helper()
+                await asyncio.to_thread(old.wait, 60)
+                await until_served_anew(node)
+                await timed.add(time.monotonic() - began)
+                await node.settled(EVERY_ALLOCATABLE)
 
 
 async def until_served_anew(node: Nodes) -> None:
     """Registered by the new server, so that a pod is admitted."""
     await node.until_status("the new server is registered", lambda status: status.ready)
     await node.wait(EVERY_ALLOCATABLE)
-    await node.kubelet.allocate("probe", [("main", name, 1) for name in (CY, DC)])
+    await node.admit("probe", [("main", name, 1) for name in (CY, DC)])
     await node.kubelet.free("probe")
 
 
@@ -121,13 +123,14 @@ async def test_a_rolling_update_while_pods_come_and_go(registration: Registratio
         for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
             old = await node.replace_server()
             old.send_signal(how)
-            await asyncio.to_thread(old.wait, 10)
+            await asyncio.to_thread(old.wait, 60)
             await node.until_status("the new server is registered", lambda status: status.ready)
             await node.wait({CY: 4})
         done.set()
         assert min(await asyncio.gather(*churning)) > 0
         assert node.kubelet.alive
-        assert await node.kubelet.allocatable_free() == {CY: 4}, "nothing has leaked"
+        await node.settled({CY: 4})
+        await node.free_in_the_end({CY: 4})  # nothing has leaked
         known: tuple[str, ...] = (
             "no healthy devices present",
             "has been stopped",
@@ -146,11 +149,11 @@ async def test_the_helper_dies_while_the_kubelet_is_away(kill: bool, registratio
         await node.stop_helper(signal.SIGKILL)
         await node.kubelet.start()
         await node.until_status("it is said", lambda status: not status.helper.connected)
-        began = time.monotonic()
-        node.start_helper()
-        await node.wait(EVERY_ALLOCATABLE)
-        seconds = time.monotonic() - began
-        measured("helper's start to allocatable, the server waiting", seconds, 5, registration)
+        async with Timed("helper's start to allocatable, the server waiting", 1, registration) as timed:
+            began = time.monotonic()
+            node.start_helper()
+            await node.wait(EVERY_ALLOCATABLE)
+            await timed.add(time.monotonic() - began)
 
 
 async def test_without_a_helper_what_is_registered_goes_on(registration: Registration) -> None:

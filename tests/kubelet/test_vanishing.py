@@ -7,7 +7,7 @@ import time
 import pytest
 
 from kubelet.answers import AdmissionError
-from kubelet.measured import measured
+from kubelet.measured import Timed
 from kubelet.nodes import CY, GENERIC, LONE, ONE_PF
 from kubelet.production import production_node
 from qat_server.simulation.topology import TopologyPolicy
@@ -21,16 +21,20 @@ async def test_an_idle_vf_that_vanishes_and_comes_back() -> None:
     async with production_node(LONE) as node:
         await node.start({GENERIC: 4})
         await node.until_bound()
-        for address in LONE_VFS:
-            began = time.monotonic()
-            node.kernel.remove(address)
-            await node.wait({GENERIC: 3})
-            measured("a VF vanishes: until the kubelet knows", time.monotonic() - began, 5)
-            assert (await node.kubelet.capacity())[GENERIC] == 4
-            began = time.monotonic()
-            node.kernel.rescan()
-            await node.wait({GENERIC: 4})
-            measured("a VF comes back: until the kubelet knows", time.monotonic() - began, 5)
+        async with (
+            Timed("a VF vanishes: until the kubelet knows", 1) as going,
+            Timed("a VF comes back: until the kubelet knows", 1) as coming,
+        ):
+            for address in LONE_VFS:
+                began = time.monotonic()
+                node.kernel.remove(address)
+                await node.wait({GENERIC: 3})
+                await going.add(time.monotonic() - began)
+                assert (await node.kubelet.capacity())[GENERIC] == 4
+                began = time.monotonic()
+                node.kernel.rescan()
+                await node.wait({GENERIC: 4})
+                await coming.add(time.monotonic() - began)
 
 
 @ALIGNED
@@ -64,11 +68,12 @@ async def test_what_is_gone_for_good_leaves_the_list_unless_a_pod_has_it() -> No
         pod = await node.kubelet.allocate("pod", [("main", GENERIC, 1)])
         (held,) = pod.devices
         idle = next(address for address in LONE_VFS if address != held)
-        began = time.monotonic()
-        node.kernel.unplug(held)
-        node.kernel.unplug(idle)
-        await node.kubelet.wait_for(capacity={GENERIC: 3}, allocatable={GENERIC: 2}, seconds=60)
-        measured("a VF that nobody has vanishes for good: until it leaves the list", time.monotonic() - began)
+        async with Timed("a VF that nobody has vanishes for good: until it leaves the list", 12) as timed:
+            began = time.monotonic()
+            node.kernel.unplug(held)
+            node.kernel.unplug(idle)
+            await node.kubelet.wait_for(capacity={GENERIC: 3}, allocatable={GENERIC: 2}, seconds=60)
+            await timed.add(time.monotonic() - began)
         assert {device.id for device in (await node.kubelet.devices())[GENERIC]} == {*LONE_VFS} - {idle}
         with pytest.raises(AdmissionError, match="no longer healthy"):
             await node.kubelet.allocate("pod", [("main", GENERIC, 1)])
@@ -128,25 +133,24 @@ async def test_vfs_that_go_bad_and_come_back(what: str, held: bool) -> None:
 
 @ALIGNED
 async def test_vfs_that_vanish_in_the_very_moment_of_allocate(policy: TopologyPolicy) -> None:
-    """From clearly before the admission to clearly after it: each pod is refused, or has its devices."""
+    """Each pod is refused, or has its devices."""
     async with production_node(LONE, policy=policy) as node:
         await node.start({GENERIC: 4})
         await node.until_bound()
-        outcomes = {"admitted": 0, "refused": 0}
         reasons = set()
-        for n in range(-40, 10):
+        lead = 0.008  # seconds from the removal to the admission: soon about where the one or the other may win
+        for n in range(50):
             removal = asyncio.create_task(asyncio.to_thread(node.kernel.remove, LONE_VFS[n % 4]))
-            if n < 0:
-                await passed(-n * 0.0004)
+            await passed(lead)
             admission = asyncio.create_task(node.kubelet.allocate("pod", [("main", GENERIC, 4)]))
             await removal
             try:
                 pod = await admission
             except AdmissionError as error:
-                outcomes["refused"] += 1
+                lead = max(0.0, lead - 0.0007)
                 reasons.add(error.message)
             else:
-                outcomes["admitted"] += 1
+                lead += 0.0003
                 assert len(pod.devices) == 4
                 await node.kubelet.free("pod")
             await node.wait({GENERIC: 3})
@@ -155,7 +159,6 @@ async def test_vfs_that_vanish_in_the_very_moment_of_allocate(policy: TopologyPo
             assert (await node.kubelet.check()).violations == ()
         assert node.kubelet.alive
         assert await node.kubelet.allocatable_free() == {GENERIC: 4}
-        assert min(outcomes.values()) > 0, outcomes
         clear = ("healthy", "unavailable", "it is gone", "locality")
         assert [reason for reason in reasons if not any(word in reason for word in clear)] == []
 

@@ -114,15 +114,13 @@ def test_what_ends_is_started_again_and_all_that_is_told_is_done(kept: Kept) -> 
 
 def test_a_fault_shows_in_the_status(kept: Kept) -> None:
     kept.tell(f"heartbeat {PF} -1", f"> the firmware of {PF} does not answer any more")
-    found = re.search(r"(\S+) status --metrics-address (\S+)", "".join(kept.seen))
+    found = re.search(r"(\S+) status --kubelet-dir (\S+)", "".join(kept.seen))
     assert found
-    program, address = found.groups()
+    program, directory = found.groups()
     assert os.access(program, os.X_OK), "what is said can be typed from any directory"
     deadline = time.monotonic() + 30
     while True:
-        told = subprocess.run(
-            [program, "status", "-metrics-address", address, "--json"], capture_output=True, check=True
-        )
+        told = subprocess.run([program, "status", "-kubelet-dir", directory, "--json"], capture_output=True, check=True)
         if all(vf["reason"] for vf in json.loads(told.stdout)["vfs"]):
             return
         assert time.monotonic() < deadline, told.stdout

@@ -1,5 +1,6 @@
 """The directory of the endpoints' sockets: not prepared by the helper, gone, or another server's."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from qat_server.endpoint_directory import DirectoryUnusableError, EndpointDirect
 from qat_server.helper_client import HelperClient
 from qat_server.settings import Registration
 from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import free_port, running_node
+from qat_server.simulation.running_node import running_node
 from waiting import until
 
 CY = "qat.intel.com/cy"
@@ -48,6 +49,27 @@ async def test_an_audit_log_that_was_moved_away_does_not_keep_a_watched_server_f
         await node.until("withdrawn", lambda: node.kubelet.allocatable().get(CY) == 0)
         node.start_server()
         await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4, 40)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a file is given to another user")
+async def test_a_lock_file_that_another_user_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a change from the manifests to the systemd units, whose server is another user."""
+    lock = tmp_path / ".server.lock"
+    lock.touch()
+    os.chown(lock, 65532, 65532)
+    opened = os.open
+
+    def refusing(path: str | Path, flags: int, mode: int = 0o777) -> int:
+        if Path(path) == lock:  # which root is not refused
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(lock))
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    helper = HelperClient(tmp_path / "helper.sock", Counters())
+    directory = EndpointDirectory(helper, Registration.KUBELET_SOCKET, tmp_path, tmp_path)
+    with pytest.raises(DirectoryUnusableError, match=r"server\.lock cannot be opened .* another user has left it"):
+        async with directory.held():
+            pass
 
 
 @pytest.mark.parametrize("way", list(Registration))
@@ -97,7 +119,6 @@ async def test_two_servers_do_not_work_at_once_however_they_register(way: Regist
         await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4)
         first, node.server = node.server, None
         assert first is not None
-        node.metrics_port = free_port()
         node.add_server_options(f"--registration={way}")
         node.start_server()
         await until(lambda: "another server works here" in node.log("server"))

@@ -111,9 +111,10 @@ async def test_a_vf_on_somebody_elses_driver_is_left_alone_and_said_once() -> No
         assert '"driver":"igb_uio"' not in node.audit_log.read_text()
 
 
-async def test_one_vf_that_cannot_be_bound_is_that_vfs_problem_and_is_tried_again() -> None:
+@pytest.mark.parametrize(("number", "advice"), [(errno.EBUSY, 0), (errno.EACCES, 1)], ids=["busy", "apparmor"])
+async def test_one_vf_that_cannot_be_bound_is_that_vfs_problem_and_is_tried_again(number: int, advice: int) -> None:
     async with running_node(ONE_PF) as node:
-        node.kernel.fail_next("0000:6b:00.3", "driver_override", errno.EBUSY)
+        node.kernel.fail_next("0000:6b:00.3", "driver_override", number)
         node.start_helper()
         node.start_server()
         await node.until_status(
@@ -121,6 +122,7 @@ async def test_one_vf_that_cannot_be_bound_is_that_vfs_problem_and_is_tried_agai
         )
         await node.until("all are served in the end", lambda: node.kubelet.allocatable() == {CY: 4})
         assert node.log("server").count("VF not bound") == 1
+        assert node.log("server").count("AppArmor") == advice
 
 
 async def test_a_vf_that_vanishes_becomes_unhealthy_and_the_others_stay() -> None:
@@ -256,7 +258,6 @@ async def test_one_server_works_at_a_time() -> None:
     async with running_node(ONE_PF) as node:
         await start(node, {CY: 4})
         first, node.server = node.server, None
-        node.metrics_port += 1
         node.start_server()
         await until(lambda: "another server works here" in node.log("server"))
         assert len(node.kubelet.registrations) == 1

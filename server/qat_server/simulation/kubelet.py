@@ -129,6 +129,11 @@ class Kubelet:
         """Whether it serves."""
         return bool(self._servers) or self._raw is not None
 
+    @property
+    def settled(self) -> bool:
+        """Whether the plugin watcher will change nothing by itself."""
+        return self._watcher is None or self._watcher.settled
+
     # Its life
 
     async def start(self) -> None:

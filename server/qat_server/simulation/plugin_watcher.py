@@ -90,6 +90,11 @@ class PluginWatcher:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def settled(self) -> bool:
+        """Whether all that was found is registered, as it was last found, and nothing else."""
+        return self._wanted == {path: registered.id for path, registered in self._registered.items()}
+
     # pluginwatcher/plugin_watcher.go
 
     def _traverse(self, top: Path) -> None:

@@ -7,9 +7,9 @@ commands and options; only the sysfs root, the kubelet's directory and the sourc
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +31,6 @@ _T = TypeVar("_T")
 
 START_TIMEOUT: Final = 20.0
 """Seconds that a process has until it serves: generous, since a busy machine is slow."""
-
 
 _ROOM: Final = 256 * 1024 * 1024  # 1024 VFs are some 30000 files of one page each
 
@@ -66,7 +65,6 @@ class Processes:
         self.server_uid, self.server_gid = os.geteuid(), os.getegid()
         self.helper: subprocess.Popen[bytes] | None = None
         self.server: subprocess.Popen[bytes] | None = None
-        self.metrics_port = free_port()
         self.helper_options: tuple[str, ...] = ()
         self._server_options = tuple(server_options)
 
@@ -81,6 +79,15 @@ class Processes:
     @property
     def helper_socket(self) -> Path:
         return self.directory / "run" / "helper.sock"
+
+    @property
+    def metrics_port(self) -> int:
+        """Where the present server listens: it chooses, so that nobody can take the port first. 0: nowhere (yet)."""
+        if self.server is None:
+            return 0
+        said = rf' {self.server.pid} \S+ "status endpoint open" addresses=\["127\.0\.0\.1:(\d+)"\]'
+        found = re.search(said, self.log("server"))
+        return int(found[1]) if found else 0
 
     def log(self, name: str) -> str:
         """What a process ("helper", "server") has written to stderr so far."""
@@ -108,7 +115,7 @@ class Processes:
             f"--kubelet-dir={self.server_kubelet_directory}",
             f"--helper-socket={self.helper_socket}",
             f"--uevents=unix:{self.kernel.uevents_path}",
-            f"--metrics-address=127.0.0.1:{self.metrics_port}",
+            "--metrics-address=127.0.0.1:0",
             *(("--allow-root",) if self.server_uid == 0 else ()),
             *self._server_options,
         ]
@@ -150,8 +157,11 @@ class Processes:
                 await stop()
 
     async def get(self, path: str) -> tuple[int, bytes]:
-        """GET from the server's HTTP endpoint: status and body. Raises OSError when it does not listen."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.metrics_port)
+        """GET from the server's HTTP endpoint, once it listens: status and body. Raises OSError when it has ended."""
+        if self.server is None:  # its port may be another's by now
+            raise ConnectionRefusedError("the server is not running")
+        port = await self.until("the server listens", lambda: self.metrics_port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             client = h11.Connection(h11.CLIENT)
             request = h11.Request(method="GET", target=path, headers=[("Host", "node"), ("Connection", "close")])
@@ -173,7 +183,7 @@ class Processes:
                 await writer.wait_closed()
 
     async def status(self) -> Status:
-        """What the server says of itself. Raises OSError when it does not listen."""
+        """What the server says of itself. Raises OSError when it has ended."""
         _, body = await self.get("/status")
         return msgspec.json.decode(body, type=Status)
 
@@ -260,13 +270,6 @@ async def _ended(name: str, process: "subprocess.Popen[bytes] | None", how: sign
         process.kill()
         process.wait()
         raise SimulationError(f"the {name} did not end within 10 s of {how.name}") from None
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def short_tmp() -> str:

@@ -23,6 +23,7 @@ var table = map[string]handler{
 	"devices":  command((*kubelet).devices),  // every listed device, and who has it
 	"check":    command((*kubelet).check),    // do the kubelet's books agree?
 	"health":   command((*kubelet).health),   // of the registration service
+	"watcher":  command((*kubelet).watcher),  // has the plugin watcher done all that it is to do?
 	"age":      command((*kubelet).age),      // make a stopped endpoint older
 
 	"allocate": command((*kubelet).allocate),         // create a pod, admit it, start its containers
@@ -83,6 +84,10 @@ type resourceBooks struct {
 type checkResult struct {
 	Violations []string                  `json:"violations"`
 	Resources  map[string]*resourceBooks `json:"resources"`
+}
+
+type watcherResult struct {
+	Settled bool `json:"settled"`
 }
 
 type ageArguments struct {

@@ -13,6 +13,8 @@ import (
 
 	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/kubernetes/pkg/kubelet/cm/devicemanager"
+	"k8s.io/kubernetes/pkg/kubelet/pluginmanager"
+	"k8s.io/kubernetes/pkg/kubelet/pluginmanager/cache"
 )
 
 // books are the device manager's maps, each by resource name.
@@ -41,6 +43,12 @@ func (b books) read(look func(books)) {
 	b.mutex.Lock()
 	defer b.mutex.Unlock()
 	look(b)
+}
+
+// worldsOf are the plugin watcher's lists: what it has found, and what is registered.
+func worldsOf(m pluginmanager.PluginManager) (cache.DesiredStateOfWorld, cache.ActualStateOfWorld) {
+	s := reflect.ValueOf(m).Elem()
+	return *field[cache.DesiredStateOfWorld](s, "desiredStateOfWorld"), *field[cache.ActualStateOfWorld](s, "actualStateOfWorld")
 }
 
 // age moves the time at which the endpoint of a resource stopped into the past.
@@ -82,5 +90,6 @@ func checkInternals() (err error) {
 	if b := booksOf(&devicemanager.ManagerImpl{}); !b.endpoints.IsValid() {
 		panic("the device manager has no field endpoints")
 	}
+	worldsOf(pluginmanager.NewPluginManager("", nil))
 	return nil
 }

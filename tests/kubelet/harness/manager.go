@@ -44,6 +44,7 @@ type kubelet struct {
 // life is one run of the kubelet, from its start to its stop. Nothing in it is used again after.
 type life struct {
 	devices      *devicemanager.ManagerImpl
+	plugins      pluginmanager.PluginManager
 	topology     topologymanager.Manager
 	admission    sync.Mutex  // the kubelet admits one pod at a time
 	sourcesReady atomic.Bool // false while the pods known from before are admitted again
@@ -111,9 +112,9 @@ func (k *kubelet) start(arguments startArguments) (*startResult, error) {
 		return nil, errors.Join(err, l.devices.Stop(logger))
 	}
 	l.tasks.Go(l.logUpdates)
-	plugins := pluginmanager.NewPluginManager(k.registryDirectory(), &record.FakeRecorder{})
-	plugins.AddHandler(watcherapi.DevicePlugin, l.devices.GetWatcherHandler())
-	l.tasks.Go(func() { plugins.Run(context.Background(), ready, l.over) })
+	l.plugins = pluginmanager.NewPluginManager(k.registryDirectory(), &record.FakeRecorder{})
+	l.plugins.AddHandler(watcherapi.DevicePlugin, l.devices.GetWatcherHandler())
+	l.tasks.Go(func() { l.plugins.Run(context.Background(), ready, l.over) })
 
 	result := &startResult{Refused: []refusedPod{}}
 	for _, pod := range k.pods.list() {

@@ -5,10 +5,12 @@ package main
 import (
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/klog/v2"
 	pluginapi "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
 )
@@ -146,23 +148,18 @@ func (k *kubelet) check(empty) (*checkResult, error) {
 		}
 	}
 
-	capacity, allocatable, _ := l.devices.GetCapacity()
-	allocatableDevices := deviceIDs(l.devices.GetAllocatableDevices())
-	booksOf(l.devices).read(func(b books) {
-		for name := range *b.healthy {
-			r := of(name)
-			r.Healthy = append(r.Healthy, (*b.healthy)[name].UnsortedList()...)
-			r.Unhealthy = append(r.Unhealthy, (*b.unhealthy)[name].UnsortedList()...)
-			slices.Sort(r.Healthy)
-			slices.Sort(r.Unhealthy)
+	var capacity, allocatable v1.ResourceList
+	var allocatableDevices map[string][]string
+	// A plugin may list other devices at any moment: what is compared is of one moment when the books were the same
+	// before and after.
+	for before, after := listed(l), (map[string]*resourceBooks)(nil); ; before = after {
+		capacity, allocatable, _ = l.devices.GetCapacity()
+		allocatableDevices = deviceIDs(l.devices.GetAllocatableDevices())
+		if after = listed(l); reflect.DeepEqual(before, after) {
+			result.Resources = after
+			break
 		}
-		for name, ids := range *b.allocated {
-			if ids.Len() > 0 {
-				of(name).Allocated = append(of(name).Allocated, ids.UnsortedList()...)
-				slices.Sort(of(name).Allocated)
-			}
-		}
-	})
+	}
 	for name, n := range quantities(capacity) {
 		of(name).Capacity = n
 	}
@@ -195,6 +192,35 @@ func (k *kubelet) check(empty) (*checkResult, error) {
 	return result, nil
 }
 
+// listed is what the books have of each resource.
+func listed(l *life) map[string]*resourceBooks {
+	result := map[string]*resourceBooks{}
+	of := func(name string) *resourceBooks {
+		if result[name] == nil {
+			result[name] = &resourceBooks{Healthy: []string{}, Unhealthy: []string{}, Allocated: []string{}}
+		}
+		return result[name]
+	}
+	booksOf(l.devices).read(func(b books) {
+		for name := range *b.healthy {
+			of(name).Healthy = sorted((*b.healthy)[name])
+			of(name).Unhealthy = sorted((*b.unhealthy)[name])
+		}
+		for name, ids := range *b.allocated {
+			if ids.Len() > 0 {
+				of(name).Allocated = sorted(ids)
+			}
+		}
+	})
+	return result
+}
+
+func sorted(ids sets.Set[string]) []string {
+	result := append([]string{}, ids.UnsortedList()...)
+	slices.Sort(result)
+	return result
+}
+
 // health is the verdict of the device manager's part of the kubelet's /healthz.
 func (k *kubelet) health(empty) (*empty, error) {
 	l, err := k.running()
@@ -205,6 +231,22 @@ func (k *kubelet) health(empty) (*empty, error) {
 		return nil, &commandError{Kind: "unhealthy", Message: err.Error()}
 	}
 	return &empty{}, nil
+}
+
+// watcher tells whether the plugin watcher's next look changes nothing: each socket that it has found is registered as it
+// was last found, and no other.
+func (k *kubelet) watcher(empty) (*watcherResult, error) {
+	l, err := k.running()
+	if err != nil {
+		return nil, err
+	}
+	wanted, registered := worldsOf(l.plugins)
+	found := wanted.GetPluginsToRegister()
+	settled := len(found) == len(registered.GetRegisteredPlugins())
+	for _, plugin := range found {
+		settled = settled && registered.PluginExistsWithCorrectUUID(plugin)
+	}
+	return &watcherResult{settled}, nil
 }
 
 // age makes a stopped endpoint older: the kubelet forgets its resource after five minutes.

@@ -5,6 +5,7 @@ nothing else, since only what the node's own processes write comes to the emulat
 """
 
 import asyncio
+import contextlib
 import os
 import subprocess
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Final
 
 from qat_server.simulation.demo.control import Control, ControlError
 from qat_server.simulation.demo.scene import Scene
-from qat_server.simulation.running_node import command
+from qat_server.simulation.running_node import SimulationError, command
 
 RESTART_AFTER: Final = 2.0
 """Seconds until a process that has ended is started again, as the kubelet or systemd would."""
@@ -45,7 +46,7 @@ def _say_how(scene: Scene, control: str) -> None:
     )
     lines = (
         f"\nThe node goes on in {node.directory} until you press Ctrl-C. To look at it:",
-        f"  {program} status --metrics-address 127.0.0.1:{node.metrics_port}",
+        f"  {program} status --kubelet-dir {node.kubelet_directory}",
         f"  curl -s http://127.0.0.1:{node.metrics_port}/metrics",
         f"  tail -f {node.audit_log}",
         f"  tail -f {node.directory}/run/server.log",
@@ -97,4 +98,9 @@ async def _keep_up(scene: Scene, name: str) -> None:
         start()
         process = node.helper if name == "helper" else node.server
         assert process is not None  # noqa: S101
-        scene.console.print(f"> the {name} runs again, pid {process.pid}", markup=False)
+        where = ""
+        if name == "server":
+            with contextlib.suppress(SimulationError):  # something has ended again already, as will be said
+                port = await node.until("it listens", lambda: node.metrics_port)
+                where = f", at http://127.0.0.1:{port}/metrics now"
+        scene.console.print(f"> the {name} runs again, pid {process.pid}{where}", markup=False)

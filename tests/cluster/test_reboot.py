@@ -1,0 +1,110 @@
+"""The node is switched off and on with all that was on its disk: what the DaemonSet's pod and the units make of it.
+
+PFs come up as their driver makes them, without VFs: so the plugin provisions here, as docs/provisioning.md says.
+"""
+
+import re
+import time
+
+import pytest
+
+from cluster import installation
+from cluster.disk import committed
+from cluster.installation import Installation
+from cluster.node import KubeletNode
+from cluster.static_pod import workload
+from deployments import rendered
+from deployments.rendered import DEPLOYMENTS, Manifest
+from kernel.machine import PROJECT
+from kubelet.nodes import CY
+from qat_server.simulation.node import Node, Pf
+
+AS_BOOTED = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=2, num_vfs=0),))
+_DEVICES = "0000:6b:8086:4940:2:-1"
+_CUT = "sync; systemctl reboot --force --force"
+"""No shutdown in order: what was running is just gone."""
+
+
+def _bare() -> Manifest:
+    pod = workload("bare", {CY: 2})
+    pod["spec"]["restartPolicy"] = "Always"
+    return pod
+
+
+def _reboot(node: KubeletNode) -> None:
+    node.guest.run(
+        "echo vfio-pci >/etc/modules-load.d/qat.conf; echo fake_qat >>/etc/modules-load.d/qat.conf;"
+        f"echo 'options fake_qat devices={_DEVICES}' >/etc/modprobe.d/fake_qat.conf"
+    )
+    installation.lines.append(f"a reboot, until the guest takes commands: {node.guest.reboot(_CUT):.1f} s")
+    node.until_healthy()
+
+
+def _end(installed: Installation) -> None:
+    """Leave a node as other tests know it."""
+    guest = installed.node.guest
+    guest.run("systemctl disable --now qat-plugin.service qat-helper.service qat-helper.socket 2>&1", check=False)
+    guest.run("rm -f /etc/modules-load.d/qat.conf /etc/modprobe.d/fake_qat.conf")
+    installed.clear()
+
+
+def test_with_the_daemonset_a_bare_pod_is_admitted_before_the_plugin_is_there(
+    installed: Installation, node: KubeletNode
+) -> None:
+    """What docs/troubleshooting.md says of it, for a pod that nothing makes anew."""
+    try:
+        installed.plugin(AS_BOOTED, rendered.render("overlays/qat_initcontainer"))
+        node.resources(f"{CY}=2")
+        node.apply(_bare())
+        assert len(node.client("bare")["devices"]) == 2
+        _reboot(node)
+        began = time.monotonic()
+        reason, message = node.until_refused("bare")
+        assert reason == "UnexpectedAdmissionError"
+        assert CY in message
+        # The plugin itself comes back, and makes the VFs again; new pods are served.
+        node.until_ready("qat-plugin")
+        node.resources(f"{CY}=2")
+        installation.lines.append(f"... with the DaemonSet's pod, to two allocatable: {time.monotonic() - began:.1f} s")
+        again = _bare()
+        again["metadata"]["name"] = "again"
+        node.apply(again)
+        assert len(node.client("again")["devices"]) == 2
+    finally:
+        _end(installed)
+
+
+def _commands() -> str:
+    """What deployments/README.md has for systemd, word for word."""
+    text = (DEPLOYMENTS / "README.md").read_text()
+    found = re.search(r"```\n(.*?)```", text[text.index("## Without a cluster's help: systemd") :], re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.skipif(
+    not committed(), reason="needs the project's repository: docs/by-hand.md installs what is committed"
+)
+def test_with_the_units_the_plugin_is_there_first_and_a_bare_pod_gets_its_devices(
+    installed: Installation, node: KubeletNode
+) -> None:
+    try:
+        installed.devices(AS_BOOTED)
+        node.guest.run(
+            "mkdir -p /etc/qat-plugin; echo 'ServicesEnabled=sym;asym' >/etc/qat-plugin/qat.conf;"
+            "echo QAT_PLUGIN_PROVISIONING_CONFIG=/etc/qat-plugin >/etc/qat-plugin/server.env"
+        )
+        commands = _commands()
+        assert "systemctl enable --now" in commands
+        node.guest.run(f"set -e; cd {PROJECT}; {commands}")
+        node.resources(f"{CY}=2")
+        node.apply(_bare())
+        assert len(node.client("bare")["devices"]) == 2
+        _reboot(node)
+        began = time.monotonic()
+        assert len(node.client("bare")["devices"]) == 2
+        installation.lines.append(f"... with the units, to the pod with its devices: {time.monotonic() - began:.1f} s")
+        assert len(node.resources(f"{CY}=2")["pods"]["bare-node"]["main"][CY]) == 2
+        assert "ready" in node.guest.run("/opt/qat-plugin/server/bin/qat-plugin status").splitlines()[0]
+    finally:
+        _end(installed)

@@ -226,4 +226,4 @@ def test_sigterm_is_handled_before_anything_is_loaded() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         process.terminate()
-        assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.wait(120) == 128 + signal.SIGTERM

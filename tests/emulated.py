@@ -47,7 +47,7 @@ def real(address: str, name: str) -> str:
     return f"devices/pci{address[:7]}/{address}/{name}"
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
     """As waiting.until, for tests with threads instead of a loop."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -36,7 +36,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 COMMAND = str(Path(sys.executable).with_name("qat-helper"))
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
     """Return once it is true; a generous limit."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -50,7 +50,7 @@ class Client:
     def __init__(self, path: Path, *, greet: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.connect(str(path))  # before there is a time-out: with one, a full backlog would be an error
-        self.sock.settimeout(20)
+        self.sock.settimeout(120)
         if greet:
             reply = self.ask(Hello(id=0, protocol=PROTOCOL, version="test"))
             if not isinstance(reply, Welcome):
@@ -135,7 +135,7 @@ class Helper:
     def refused(self, *options: str, **popen: Any) -> str:
         """Start it where it cannot work: the one sentence with which it ends, with status 2."""
         before = self.said()
-        assert self.spawn(*options, **popen).wait(20) == 2, self.said()
+        assert self.spawn(*options, **popen).wait(120) == 2, self.said()
         said = self.said()[len(before) :]
         assert said.startswith("qat-helper: ")
         assert said.count("\n") == 1
@@ -146,7 +146,7 @@ class Helper:
         process, self.process = self.process, None
         assert process is not None
         process.send_signal(how)
-        return process.wait(20)
+        return process.wait(120)
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""

@@ -12,7 +12,7 @@ Where no PF is known (inside a VM), all devices on one bus count as one PF. Answ
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum
 from heapq import heapify, heappop, heapreplace
 from typing import Final
@@ -145,20 +145,6 @@ class AllocationIndex:
                     raise AllocationError(f"an available device's id is no device's: {error}") from None
                 unlisted.append(Device(address, None, None, (), (), reason="not listed"))
         return AllocationIndex([*self._devices.values(), *unlisted])
-
-
-def preferred(
-    policy: AllocationPolicy,
-    available: Sequence[PciAddress],
-    must_include: Sequence[PciAddress],
-    size: int,
-    devices: Mapping[PciAddress, Device],
-) -> list[PciAddress]:
-    """`AllocationIndex.preferred` for addresses, once. `devices` are those listed. Raises AllocationError."""
-    chosen = AllocationIndex(devices.values()).preferred(
-        policy, list(map(str, available)), list(map(str, must_include)), size
-    )
-    return [PciAddress.parse(device_id) for device_id in chosen]
 
 
 def environment(addresses: Iterable[PciAddress]) -> dict[str, str]:

@@ -8,22 +8,16 @@ A look at some devices only takes the same path as a look at all. It differs in 
 before (`_Known`): pieces that depend on nothing but the files of one device which was not named as changed.
 """
 
-import os
-import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Final
 
 from msgspec import Struct
-from msgspec.structs import replace
 
+from qat_server.functions import UNREADABLE, read_pf, read_vf, sentence
 from qat_server.inventory import Inventory, PhysicalFunction, Problem, VirtualFunction
-from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL, pf_driver_of
-from qat_shared.messages import DpdkDriver
+from qat_shared.devices import VENDOR_INTEL, VIRTUAL, pf_driver_of
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import (
-    MalformedError,
-    MissingError,
     PciDevice,
     SysfsError,
     driver_addresses,
@@ -31,12 +25,6 @@ from qat_shared.sysfs import (
     pci_addresses,
     pci_directory,
 )
-
-_NOIOMMU: Final = "vfio-noiommu"
-_MOST: Final = 2**31 - 1  # the kernel's numbers (NUMA nodes, groups) are ints; protobuf refuses larger ones
-_DRIVER_NAME: Final = re.compile(r"[A-Za-z0-9_.+-]+", re.ASCII)
-_UIO_NAME: Final = re.compile(r"uio[0-9]+", re.ASCII)
-_UNREADABLE: Final = (SysfsError, OSError)
 
 _Found = list[tuple[PciAddress, PciAddress | None]]
 """VFs in address order, each with its PF."""
@@ -89,9 +77,9 @@ def discover(
         vf = known.vfs.get(address)
         if vf is None or vf.pf != pf:
             try:
-                vf = _read_vf(sysfs_root, address, pf, vf_drivers)
-            except _UNREADABLE as error:
-                problems.append(Problem(address, _sentence(error)))
+                vf = read_vf(sysfs_root, address, pf, vf_drivers)
+            except UNREADABLE as error:
+                problems.append(Problem(address, sentence(error)))
                 continue
         vfs.append(vf)
     problems.sort(key=lambda problem: (str(problem.address), problem.text))
@@ -121,7 +109,7 @@ def _physfn(root: Path, address: PciAddress) -> PciAddress | None:
     try:
         with open_device(root, address) as device:
             return device.linked_address("physfn")
-    except _UNREADABLE:
+    except UNREADABLE:
         return None  # whatever is wrong with it, no PF's links lead to it, or their reader finds out
 
 
@@ -134,7 +122,7 @@ def _pf_places(
             for address in driver_addresses(root, driver):
                 yield driver, address
         except OSError as error:
-            problems.append(Problem(None, f"bus/pci/drivers/{driver}: {_sentence(error)}"))
+            problems.append(Problem(None, f"bus/pci/drivers/{driver}: {sentence(error)}"))
             yield driver, None
 
 
@@ -148,9 +136,9 @@ def _pfs(
         pf = known.pfs.get(address)
         if pf is None or pf.driver != driver:
             try:
-                pf = _read_pf(root, address, driver, problems)
-            except _UNREADABLE as error:
-                problems.append(Problem(address, _sentence(error)))
+                pf = read_pf(root, address, driver, problems)
+            except UNREADABLE as error:
+                problems.append(Problem(address, sentence(error)))
                 continue
         pfs.append(pf)
     return sorted(pfs, key=lambda pf: pf.address)
@@ -170,7 +158,7 @@ def _lone_vfs(root: Path, vf_drivers: frozenset[str], known: _Known, problems: l
     try:
         addresses = pci_addresses(root)
     except OSError as error:
-        raise SysfsError(str(root), "bus/pci/devices", _sentence(error)) from error
+        raise SysfsError(str(root), "bus/pci/devices", sentence(error)) from error
     for address in addresses:
         if address in known.vfs or address in known.unread:
             found.append((address, None))
@@ -178,8 +166,8 @@ def _lone_vfs(root: Path, vf_drivers: frozenset[str], known: _Known, problems: l
             try:
                 with open_device(root, address) as device:
                     ours = device.read_int("vendor", 16) == VENDOR_INTEL and _is_selected_vf(device, vf_drivers)
-            except _UNREADABLE as error:
-                problems.append(Problem(address, _sentence(error)))
+            except UNREADABLE as error:
+                problems.append(Problem(address, sentence(error)))
                 continue
             if ours:
                 found.append((address, None))
@@ -189,120 +177,3 @@ def _lone_vfs(root: Path, vf_drivers: frozenset[str], known: _Known, problems: l
 def _is_selected_vf(device: PciDevice, vf_drivers: Collection[str]) -> bool:
     kind = VIRTUAL.get(device.read_int("device", 16))
     return kind is not None and kind.driver in vf_drivers
-
-
-def _read_pf(root: Path, address: PciAddress, driver: str, problems: list[Problem]) -> PhysicalFunction:
-    with open_device(root, address) as device:
-        device_id = _intel_device_id(device)
-        kind = PHYSICAL.get(device_id)
-        if kind is None or kind.driver != driver:
-            raise MalformedError(str(address), "device", f"0x{device_id:04x} is not a QAT PF of driver {driver}")
-        vfs = []
-        for name, vf in device.virtual_functions():
-            if isinstance(vf, PciAddress):
-                vfs.append(vf)
-            else:
-                problems.append(Problem(address, f"{name}: {vf.why}"))
-        return PhysicalFunction(
-            address=address,
-            device_id=device_id,
-            driver=driver,
-            numa_node=_numa_node(device),
-            state=_qat_attribute(device, "qat/state", problems),
-            services=_qat_attribute(device, "qat/cfg_services", problems),
-            total_vfs=_total_vfs(device),
-            vfs=tuple(sorted(set(vfs))),
-        )
-
-
-def _qat_attribute(device: PciDevice, name: str, problems: list[Problem]) -> str | None:
-    try:
-        return device.read_optional(name)
-    except SysfsError as error:
-        problems.append(Problem(device.address, _sentence(error)))
-        return None
-
-
-def _total_vfs(device: PciDevice) -> int:
-    try:
-        return _number(device, "sriov_totalvfs", device.read("sriov_totalvfs"))
-    except MissingError:
-        return 0  # a PF without SR-IOV, or with it turned off in the firmware
-
-
-def _read_vf(root: Path, address: PciAddress, pf: PciAddress | None, vf_drivers: Sequence[str]) -> VirtualFunction:
-    with open_device(root, address) as device:
-        device_id = _intel_device_id(device)
-        kind = VIRTUAL.get(device_id)
-        if kind is None or kind.driver not in vf_drivers:
-            raise MalformedError(str(address), "device", f"0x{device_id:04x} is not a VF of a selected driver")
-        driver = _driver(device)
-        on_vfio = driver == DpdkDriver.VFIO_PCI
-        group = device.link("iommu_group")
-        return VirtualFunction(
-            address=address,
-            device_id=device_id,
-            driver=driver,
-            pf=pf,
-            numa_node=_numa_node(device),
-            iommu_group=None if group is None else _number(device, "iommu_group", group),
-            # Only vfio itself makes groups without an IOMMU, when it binds a device.
-            noiommu=on_vfio and group is not None and device.read_optional("iommu_group/name") == _NOIOMMU,
-            uio=_uio(device) if driver == DpdkDriver.IGB_UIO else None,
-            # vfio-pci enables a device when it is opened; other drivers when they bind, so it says nothing there.
-            in_use=device.read("enable") != "0" if on_vfio else None,
-        )
-
-
-def with_fresh_use(sysfs_root: Path, inventory: Inventory) -> Inventory:
-    """The inventory with each `in_use` as it is now: opening and closing a device gives no uevent.
-
-    What cannot be read stays as it was.
-    """
-    vfs = []
-    for vf in inventory.vfs:
-        if vf.driver == DpdkDriver.VFIO_PCI:
-            try:
-                with open_device(sysfs_root, vf.address) as device:
-                    in_use = device.read("enable") != "0"
-            except _UNREADABLE:
-                in_use = bool(vf.in_use)
-            vfs.append(vf if in_use == vf.in_use else replace(vf, in_use=in_use))
-        else:
-            vfs.append(vf)
-    return replace(inventory, vfs=tuple(vfs))
-
-
-def _intel_device_id(device: PciDevice) -> int:
-    vendor = device.read_int("vendor", 16)
-    if vendor != VENDOR_INTEL:
-        raise MalformedError(str(device.address), "vendor", f"0x{vendor:04x} is not Intel")
-    return device.read_int("device", 16)
-
-
-def _driver(device: PciDevice) -> str | None:
-    name = device.link("driver")
-    if name is not None and not _DRIVER_NAME.fullmatch(name):
-        raise MalformedError(str(device.address), "driver", "not a link to a driver")
-    return name
-
-
-def _numa_node(device: PciDevice) -> int | None:
-    text = device.read_optional("numa_node")  # a kernel without NUMA has no such file
-    return None if text is None or text == "-1" else _number(device, "numa_node", text)
-
-
-def _uio(device: PciDevice) -> str | None:
-    return next((name for name in device.names("uio") if _UIO_NAME.fullmatch(name)), None)
-
-
-def _number(device: PciDevice, name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) > _MOST:
-        raise MalformedError(str(device.address), name, f"{text[:40]!r} is not a number")
-    return int(text)
-
-
-def _sentence(error: SysfsError | OSError) -> str:
-    if isinstance(error, SysfsError):
-        return f"{error.path}: {error.why}"
-    return os.strerror(error.errno or 0)

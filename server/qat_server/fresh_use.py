@@ -9,11 +9,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from qat_server.discovery import with_fresh_use
+from msgspec.structs import replace
+
+from qat_server.functions import UNREADABLE, in_use
 from qat_server.inventory import Inventory
+from qat_shared.messages import DpdkDriver
+from qat_shared.sysfs import open_device
 
 FRESH: Final = 1.0
 """Seconds for which what was read answers all who ask."""
+
+
+def with_fresh_use(sysfs_root: Path, inventory: Inventory) -> Inventory:
+    """The inventory with each `in_use` as it is now: opening and closing a device gives no uevent.
+
+    What cannot be read stays as it was.
+    """
+    vfs = []
+    for vf in inventory.vfs:
+        if vf.driver == DpdkDriver.VFIO_PCI:
+            try:
+                with open_device(sysfs_root, vf.address) as device:
+                    open_now = in_use(device)
+            except UNREADABLE:
+                open_now = bool(vf.in_use)
+            vfs.append(vf if open_now == vf.in_use else replace(vf, in_use=open_now))
+        else:
+            vfs.append(vf)
+    return replace(inventory, vfs=tuple(vfs))
 
 
 class FreshUse:

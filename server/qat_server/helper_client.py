@@ -2,12 +2,10 @@
 
 Theory of operation: `run` (one task) connects, says Hello, then waits for the end of the connection and begins again.
 Calls may come at any time; without a connection they fail at once with HelperUnavailableError, so that nobody waits
-for a helper that is not there. An answer finds its caller by the request's id; a descriptor whose caller has gone is
-closed.
+for a helper that is not there.
 """
 
 import asyncio
-import itertools
 import os
 import socket
 from collections.abc import Callable
@@ -17,15 +15,15 @@ from typing import Final, TypeVar
 from qat_server import logs
 from qat_server.audit_head import AuditWatch
 from qat_server.counters import Counters
+from qat_server.helper_connection import Connection, HelperError, HelperUnavailableError, close_all, sentence
+from qat_server.status import HelperState
 from qat_shared import VERSION
-from qat_shared.codec import ProtocolError, decode_reply, encode
+from qat_shared.codec import ProtocolError
 from qat_shared.confinement import missing
 from qat_shared.messages import (
-    MAX_MESSAGE,
     PROTOCOL,
     AnyReply,
     AnyRequest,
-    AuditHead,
     BindDriver,
     Bound,
     Connected,
@@ -47,6 +45,8 @@ from qat_shared.messages import (
 )
 from qat_shared.pci import PciAddress
 
+__all__ = ["HelperClient", "HelperError", "HelperSilentError", "HelperUnavailableError"]
+
 log = logs.get(__name__)
 
 CALL_TIMEOUT: Final = 20.0
@@ -56,27 +56,7 @@ RECONNECT_LAST: Final = 1.0
 SETTLED: Final = 1.0
 """Seconds that a connection has to live for the next attempt to be made at once."""
 
-_ENDED: Final = "the connection to the helper ended"
-
 _R = TypeVar("_R", bound=AnyReply)
-
-
-class HelperError(Exception):
-    """The helper did not do what was asked: `code` says which kind of refusal, `message` what to do."""
-
-    def __init__(self, code: ErrorCode, message: str, errno: int = 0, rule: str = "") -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.errno = errno
-        self.rule = rule
-
-
-class HelperUnavailableError(HelperError):
-    """There is no connection to the helper."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(ErrorCode.UNAVAILABLE, message)
 
 
 class HelperSilentError(HelperError):
@@ -93,7 +73,7 @@ class HelperClient:
         self._path = path
         self._counters = counters
         self._on_change = on_change
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self.version = ""
         self.error = "the helper is not connected yet"
         self.tried = asyncio.Event()
@@ -108,6 +88,20 @@ class HelperClient:
         """Whether the helper is there and speaks our protocol."""
         return self._connection is not None
 
+    @property
+    def state(self) -> HelperState:
+        """The helper as last heard of."""
+        head = self.audit.head
+        return HelperState(
+            connected=self.connected,
+            version=self.version,
+            error=self.error,
+            audit_sequence=head.sequence if head else 0,
+            audit_hash=head.hash if head else "",
+            audit_broken=self.audit.broken,
+            sandbox=self.sandbox,
+        )
+
     async def run(self) -> None:
         """Keep the connection up until cancelled."""
         delay = RECONNECT_FIRST
@@ -118,7 +112,7 @@ class HelperClient:
                 differs = isinstance(error, HelperError) and not isinstance(error, HelperUnavailableError)
                 nobody = isinstance(error, FileNotFoundError | ConnectionRefusedError)
                 hint = ": is qat-helper running? (--helper-socket)" if nobody else ""
-                self._lost(f"cannot reach the helper at {self._path}: {_sentence(error)}{hint}", say=differs)
+                self._lost(f"cannot reach the helper at {self._path}: {sentence(error)}{hint}", say=differs)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RECONNECT_LAST)
                 continue
@@ -178,20 +172,20 @@ class HelperClient:
                 return socket.socket(fileno=passed)
             except OSError:  # some other kind of descriptor
                 pass
-        _close(passed)
+        close_all(passed)
         raise HelperError(ErrorCode.INTERNAL, "the helper said that it connected to the kubelet, but passed no socket")
 
     async def _call(self, make: Callable[[int], AnyRequest], expected: type[_R]) -> _R:
         connection = self._require()
         reply, passed = await self._exchange(connection, make(connection.next_id()))
-        _close(passed)
+        close_all(passed)
         if not isinstance(reply, expected):
             raise HelperError(
                 ErrorCode.INTERNAL, f"the helper answered {type(reply).__name__}, not {expected.__name__}"
             )
         return reply
 
-    async def _exchange(self, connection: "_Connection", request: AnyRequest) -> tuple[AnyReply, int | None]:
+    async def _exchange(self, connection: Connection, request: AnyRequest) -> tuple[AnyReply, int | None]:
         operation = type(request).__name__
         try:
             async with asyncio.timeout(CALL_TIMEOUT):
@@ -205,17 +199,17 @@ class HelperClient:
         self._counters.helper_request(operation)
         return reply, passed
 
-    def _require(self) -> "_Connection":
+    def _require(self) -> Connection:
         if self._connection is None:
             raise HelperUnavailableError(self.error)
         return self._connection
 
-    async def _connect(self) -> "_Connection":
+    async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             await loop.sock_connect(sock, os.fspath(self._path))
-            connection = _Connection(sock, self.audit.heard)
+            connection = Connection(sock, self.audit.heard)
         except BaseException:
             sock.close()
             raise
@@ -242,97 +236,3 @@ class HelperClient:
         self.error = error
         self.tried.set()
         self._on_change()
-
-
-class _Connection:
-    """One connected socket and the calls that wait for answers on it. `heard` is given each answer's audit head."""
-
-    def __init__(self, sock: socket.socket, heard: Callable[[AuditHead], None]) -> None:
-        self._sock = sock
-        self._heard = heard
-        self._loop = asyncio.get_running_loop()
-        self._ids = itertools.count(1)
-        self._sending = asyncio.Lock()
-        self._waiting: dict[int, asyncio.Future[tuple[AnyReply, int | None]]] = {}
-        self.ended: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(sock, self._readable)
-
-    def next_id(self) -> int:
-        return next(self._ids) % 2**32
-
-    async def exchange(self, request: AnyRequest) -> tuple[AnyReply, int | None]:
-        packet = encode(request)
-        if self.ended.done():
-            raise HelperUnavailableError(_ENDED)
-        answer: asyncio.Future[tuple[AnyReply, int | None]] = self._loop.create_future()
-        self._waiting[request.id] = answer
-        try:
-            async with self._sending:
-                try:
-                    await self._loop.sock_sendall(self._sock, packet)
-                except OSError as error:
-                    raise HelperUnavailableError(f"{_ENDED}: {_sentence(error)}") from error
-            return await answer
-        except BaseException:
-            if answer.done() and not answer.cancelled() and answer.exception() is None:
-                _close(answer.result()[1])
-            raise
-        finally:
-            self._waiting.pop(request.id, None)
-
-    def close(self) -> None:
-        """Close the socket; whoever still waits is told that the connection ended."""
-        self._end()
-        self._sock.close()
-
-    def _readable(self) -> None:
-        while True:
-            try:
-                packet, descriptors, flags, _ = socket.recv_fds(self._sock, MAX_MESSAGE, 4, socket.MSG_CMSG_CLOEXEC)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:
-                packet, descriptors, flags = b"", [], 0
-            if not packet or flags & socket.MSG_TRUNC:
-                _close(*descriptors)
-                self._end()
-                return
-            self._deliver(packet, descriptors)
-
-    def _deliver(self, packet: bytes, passed: list[int]) -> None:
-        try:
-            reply = decode_reply(packet)
-        except ProtocolError as error:
-            log.error("helper sent what is no answer", why=str(error))
-            _close(*passed)
-            self._end()
-            return
-        self._heard(reply.audit)  # here, where answers still have the order in which they were sent
-        answer = self._waiting.get(reply.id)
-        if answer is None or answer.done():
-            _close(*passed)
-            return
-        _close(*passed[1:])
-        answer.set_result((reply, passed[0] if passed else None))
-
-    def _end(self) -> None:
-        # The reader goes at once: a socket at its end would be readable for ever.
-        if self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock)
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(HelperUnavailableError(_ENDED))
-        if not self.ended.done():
-            self.ended.set_result(None)
-
-
-def _close(*descriptors: int | None) -> None:
-    for descriptor in descriptors:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return str(error) or type(error).__name__

@@ -84,9 +84,9 @@ def _serve(settings: Settings) -> int:
         raise SettingsError(f"the log file {error.filename} cannot be written: {error.strerror}") from None
     # gRPC's core prints lines of its own to stderr (a peer that went away, for one), which are no events of ours.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    from qat_server import plugin  # noqa: PLC0415 - gRPC and uvloop, once the settings are good
+    from qat_server import process  # noqa: PLC0415 - gRPC and uvloop, once the settings are good
 
-    return plugin.run(settings)
+    return process.run(settings)
 
 
 def _fail(sentence: str, status: int) -> int:

@@ -11,38 +11,30 @@ kubelet, systemd) starts it again; what fails for one device stays with that dev
 
 import asyncio
 import contextlib
-import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-import uvloop
-
-from qat_server import grpc_socket, http_endpoint, listing, logs, reconcile, sandbox, status_socket
+from qat_server import grpc_socket, listing, logs, reconcile
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.discovery import discover
-from qat_server.endpoint import Endpoint
 from qat_server.endpoint_directory import DirectoryGoneError, EndpointDirectory
+from qat_server.endpoints import Endpoints
 from qat_server.events import Again, Changes, UeventListener, resync
 from qat_server.facts import Facts
-from qat_server.fresh_use import FreshUse
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient
-from qat_server.http_endpoint import Response
 from qat_server.inventory import Inventory, Listing
 from qat_server.naming import NAMESPACE
+from qat_server.pages import Pages
 from qat_server.pod_resources import Answer, held_devices
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
-from qat_server.registration import Registrar
-from qat_server.registration_socket import SocketRegistrar
-from qat_server.registration_watcher import WatcherRegistrar
 from qat_server.services import Services
 from qat_server.settings import Registration, Settings
-from qat_server.status import HelperState, State, encode, no_vfs_hint, status_from
+from qat_server.status import State
 from qat_server.usage import Usage
 from qat_shared import VERSION
 from qat_shared.pci import PciAddress
@@ -58,39 +50,6 @@ WITHOUT_HELPER: Final = 5.0
 _KUBELET_WAIT_MS: Final = 10_000  # that the helper waits for a kubelet that is to answer who holds what
 
 _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
-
-
-def run(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT: the exit status."""
-    failed: list[BaseException] = []
-    try:
-        # Opened before anything is done, so that an address in use is told at once, and none can be made later.
-        address = settings.metrics_address
-        sockets = [] if address is None else http_endpoint.listen(address)
-        uvloop.run(_serve(Plugin(settings, sockets, sandbox.enter(settings))))
-    except* OSError as group:
-        failed = list(_leaves(group))
-    for error in failed:
-        log.error("cannot go on", why=str(error))
-    return 1 if failed else 0
-
-
-async def _serve(plugin: "Plugin") -> None:
-    task = asyncio.ensure_future(plugin.run())
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    log.info("ended")
-
-
-def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
 
 
 class Plugin:
@@ -147,17 +106,12 @@ class Plugin:
         self.listing: Listing = {}
         self.names: dict[PciAddress, str] = {}
         self.foreign: dict[PciAddress, str] = {}
-        self.endpoints: dict[str, Endpoint] = {}
+        self.endpoints = Endpoints(settings, self.helper, self.directory, self.usage, self.counters, clock)
         self._not_ready = "starting"
-        self._fresh_use = FreshUse(settings.sysfs_root, clock)
+        self._pages = Pages(settings.sysfs_root, lambda: self.inventory, self.state, self.not_ready, clock)
         self._facts = Facts()
         self._again = Again(self.changes)
         self._clock = clock
-
-    @property
-    def socket_directory(self) -> Path:
-        """Where the endpoints' sockets are."""
-        return self.settings.socket_directory
 
     def state(self, inventory: Inventory) -> State:
         """What is known at this moment, for /status and /metrics; `inventory` as FreshUse gives it."""
@@ -167,16 +121,8 @@ class Plugin:
             names=self.names,
             unhealthy=self.health.unhealthy(),
             heartbeats=self.health.alive,
-            endpoints={name: endpoint.state for name, endpoint in self.endpoints.items()},
-            helper=HelperState(
-                connected=self.helper.connected,
-                version=self.helper.version,
-                error=self.helper.error,
-                audit_sequence=self.helper.audit.head.sequence if self.helper.audit.head else 0,
-                audit_hash=self.helper.audit.head.hash if self.helper.audit.head else "",
-                audit_broken=self.helper.audit.broken,
-                sandbox=self.helper.sandbox,
-            ),
+            endpoints=self.endpoints.states,
+            helper=self.helper.state,
             sandbox=self._sandbox,
             foreign=self.foreign,
             failures=self.binder.failures,
@@ -199,9 +145,9 @@ class Plugin:
             reasons.append(f"no provisioning configuration: {self.configuration.error or 'not read yet'}")
         reasons += [f"PF {address} is being provisioned" for address in self.provisioner.working]
         reasons += [
-            f"{NAMESPACE}/{name} is not registered with the kubelet: {endpoint.state.error or 'under way'}"
-            for name, endpoint in self.endpoints.items()
-            if not endpoint.state.registered
+            f"{NAMESPACE}/{name} is not registered with the kubelet: {state.error or 'under way'}"
+            for name, state in self.endpoints.states.items()
+            if not state.registered
         ]
         return tuple(reasons)
 
@@ -218,7 +164,7 @@ class Plugin:
         )
         async with asyncio.TaskGroup() as tasks:
             if self._sockets:
-                tasks.create_task(http_endpoint.serve(self._sockets, self._handlers()))
+                tasks.create_task(self._pages.serve(self._sockets, self.counters))
             tasks.create_task(self.helper.run())
             with contextlib.suppress(TimeoutError):  # one that accepts and says nothing
                 async with asyncio.timeout(HELPER_PATIENCE):
@@ -226,7 +172,7 @@ class Plugin:
             while True:
                 await self.directory.prepare()
                 async with self.directory.held():
-                    grpc_socket.remove_leftovers(self.socket_directory)
+                    grpc_socket.remove_leftovers(self.settings.socket_directory)
                     await self._work()
 
     async def _work(self) -> None:
@@ -236,7 +182,7 @@ class Plugin:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.directory.until_gone())
-                tasks.create_task(self._serve_status())
+                tasks.create_task(self._pages.serve_status(self.settings.socket_directory))
                 if self.configuration is not None:
                     tasks.create_task(self.configuration.run())
                 tasks.create_task(self.listener.run())
@@ -247,44 +193,11 @@ class Plugin:
                     while True:
                         await self._look_safely(await self.changes.wait(), work)
         except* DirectoryGoneError:
-            self.endpoints.clear()
+            self.endpoints.forget()
             self._not_ready = "the socket directory has gone"
 
-    def _handlers(self) -> dict[str, http_endpoint.Handler]:
-        from qat_server import metrics  # noqa: PLC0415 - prometheus_client only where metrics are wanted
-
-        scraped = self.inventory
-        registry = metrics.registry(lambda: self.state(scraped), self.counters)
-
-        async def answer() -> Response:
-            nonlocal scraped
-            scraped = await self._fresh_use.of(self.inventory)
-            return Response(200, metrics.text(registry), metrics.CONTENT_TYPE)
-
-        return {
-            "/healthz": lambda: Response(200, b"ok\n"),
-            "/readyz": self._readyz,
-            "/metrics": answer,
-            "/status": self._status,
-        }
-
-    async def _status(self) -> Response:
-        inventory = await self._fresh_use.of(self.inventory)
-        return Response(200, encode(status_from(self.state(inventory))), http_endpoint.JSON)
-
-    async def _serve_status(self) -> None:
-        """For `qat-plugin status`, whether or not there is a --metrics-address."""
-        with status_socket.listening(self.socket_directory) as local:
-            await http_endpoint.serve([local], {"/status": self._status})
-
-    def _readyz(self) -> Response:
-        reasons = self.not_ready()
-        if not reasons:
-            return Response(200, b"ok\n")
-        return Response(503, "".join(f"{reason}\n" for reason in reasons).encode())
-
     async def _query_holders(self) -> Answer:
-        return await held_devices(self.helper, self.socket_directory, wait_ms=_KUBELET_WAIT_MS)
+        return await held_devices(self.helper, self.settings.socket_directory, wait_ms=_KUBELET_WAIT_MS)
 
     def _helper_changed(self) -> None:
         self.directory.helper_changed()
@@ -325,18 +238,13 @@ class Plugin:
                 return
             self._again.look([problem.address for problem in self.inventory.problems])
         inventory = self.inventory
-        self._tell(inventory)
+        self._facts.of_inventory(inventory, settings.max_num_devices)
         if self.configuration is not None:
             if changed is None:
                 self.configuration.load()
             await self.provisioner.look(inventory, self.configuration.current, self._holders, work)
         if not inventory.vfs and not self.provisioner.working:
-            self._facts.say(
-                "no QAT VFs found",
-                drivers=settings.kernel_vf_drivers,
-                pfs=len(inventory.pfs),
-                hint=no_vfs_hint(len(inventory.pfs)),
-            )
+            self._facts.no_vfs(len(inventory.pfs), settings.kernel_vf_drivers)
         self.health.look()
         self.services.look(inventory, self._facts, work)
         self.names = self.services.names(inventory)
@@ -351,15 +259,15 @@ class Plugin:
             self._offered(inventory),
             self.health.unhealthy() | self.provisioner.withheld,
             settings.dpdk_driver,
-            self._releasable,
-            self._held,
+            self.endpoints.releasable,
+            self.endpoints.held,
             self.usage.holders,
         )
         self.usage.observe(self.listing)
         if not self.usage.asked:  # the first list must have what pods hold, even if it has gone
             self._not_ready = ""
             return  # the answer leads to a new look
-        self._publish(work)
+        self.endpoints.publish(self.listing, work)
         self.provisioner.published()
         self._not_ready = ""
 
@@ -377,12 +285,8 @@ class Plugin:
         self.counters.rescan(self._clock() - began)
         return inventory
 
-    def _held(self, resource: str, address: PciAddress) -> bool:
-        endpoint = self.endpoints.get(resource)
-        return self.usage.held(resource, address, endpoint.handed_out.get(address) if endpoint else None)
-
     def _holders(self) -> dict[PciAddress, str] | None:
-        return self.usage.holders_of(self.listing, self._held)
+        return self.usage.holders_of(self.listing, self.endpoints.held)
 
     def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
         """The names, without VFs that are new and whose PF has not shown yet that it is alive."""
@@ -392,50 +296,3 @@ class Plugin:
         listed = {device.address for devices in self.listing.values() for device in devices}
         unknown = {vf.address for vf in inventory.vfs if vf.pf in pending} - listed
         return {address: name for address, name in self.names.items() if address not in unknown}
-
-    def _releasable(self, resource: str, address: PciAddress) -> bool:
-        return self.usage.releasable(resource, address) and not self._held(resource, address)
-
-    def _tell(self, inventory: Inventory) -> None:
-        for problem in inventory.problems:
-            self._facts.say("device not usable", address=problem.address, why=problem.text)
-        if inventory.cut:
-            self._facts.say(
-                "more VFs than --max-num-devices: the last in address order are left alone",
-                max_num_devices=self.settings.max_num_devices,
-                left=len(inventory.cut),
-                first=inventory.cut[0],
-                last=inventory.cut[-1],
-            )
-
-    def _publish(self, work: asyncio.TaskGroup) -> None:
-        for name, devices in self.listing.items():
-            endpoint = self.endpoints.get(name)
-            if endpoint is None:
-                endpoint = self.endpoints[name] = self._endpoint(name)
-                endpoint.update(devices)
-                log.info("resource served", resource=f"{NAMESPACE}/{name}", devices=len(devices))
-                work.create_task(endpoint.run())
-            else:
-                endpoint.update(devices)
-        for name in self.endpoints.keys() - self.listing.keys():
-            log.info("resource withdrawn", resource=f"{NAMESPACE}/{name}")
-            work.create_task(self.endpoints.pop(name).withdraw())
-
-    def _endpoint(self, name: str) -> Endpoint:
-        return Endpoint(
-            name,
-            self._registrar(name),
-            self.settings.allocation_policy,
-            self.counters,
-            self.usage.allocated,
-            self._clock,
-            on_watched=self.usage.watched,
-            on_lost=self.directory.missed,
-            in_use=self.usage.in_use,
-        )
-
-    def _registrar(self, name: str) -> Registrar:
-        if self.settings.registration is Registration.PLUGIN_WATCHER:
-            return WatcherRegistrar(name, self.socket_directory)
-        return SocketRegistrar(name, self.socket_directory, self.helper)

@@ -12,9 +12,10 @@ from pathlib import Path
 from helper_security.forbidden import attempts
 from qat_server import main
 from qat_server.plugin import Plugin
+from qat_shared.pci import PciAddress
 
 directory = Path(sys.argv.pop(1))
-publish = Plugin._publish
+look = Plugin._look
 told = False
 
 
@@ -22,10 +23,10 @@ def tell() -> None:
     os.write(2, f"forbidden: {json.dumps(attempts(directory, helper=False))}\n".encode())
 
 
-def publishes(plugin: Plugin, work: asyncio.TaskGroup) -> None:
+async def looks(plugin: Plugin, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
     global told  # noqa: PLW0603
-    publish(plugin, work)
-    if not told and any(endpoint.state.registered for endpoint in plugin.endpoints.values()):
+    await look(plugin, changed, work)
+    if not told and any(state.registered for state in plugin.endpoints.states.values()):
         told = True
         tell()
         work.create_task(asyncio.to_thread(tell))
@@ -33,5 +34,5 @@ def publishes(plugin: Plugin, work: asyncio.TaskGroup) -> None:
         plugin.changes.mark()
 
 
-Plugin._publish = publishes  # type: ignore[method-assign,assignment]
+Plugin._look = looks  # type: ignore[method-assign,assignment]
 main.main()

@@ -70,7 +70,7 @@ async def test_a_server_without_landlock_says_so_and_ends_when_it_is_required(mo
         monkeypatch.setattr(node, "server_command", lambda: [*before, *plain, "--require-sandbox"])
         node.start_server()
         assert node.server is not None
-        assert node.server.wait(20) == 2
+        assert node.server.wait(120) == 2
         assert "--require-sandbox: the sandbox is not whole: landlock: " in node.log("server")
         node.server = None
 

@@ -35,7 +35,7 @@ MEMORY = 24 * 1024
 """KiB that the helper may grow: more than all queues of all peers, full of the longest answers there are."""
 AT_ONCE, A_SECOND = 2048, 10
 """Audited requests of one uid."""
-PATIENCE = 15
+PATIENCE = 60
 """Seconds in which somebody else is served: loose, since machines are shared."""
 
 

@@ -78,7 +78,7 @@ def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool
         with running.connect() as victim:
             assert isinstance(heartbeat(victim), Heartbeat)
             before = running.open_files()
-            slow = lingering(30)
+            slow = lingering(300)
             assert running.process is not None
             with running.connect() as client:
                 running.process.send_signal(signal.SIGSTOP)  # it has the last one, when it goes on
@@ -89,7 +89,7 @@ def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool
             began = time.monotonic()
             for _ in range(20):
                 assert isinstance(heartbeat(victim), Heartbeat)
-            assert time.monotonic() - began < 15, "nobody waits for it"
+            assert time.monotonic() - began < 120, "nobody waits for it"
             wait_until(lambda: running.open_files() == before)
     while LINGERING:
         LINGERING.pop().close()

@@ -78,7 +78,7 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
     finally:
         if demo.process.poll() is None:
             demo.process.send_signal(signal.SIGINT)
-            demo.process.wait(30)
+            demo.process.wait(120)
         demo.reader.join(30)
 
 
@@ -108,7 +108,7 @@ def test_what_ends_is_started_again_and_all_that_is_told_is_done(kept: Kept) -> 
     node = kept.node
     kept.process.send_signal(signal.SIGINT)
     kept.until("^removed$")
-    assert kept.process.wait(30) == 0
+    assert kept.process.wait(120) == 0
     assert not node.exists()
 
 

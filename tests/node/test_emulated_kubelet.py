@@ -91,7 +91,7 @@ class Node:
     async def register(self, endpoint: str, resource: str = CY, version: str = "v1beta1") -> None:
         async with grpc.aio.insecure_channel(f"unix:{self.kubelet.plugin_directory}/kubelet.sock") as channel:
             request = pb.RegisterRequest(version=version, endpoint=endpoint, resource_name=resource)
-            await RegistrationStub(channel).Register(request, timeout=20)
+            await RegistrationStub(channel).Register(request, timeout=60)
 
     @asynccontextmanager
     async def plugin(
@@ -329,14 +329,14 @@ async def test_pod_resources(node: Node) -> None:
         await node.kubelet.allocate("ns/pod", [("one", CY, 1), ("two", CY, 1)])
         async with grpc.aio.insecure_channel(f"unix:{node.kubelet.directory}/pod-resources/kubelet.sock") as channel:
             stub = PodResourcesListerStub(channel)
-            [pod] = (await stub.List(resources_pb.ListPodResourcesRequest(), timeout=10)).pod_resources
+            [pod] = (await stub.List(resources_pb.ListPodResourcesRequest(), timeout=60)).pod_resources
             assert (pod.namespace, pod.name, [each.name for each in pod.containers]) == ("ns", "pod", ["one", "two"])
             request = resources_pb.GetPodResourcesRequest(pod_name="pod", pod_namespace="ns")
-            assert (await stub.Get(request, timeout=10)).pod_resources == pod
-            allocatable = await stub.GetAllocatableResources(resources_pb.AllocatableResourcesRequest(), timeout=10)
+            assert (await stub.Get(request, timeout=60)).pod_resources == pod
+            allocatable = await stub.GetAllocatableResources(resources_pb.AllocatableResourcesRequest(), timeout=60)
             assert len(allocatable.devices) == 4
             with pytest.raises(grpc.aio.AioRpcError, match="pod nobody in namespace ns not found"):
-                await stub.Get(resources_pb.GetPodResourcesRequest(pod_name="nobody", pod_namespace="ns"), timeout=10)
+                await stub.Get(resources_pb.GetPodResourcesRequest(pod_name="nobody", pod_namespace="ns"), timeout=60)
 
 
 async def test_held_devices_are_read_through_the_helper(node: Node) -> None:

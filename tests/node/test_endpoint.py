@@ -39,7 +39,7 @@ QUICK = Timing(
     settled=0.3,
     register=0.5,
     stream_first=0.1,
-    stream_last=0.2,
+    stream_last=1.0,  # time enough for a stream to come on a busy machine
     kubelet=5.0,
 )
 
@@ -208,7 +208,7 @@ async def test_a_lost_helper_does_not_end_what_is_registered(kubelet: Kubelet) -
 async def test_withdrawing_ends_the_stream_and_removes_the_socket(kubelet: Kubelet) -> None:
     async with running(kubelet) as endpoint:
         await kubelet.wait_for(watched(kubelet))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(120):
             await endpoint.withdraw()
         await kubelet.wait_for(watched(kubelet, 0))
         assert kubelet.capacity() == {CY: 4}, "until the grace is over"
@@ -304,7 +304,7 @@ async def test_the_relay_works_from_a_directory_too_deep_for_a_socket(kubelet: K
     async with kubelet_channel.over(connected, deep) as channel:
         assert os.listdir(deep) == []
         with pytest.raises(grpc.aio.AioRpcError, match="not supported by kubelet"):
-            await RegistrationStub(channel).Register(pb.RegisterRequest(version="v0"), timeout=10)
+            await RegistrationStub(channel).Register(pb.RegisterRequest(version="v0"), timeout=60)
     assert connected.fileno() == -1
 
 

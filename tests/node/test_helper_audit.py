@@ -253,4 +253,4 @@ def test_the_policy_files_limits_hold_and_name_their_rule() -> None:
 def test_options_that_are_none_are_refused() -> None:
     with helper(start=False) as running:
         for option in ("--audit-sync=sometimes", "--audit-copy=everywhere", "--audit-rotate=much"):
-            assert running.spawn(option).wait(20) == 2
+            assert running.spawn(option).wait(120) == 2

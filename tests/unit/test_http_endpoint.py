@@ -11,7 +11,7 @@ import pytest
 from qat_server.http_endpoint import JSON, Handler, Limits, Response, listen, serve
 from qat_server.values import HostPort
 
-DEADLINE = 20.0
+DEADLINE = 120.0
 
 
 def broken() -> Response:
@@ -158,7 +158,7 @@ SILENT: dict[str, bytes] = {
 
 @pytest.mark.parametrize("sent", SILENT.values(), ids=SILENT.keys())
 async def test_silent_client_is_closed(sent: bytes) -> None:
-    async with endpoint(Limits(head_seconds=0.05, idle_seconds=60)) as port:
+    async with endpoint(Limits(head_seconds=1.0, idle_seconds=60)) as port:
         answer = await exchange(port, sent)
 
     assert answer.count(b"HTTP/1.1 200 ") == sent.count(b"\r\n\r\n")
@@ -185,7 +185,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_client_that_does_not_read_is_dropped() -> None:
-    async with endpoint(Limits(answer_seconds=0.05)) as port:
+    async with endpoint(Limits(answer_seconds=0.5)) as port:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.setblocking(False)

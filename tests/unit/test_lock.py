@@ -20,5 +20,5 @@ async def test_the_second_waits_for_the_first(tmp_path: Path) -> None:
         task = asyncio.create_task(second())
         await until(lambda: "second asks" in order)
         order.append("first ends")
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, 120)
     assert order == ["first works", "second asks", "first ends", "second works"]

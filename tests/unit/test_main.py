@@ -25,15 +25,15 @@ STATUS = encode(status_from(State(inventory=Inventory(pfs=(), vfs=(), cut=(), pr
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     """Stands in for the run loop; the settings that it was given. Logging is left alone."""
     got: list[Settings] = []
-    plugin = ModuleType("qat_server.plugin")
+    process = ModuleType("qat_server.process")
 
     def run(settings: Settings) -> int:
         got.append(settings)
         return 0
 
-    plugin.__dict__["run"] = run
-    monkeypatch.setitem(sys.modules, "qat_server.plugin", plugin)
-    monkeypatch.setattr("qat_server.plugin", plugin, raising=False)
+    process.__dict__["run"] = run
+    monkeypatch.setitem(sys.modules, "qat_server.process", process)
+    monkeypatch.setattr("qat_server.process", process, raising=False)
     monkeypatch.setattr("qat_server.logs.configure", lambda settings: None)
     monkeypatch.setattr("os.geteuid", lambda: 65532)
     (tmp_path / "bus/pci/devices").mkdir(parents=True)
@@ -226,4 +226,4 @@ def test_sigterm_is_handled_before_anything_is_loaded() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         process.terminate()
-        assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.wait(120) == 128 + signal.SIGTERM

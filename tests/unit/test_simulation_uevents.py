@@ -28,7 +28,7 @@ def broadcaster() -> Iterator[Broadcaster]:
 def client(broadcaster: Broadcaster) -> socket.socket:
     known = len(broadcaster._clients)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    made.settimeout(10)
+    made.settimeout(120)
     made.connect(str(broadcaster.path))
     wait_until(lambda: len(broadcaster._clients) > known)
     return made

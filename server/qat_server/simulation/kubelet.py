@@ -209,7 +209,7 @@ class Kubelet:
         containers = self._manager.pods.get(_key(pod), {}) if _key(pod) in self._pods else {}
         return {device for held in containers.values() for each in held.values() for device in each.devices}
 
-    async def wait_for(self, predicate: Callable[[], object], seconds: float = 10.0) -> None:
+    async def wait_for(self, predicate: Callable[[], object], seconds: float = 60.0) -> None:
         """Return once `predicate()` is true; it is asked at each change of the kubelet's state. Raises TimeoutError."""
         async with asyncio.timeout(seconds):
             while not predicate():

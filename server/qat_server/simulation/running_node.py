@@ -29,7 +29,7 @@ from qat_server.status import Status
 
 _T = TypeVar("_T")
 
-START_TIMEOUT: Final = 20.0
+START_TIMEOUT: Final = 60.0
 """Seconds that a process has until it serves: generous, since a busy machine is slow."""
 
 _ROOM: Final = 256 * 1024 * 1024  # 1024 VFs are some 30000 files of one page each

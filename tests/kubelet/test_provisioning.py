@@ -17,6 +17,7 @@ from qat_server.settings import Registration
 from qat_server.simulation.config_map import ConfigMap
 from qat_server.simulation.node import Node, Pf
 from qat_server.simulation.topology import TopologyPolicy
+from qat_server.usage import ADMITTED
 
 CRYPTO, COMPRESSION = {"qat.conf": "ServicesEnabled=sym;asym\n"}, {"qat.conf": "ServicesEnabled=dc\n"}
 PF0, PF1 = "0000:6b:00.0", "0001:6b:00.0"
@@ -25,7 +26,7 @@ EIGHT = tuple(f"{domain}:{bus}:00.0" for domain in ("0000", "0001") for bus in (
 
 def asked(node: ProductionNode[RealKubelet], operation: str, pf: str = PF0) -> int:
     """How often an operation on a PF was begun."""
-    lines = [json.loads(line) for line in node.audit_log.read_bytes().splitlines()]
+    lines = [json.loads(line) for line in node.audit_lines()]
     begun = [line for line in lines if line["event"] == "asked" and line["operation"] == operation]
     return sum(line["arguments"]["address"] == pf for line in begun)
 
@@ -126,7 +127,7 @@ async def test_a_change_with_pods_running_waits_and_then_happens(drain: bool) ->
         assert await node.kubelet.devices_of("crypto") == set(pod.devices)
         assert asked(node, "SetServices") == 1, "that of the start"
         held_open.close()
-        async with Timed("the last pod ends, to the new allocatable", 1) as timed:
+        async with Timed("the last pod ends, to the new allocatable", ADMITTED + 1) as timed:
             began = time.monotonic()
             await node.kubelet.free("crypto")
             await node.wait({DC: 8, CY: 0}, 40)

@@ -53,7 +53,9 @@ async def test_the_demo_node_from_start_to_pods_and_the_audit_log() -> None:
         assert set(main.device_nodes) == wanted
         with pytest.raises(AdmissionError):
             await node.kubelet.allocate("greedy", [("main", CY, 15)])
-        lines = node.audit_log.read_bytes().splitlines()
+        await node.stop_server()
+        await node.stop_helper()  # nothing is under way any more
+    lines = node.audit_lines()
     records = [json.loads(line) for line in lines]
     for before, after in zip(lines, records[1:], strict=False):
         assert after["previous"] == hashlib.sha256(before).hexdigest()
@@ -235,7 +237,7 @@ async def test_a_helper_that_goes_away_and_comes_back(how: signal.Signals) -> No
         node.start_helper()
         await node.until("bound again", lambda: node.kubelet.allocatable() == {CY: 4})
         await node.until_status("ready again", lambda status: status.ready)
-        records = [json.loads(line) for line in node.audit_log.read_bytes().splitlines()]
+        records = [json.loads(line) for line in node.audit_lines()]
         assert [record["sequence"] for record in records] == list(range(1, len(records) + 1)), "one chain over both"
 
 

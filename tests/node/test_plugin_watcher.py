@@ -59,7 +59,7 @@ async def test_from_start_to_pods_and_restarts_without_the_kubelets_socket(
         assert sockets(node) == []
         left = os.listdir(node.kubelet.directory / "device-plugins")
         assert sorted(left) == ["kubelet.sock", "kubelet_internal_checkpoint"]
-        records = [json.loads(line) for line in node.audit_log.read_bytes().splitlines()]
+        records = [json.loads(line) for line in node.audit_lines()]
     prepared = [each for each in records if each.get("operation") == "PrepareSocketDirectory"]
     assert {each["arguments"]["directory"] for each in prepared} == {"plugins-registry"}
     opened = [each for each in records if each.get("operation") == "OpenKubeletSocket"]

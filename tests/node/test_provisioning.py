@@ -59,7 +59,7 @@ def read(node: RunningNode, name: str, pf: str = PF0) -> str:
 def story(node: RunningNode, pf: str = PF0) -> list[tuple[Any, ...]]:
     """What the audit log tells of a PF: operations that ended, in order, with what they changed."""
     told = []
-    for line in map(json.loads, node.audit_log.read_bytes().splitlines()):
+    for line in map(json.loads, node.audit_lines()):
         about = line.get("arguments", {}).get("address") == pf and line["operation"].startswith("Set")
         if about and line["event"] in ("done", "late", "refused"):
             result = line["result"]
@@ -339,7 +339,7 @@ async def test_pods_from_before_a_restart_of_the_server_are_waited_for() -> None
 async def test_the_audit_log_is_whole() -> None:
     async with provisioned(bare(PF0), COMPRESSION) as (node, _):
         await serves(node, {DC: 4})
-        lines = node.audit_log.read_bytes().splitlines()
+        lines = node.audit_lines()
         for before, after in zip(lines, map(json.loads, lines[1:]), strict=False):
             assert after["previous"] == hashlib.sha256(before).hexdigest()
         reasons = {line["reason"] for line in map(json.loads, lines) if line.get("operation", "").startswith("Set")}

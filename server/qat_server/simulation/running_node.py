@@ -76,6 +76,11 @@ class Processes:
     def audit_log(self) -> Path:
         return self.directory / "run" / "audit.jsonl"
 
+    def audit_lines(self) -> list[bytes]:
+        """What the audit log has so far, but for a line that is just being written."""
+        whole, _, _ = self.audit_log.read_bytes().rpartition(b"\n")
+        return whole.splitlines()
+
     @property
     def helper_socket(self) -> Path:
         return self.directory / "run" / "helper.sock"

@@ -55,7 +55,7 @@ async def test_the_demo_node_from_start_to_pods_and_the_audit_log() -> None:
             await node.kubelet.allocate("greedy", [("main", CY, 15)])
         await node.stop_server()
         await node.stop_helper()  # nothing is under way any more
-    lines = node.audit_lines()
+        lines = node.audit_lines()
     records = [json.loads(line) for line in lines]
     for before, after in zip(lines, records[1:], strict=False):
         assert after["previous"] == hashlib.sha256(before).hexdigest()

@@ -9,6 +9,7 @@ and for nothing else:
 What a DaemonSet's controller adds (node affinity, tolerations) and the scheduler looks at is not there.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from deployments.rendered import Manifest
 
 NAMESPACE: Final = "qat-plugin"
 NAME: Final = "qat-plugin"
+_NUMBERS: Final = itertools.count()
 _CONFIGS: Final = Path("/etc/qat-configs")
 
 
@@ -58,7 +60,8 @@ def workload(name: str, resources: dict[str, int], command: list[str] | None = N
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "namespace": "default"},
+        # A static pod's uid is its manifest's hash: the number makes each a pod of its own, not one that has ended.
+        "metadata": {"name": name, "namespace": "default", "annotations": {"number": str(next(_NUMBERS))}},
         "spec": {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": 0,

@@ -65,7 +65,8 @@ def _unit_killed(name: str) -> Callable[[KubeletNode], None]:
     def kill(node: KubeletNode) -> None:
         pid = node.guest.run(f"systemctl show -P MainPID {name}").strip()
         assert pid != "0"
-        node.guest.run(f"systemctl kill --signal=KILL {name}")
+        # Its main process alone: systemctl kill would end the shims, and with them the containers.
+        node.guest.run(f"kill -9 {pid}")
         node.guest.until(
             f"{name} runs again", f"systemctl is-active {name} && [[ $(systemctl show -P MainPID {name}) != {pid} ]]"
         )

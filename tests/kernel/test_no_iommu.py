@@ -68,7 +68,7 @@ def unsafe() -> Iterator[None]:
         yield
     finally:
         unload_vfio()
-        modprobe("vfio-pci")
+        modprobe("vfio-pci", "disable_denylist=1")
         modprobe("vfio_iommu_type1")
 
 

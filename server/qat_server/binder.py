@@ -4,12 +4,12 @@ One operation for one VF at a time, a bounded number in all; each failure is tha
 """
 
 import asyncio
-import errno
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Final
 
-from qat_server import logs
+from qat_server import apparmor, logs
 from qat_server.counters import Counters
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.reconcile import Attempts
@@ -19,11 +19,6 @@ from qat_shared.pci import PciAddress
 log = logs.get(__name__)
 
 _AT_ONCE: Final = 16
-_ADVICE: Final = (
-    "on nodes with AppArmor the default profile of containers refuses every write to /sys: "
-    "the helper's container needs its own profile, or Unconfined (see qat-plugin doctor)"
-)
-"""For EACCES, which root without capabilities gets from a security module only."""
 
 
 class Binder:
@@ -35,12 +30,14 @@ class Binder:
         driver: DpdkDriver,
         counters: Counters,
         on_change: Callable[[PciAddress | None], None],
+        sysfs_root: Path,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._helper = helper
         self._driver = driver
         self._counters = counters
         self._on_change = on_change
+        self._sysfs_root = sysfs_root
         self._clock = clock
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._running: set[PciAddress] = set()
@@ -99,7 +96,8 @@ class Binder:
     def _failed(self, address: PciAddress, error: HelperError) -> None:
         self._attempts = self._attempts.failed(address, self._clock())
         if self.failures.get(address) != error.message:
-            more = {"advice": _ADVICE} if error.errno == errno.EACCES else {}
+            advice = apparmor.look(self._sysfs_root).advice(error.errno)
+            more = {"advice": advice} if advice else {}
             log.error("VF not bound", address=address, code=error.code, why=error.message, **more)
         self.failures[address] = error.message
 

@@ -87,15 +87,12 @@ class Plugin:
             # The plugin watcher needs no helper, so that its absence must not keep the kubelet waiting for ever.
             without_helper=WITHOUT_HELPER if settings.registration is Registration.PLUGIN_WATCHER else None,
         )
-        self.binder = Binder(self.helper, settings.dpdk_driver, self.counters, self.changes.mark, clock)
+        self.binder = Binder(
+            self.helper, settings.dpdk_driver, self.counters, self.changes.mark, settings.sysfs_root, clock
+        )
         self.services = Services(self.helper, self.changes.mark_known, clock)
         self.provisioner = Provisioner(
-            self.helper,
-            settings.sysfs_root,
-            self.usage,
-            self.changes.mark_or_judge,
-            settings.drain,
-            clock,
+            self.helper, settings.sysfs_root, self.usage, self.changes.mark_or_judge, settings.drain, clock
         )
         self.configuration: ConfigurationWatch | None = None
         if settings.provisioning_config is not None:

@@ -1,6 +1,7 @@
 """doctor on the simulated node: it finds nothing wrong with a good one, and what is wrong with one that is not."""
 
 import asyncio
+import errno
 import json
 import subprocess
 
@@ -8,8 +9,8 @@ from qat_server.simulation.node import Node, Pf
 from qat_server.simulation.running_node import RunningNode, command, running_node
 
 
-async def doctor(node: RunningNode) -> tuple[int, dict[str, str]]:
-    """Its exit status, and level by text of what is not good."""
+async def findings_of(node: RunningNode) -> tuple[int, list[dict[str, str]]]:
+    """Its exit status, and what is not good."""
     done = await asyncio.to_thread(
         subprocess.run,
         [
@@ -25,10 +26,15 @@ async def doctor(node: RunningNode) -> tuple[int, dict[str, str]]:
         check=False,
     )
     assert done.stderr == ""
-    findings = [finding for finding in json.loads(done.stdout) if finding["level"] != "ok"]
+    return done.returncode, [finding for finding in json.loads(done.stdout) if finding["level"] != "ok"]
+
+
+async def doctor(node: RunningNode) -> tuple[int, dict[str, str]]:
+    """Its exit status, and level by text of what is not good."""
+    status, findings = await findings_of(node)
     # Of this machine's own /proc and /dev, not of the simulated node's.
     not_ours = ("security module", "kubelet")
-    return done.returncode, {
+    return status, {
         finding["text"]: finding["level"]
         for finding in findings
         if finding["check"] not in not_ours and "/dev/vfio" not in finding["text"]
@@ -73,3 +79,23 @@ async def test_a_node_that_cannot_work() -> None:
             "vfio-pci is not loaded",
         ):
             assert text in problems
+
+
+async def test_a_bind_that_apparmor_may_have_refused_is_told_with_what_to_set() -> None:
+    node = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=2),))
+    async with running_node(node) as running:
+        parameters = running.kernel.sysfs_root / "module/apparmor/parameters"
+        parameters.mkdir(parents=True)
+        (parameters / "enabled").write_text("Y\n")
+        running.kernel.fail_next("0000:6b:00.1", "driver_override", errno.EACCES, times=1000)
+        running.start_helper()
+        running.start_server()
+        await running.until_status("it was refused", lambda status: any("denied" in vf.reason for vf in status.vfs))
+        (said,) = [line for line in running.log("server").splitlines() if "VF not bound" in line]
+        status, findings = await findings_of(running)
+        assert status == 1
+        (finding,) = [finding for finding in findings if "AppArmor" in finding["text"]]
+        assert finding["level"] == "problem"
+        assert finding["text"].endswith("refused (Permission denied) to bind 0000:6b:00.1")
+        for text in (finding["advice"], said):
+            assert "appArmorProfile {type: Unconfined}" in text

@@ -2,14 +2,14 @@
 
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc.aio
 import pytest
 
-from kubelet_sockets import DirectHelper, short_directory
+from kubelet_sockets import DirectHelper
 from qat_server import grpc_socket
 from qat_server.allocation import AllocationPolicy
 from qat_server.counters import Counters
@@ -111,12 +111,6 @@ class Node:
             yield plugin
         finally:
             await server.stop(None)
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as made:
-        yield made
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -15,7 +15,7 @@ import grpc.aio
 import pytest
 import uvloop
 
-from kubelet_sockets import DirectHelper, gone, short_directory
+from kubelet_sockets import DirectHelper, gone
 from qat_server import grpc_socket, kubelet_channel
 from qat_server.allocation import AllocationPolicy
 from qat_server.counters import Counters
@@ -47,12 +47,6 @@ QUICK = Timing(
 def device(function: int, reason: str = "") -> Device:
     address = PciAddress(0, 0x6B, 0, function)
     return Device(address, PciAddress(0, 0x6B, 0, 0), 0, (f"/dev/vfio/{function}", "/dev/vfio/vfio"), (), reason)
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as made:
-        yield made
 
 
 @pytest.fixture

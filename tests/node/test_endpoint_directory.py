@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,9 @@ ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, 
 
 @pytest.mark.parametrize("way", list(Registration))
 async def test_a_helper_that_may_not_prepare_it_is_done_without(
-    way: Registration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    way: Registration, helper_policy: Callable[[str], None]
 ) -> None:
-    policy = tmp_path / "policy.toml"
-    policy.write_text('operations = ["BindDriver", "OpenKubeletSocket"]\n')
-    policy.chmod(0o644)
-    monkeypatch.setenv("QAT_HELPER_POLICY", str(policy))
+    helper_policy('operations = ["BindDriver", "OpenKubeletSocket"]\n')
     async with running_node(ONE_PF, (f"--registration={way}",)) as node:
         for each in ("device-plugins", "plugins_registry"):
             os.makedirs(node.kubelet.directory / each / "qat.intel.com", exist_ok=True)

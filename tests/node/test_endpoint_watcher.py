@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -15,7 +15,6 @@ import pytest
 import uvloop
 from msgspec.structs import replace
 
-from kubelet_sockets import short_directory
 from qat_server.allocation import AllocationPolicy
 from qat_server.counters import Counters
 from qat_server.endpoint import Endpoint
@@ -40,12 +39,6 @@ DEVICES = [
     Device(PciAddress(0, 0x6B, 0, number), PciAddress(0, 0x6B, 0, 0), 0, (f"/dev/vfio/{number}",), ())
     for number in range(4)
 ]
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as made:
-        yield made
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-from pathlib import Path
-
-import pytest
+from collections.abc import Callable
 
 from qat_server.simulation.node import Node, Pf
 from qat_server.simulation.running_node import RunningNode, running_node
@@ -26,14 +24,11 @@ def sockets(node: RunningNode) -> list[str]:
 
 
 async def test_from_start_to_pods_and_restarts_without_the_kubelets_socket(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    helper_policy: Callable[[str], None],
 ) -> None:
-    policy = tmp_path / "policy.toml"
-    policy.write_text(
+    helper_policy(
         'operations = ["BindDriver", "ReadHeartbeat", "PrepareSocketDirectory"]\ndirectories = ["plugins-registry"]\n'
     )
-    policy.chmod(0o644)
-    monkeypatch.setenv("QAT_HELPER_POLICY", str(policy))
     async with running_node(TWO_PFS, WATCHER) as node:
         node.start_helper()
         node.start_server()
@@ -66,11 +61,8 @@ async def test_from_start_to_pods_and_restarts_without_the_kubelets_socket(
     assert {(each["event"], each["arguments"]["service"]) for each in opened} <= {("refused", "pod-resources")}
 
 
-async def test_what_the_policy_forbids_is_the_reason_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = tmp_path / "policy.toml"
-    policy.write_text('directories = ["device-plugins"]\n')
-    policy.chmod(0o644)
-    monkeypatch.setenv("QAT_HELPER_POLICY", str(policy))
+async def test_what_the_policy_forbids_is_the_reason_shown(helper_policy: Callable[[str], None]) -> None:
+    helper_policy('directories = ["device-plugins"]\n')
     async with running_node(TWO_PFS, WATCHER) as node:
         node.start_helper()
         node.start_server()

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from qat_server.apparmor import AppArmor
 from qat_server.doctor.checks import Finding, Level, diagnose
 from qat_server.doctor.facts import DEAD, Facts, Function, Helper, read_facts
 from qat_server.settings import parse
@@ -23,7 +24,7 @@ GOOD = Facts(
     groups={1: (str(PF),), 2: (str(VF),)},
     kernel=(6, 1),
     vfio_device=True,
-    apparmor=False,
+    apparmor=AppArmor(False),
     selinux_enforcing=False,
     kubelet_roots=("/var/lib/kubelet",),
     plugin_directory="open",
@@ -106,7 +107,20 @@ ONE_WRONG: dict[str, tuple[dict[str, object], Level, str, str]] = {
         "0000:6b:00.1 is on uio_pci_generic",
         "/sys/bus/pci/drivers/uio_pci_generic/unbind",
     ),
-    "AppArmor": ({"apparmor": True}, Level.NOTE, "AppArmor is on", "Permission denied"),
+    "AppArmor": ({"apparmor": AppArmor(True)}, Level.NOTE, "AppArmor is on", "Permission denied"),
+    "AppArmor that refused to bind": (
+        {"apparmor": AppArmor(True, "cri-containerd.apparmor.d"), "refused": (str(VF),)},
+        Level.PROBLEM,
+        "AppArmor is on, and the helper was refused (Permission denied) to bind 0000:6b:00.1",
+        "(this one is under cri-containerd.apparmor.d) refuses every write to /sys: give the helper's container "
+        "securityContext.appArmorProfile {type: Unconfined}",
+    ),
+    "AppArmor that refused under the project's profiles": (
+        {"apparmor": AppArmor(True, "qat-server"), "refused": (str(VF),)},
+        Level.PROBLEM,
+        "AppArmor is on, and the helper was refused",
+        "/etc/apparmor.d/local/qat-helper",
+    ),
     "SELinux": ({"selinux_enforcing": True}, Level.NOTE, "SELinux is enforcing", "container_device_plugin_t"),
     "another kubelet directory": (
         {"kubelet_roots": ("/var/lib/k0s/kubelet",)},
@@ -229,7 +243,8 @@ def test_the_root_directory_of_a_running_kubelet(
 
 
 def test_switches_of_modules_and_of_the_kernel(tree: SysfsTree) -> None:
-    assert (read(tree).denylist_disabled, read(tree).apparmor, read(tree).selinux_enforcing) == (None, None, None)
+    before = read(tree)
+    assert (before.denylist_disabled, before.apparmor.enabled, before.selinux_enforcing) == (None, None, None)
     for name, text in (
         ("module/vfio_pci/parameters/disable_denylist", "Y\n"),
         ("module/apparmor/parameters/enabled", "N\n"),
@@ -241,5 +256,5 @@ def test_switches_of_modules_and_of_the_kernel(tree: SysfsTree) -> None:
     kernel.mkdir(parents=True)
     (kernel / "osrelease").write_text("5.10.0-28-amd64\n")
     facts = read(tree)
-    assert (facts.denylist_disabled, facts.apparmor, facts.selinux_enforcing) == (True, False, True)
+    assert (facts.denylist_disabled, facts.apparmor.enabled, facts.selinux_enforcing) == (True, False, True)
     assert (facts.kernel, facts.plugin_directory) == ((5, 10), "missing")

@@ -10,7 +10,7 @@ import pytest
 from emulated import PF, VF, VF2, attribute, background, emulated, read, real, wait_until
 from qat_server.simulation.kernel import Kernel
 from qat_server.simulation.node import LoneVf, Node, OtherDevice, Pf
-from qat_server.simulation.stores import boolean, unsigned
+from qat_server.simulation.written import boolean, unsigned
 
 OLD = "0001:3d:00.0"
 FOREIGN = "0000:03:00.0"

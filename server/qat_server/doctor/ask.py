@@ -1,14 +1,21 @@
-"""Asks the helper what doctor wants to know: whether it answers at all, and each PF's heartbeat."""
+"""Asks who runs what doctor wants to know: the helper for each PF's heartbeat, the server for what it was refused."""
 
 import asyncio
 import contextlib
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from qat_server.counters import Counters
 from qat_server.doctor.facts import DEAD, Helper
 from qat_server.helper_client import HelperClient, HelperError
+from qat_server.settings import STATUS_SOCKET
+from qat_server.status import decode
+from qat_server.status_client import StatusError, fetch_local
 from qat_shared.pci import PciAddress
 
 PATIENCE: Final = 5.0
@@ -34,6 +41,17 @@ async def ask_helper(socket: Path, pfs: Sequence[PciAddress]) -> Helper:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def ask_server(directory: Path) -> tuple[str, ...]:
+    """The VFs that a server with its sockets in `directory` could not have bound, the kernel not permitting it."""
+    try:
+        status = decode(fetch_local([directory / STATUS_SOCKET]))
+    except (StatusError, msgspec.MsgspecError, UnicodeDecodeError):
+        return ()  # none runs, or it is none of ours: then nothing is known
+    # The helper's sentence has the kernel's word for the errno in it.
+    words = [f": {os.strerror(number)}" for number in (errno.EACCES, errno.EPERM)]
+    return tuple(vf.address for vf in status.vfs if any(word in vf.reason for word in words))
 
 
 async def _heartbeat(client: HelperClient, pf: PciAddress) -> str:

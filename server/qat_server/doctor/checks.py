@@ -191,18 +191,17 @@ def _dpdk_driver(facts: Facts, settings: Settings) -> Iterator[Finding]:
 
 def _confinement(facts: Facts, _: Settings) -> Iterator[Finding]:
     check = "security module"
-    if facts.apparmor:
-        yield Finding(
-            check,
-            Level.NOTE,
-            "AppArmor is on",
-            "if binding fails with Permission denied, this is why: container runtimes' default profile refuses all "
-            "writes to /sys, so the helper's container needs the profile that comes with the plugin, or Unconfined",
-        )
+    apparmor = facts.apparmor
+    if facts.refused and apparmor.enabled:
+        text = f"AppArmor is on, and the helper was refused (Permission denied) to bind {_words(facts.refused)}"
+        yield Finding(check, Level.PROBLEM, text, apparmor.remedy)
+    elif apparmor.enabled:
+        advice = f"if binding fails with Permission denied, this is why: {apparmor.remedy}"
+        yield Finding(check, Level.NOTE, "AppArmor is on", advice)
     if facts.selinux_enforcing:
         advice = "the containers need a type that may use the kubelet's sockets and /sys: container_device_plugin_t"
         yield Finding(check, Level.NOTE, "SELinux is enforcing", advice)
-    if not facts.apparmor and not facts.selinux_enforcing:
+    if not apparmor.enabled and not facts.selinux_enforcing:
         yield Finding(check, Level.OK, "neither AppArmor nor SELinux is in the way")
 
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from qat_server.apparmor import AppArmor, look
 from qat_shared.devices import DPDK_DRIVERS, PF_DRIVERS, PHYSICAL, VENDOR_INTEL, VF_DRIVERS, VIRTUAL
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice, SysfsError, open_device, pci_addresses
@@ -52,7 +53,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     """One reading. `groups`: IOMMU group to its devices. `modules`: parameter files of vfio's modules, by path.
 
     `kubelet_roots`: the --root-dir of each kubelet that can be seen running. `plugin_directory`: what the kubelet's
-    directory for sockets is to us ("", "missing", "closed": not for us to look into, or "open").
+    directory for sockets is to us ("", "missing", "closed": not for us to look into, or "open"). `refused`: VFs that a
+    running server says could not be bound, since the kernel did not permit the helper's write.
     """
 
     functions: tuple[Function, ...] = ()
@@ -64,11 +66,12 @@ class Facts(Struct, frozen=True, kw_only=True):
     denylist_disabled: bool | None = None
     noiommu: bool | None = None
     vfio_device: bool = False
-    apparmor: bool | None = None
+    apparmor: AppArmor = AppArmor()
     selinux_enforcing: bool | None = None
     kubelet_roots: tuple[str, ...] = ()
     plugin_directory: str = ""
     helper: Helper = Helper()
+    refused: tuple[str, ...] = ()
 
 
 def read_facts(sysfs: Path, proc: Path, dev: Path, plugin_directory: Path, helper: Helper) -> Facts:
@@ -95,7 +98,7 @@ def read_facts(sysfs: Path, proc: Path, dev: Path, plugin_directory: Path, helpe
         denylist_disabled=_switch(sysfs / "module/vfio_pci/parameters/disable_denylist"),
         noiommu=_switch(sysfs / "module/vfio/parameters/enable_unsafe_noiommu_mode"),
         vfio_device=(dev / "vfio/vfio").exists(),
-        apparmor=_switch(sysfs / "module/apparmor/parameters/enabled"),
+        apparmor=look(sysfs, proc),
         selinux_enforcing=_switch(sysfs / "fs/selinux/enforce"),
         kubelet_roots=tuple(sorted(set(_kubelet_roots(proc)))),
         plugin_directory=_state(plugin_directory),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qat_server.doctor.ask import ask_helper
+from qat_server.doctor.ask import ask_helper, ask_server
 from qat_server.doctor.checks import Finding, Level, diagnose
 from qat_server.doctor.facts import Helper, read_facts
 from qat_server.settings import Settings
@@ -26,7 +26,8 @@ def run(settings: Settings, *, as_json: bool, proc: Path = Path("/proc"), dev: P
     facts = read_facts(settings.sysfs_root, proc, dev, settings.socket_directory, Helper())
     pfs = [each.address for each in facts.functions if each.physical and each.driver == PHYSICAL[each.device_id].driver]
     helper = asyncio.run(ask_helper(settings.helper_socket, pfs))
-    findings = diagnose(msgspec.structs.replace(facts, helper=helper), settings)
+    refused = ask_server(settings.socket_directory)
+    findings = diagnose(msgspec.structs.replace(facts, helper=helper, refused=refused), settings)
     if as_json:
         sys.stdout.write(msgspec.json.encode(findings).decode() + "\n")
     else:

@@ -56,32 +56,6 @@ def pci_directory(root: Path) -> Path:
     return pci
 
 
-def pci_addresses(root: Path) -> list[PciAddress]:
-    """The addresses of all PCI devices of all domains, in address order; names that are no address are left out."""
-    found = []
-    for name in os.listdir(pci_directory(root) / "devices"):
-        try:
-            found.append(PciAddress.parse(name))
-        except ValueError:
-            continue
-    return sorted(found)
-
-
-def driver_addresses(root: Path, driver: str) -> list[PciAddress]:
-    """The addresses of the devices bound to a driver, in order; empty when the driver is not loaded."""
-    try:
-        names = os.listdir(pci_directory(root) / "drivers" / driver)
-    except FileNotFoundError:
-        return []
-    found = []
-    for name in names:
-        try:
-            found.append(PciAddress.parse(name))
-        except ValueError:
-            continue  # bind, unbind, new_id, module, ...
-    return sorted(found)
-
-
 class PciDevice:
     """One device's directory, held open, which was at `place` when it was opened. Made by `open_device`."""
 

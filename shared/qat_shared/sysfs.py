@@ -84,7 +84,7 @@ class PciDevice:
                 os.close(descriptor)
         except OSError as error:
             if error.errno in _NOT_THERE:
-                return None
+                return None  # the usual case of the optional ones; an error with all its facts costs more than the look
             raise self._failed(name, error) from error
         if len(raw) > ATTRIBUTE_LIMIT:
             raise MalformedError(str(self.address), name, f"longer than {ATTRIBUTE_LIMIT} bytes")

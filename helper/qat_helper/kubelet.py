@@ -16,6 +16,7 @@ from typing import Final
 
 from qat_helper.errors import UNSIGNED, OperationError
 from qat_helper.node import Node, Outcome
+from qat_shared import NAMESPACE
 from qat_shared.messages import (
     Connected,
     Done,
@@ -26,7 +27,6 @@ from qat_shared.messages import (
     SocketDirectory,
 )
 
-ENDPOINTS: Final = "qat.intel.com"
 MODE: Final = 0o2770
 _PARENTS: Final = {
     SocketDirectory.DEVICE_PLUGINS: "device-plugins",
@@ -54,7 +54,7 @@ def prepare_socket_directory(node: Node, request: PrepareSocketDirectory) -> Out
         number = error.errno or 0
         raise OperationError(
             ErrorCode.KERNEL,
-            f"{folder / ENDPOINTS} cannot be made a directory of group {node.server_gid} ({os.strerror(number)}): "
+            f"{folder / NAMESPACE} cannot be made a directory of group {node.server_gid} ({os.strerror(number)}): "
             "remove what is there, run the helper as root in that group, and start it again if the kubelet's directory "
             "was made anew",
             number,
@@ -66,8 +66,8 @@ def prepare_socket_directory(node: Node, request: PrepareSocketDirectory) -> Out
 
 def _prepare(parent: int, gid: int) -> None:
     with suppress(FileExistsError):
-        os.mkdir(ENDPOINTS, 0o700, dir_fd=parent)
-    directory = os.open(ENDPOINTS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        os.mkdir(NAMESPACE, 0o700, dir_fd=parent)
+    directory = os.open(NAMESPACE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     try:
         if os.fstat(directory).st_gid != gid:
             os.fchown(directory, -1, gid)

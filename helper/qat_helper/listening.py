@@ -12,11 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-PATH_LIMIT: Final = 107  # struct sockaddr_un, less the zero at its end
+from qat_shared import SUN_PATH_LIMIT
+
 _BACKLOG: Final = 16
 SO_PASSRIGHTS: Final = 83
 """Whether peers may pass descriptors here (asm-generic/socket.h); connections have it from their listener."""
-_INHERITED: Final = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
+FIRST_PASSED: Final = 3  # after the standard ones; SD_LISTEN_FDS_START of sd_listen_fds(3)
 
 
 class ListenError(Exception):
@@ -31,8 +32,8 @@ def listening(path: Path, gid: int) -> Iterator[socket.socket]:
             _prepare(inherited)
             yield inherited
         return
-    if len(os.fsencode(path)) > PATH_LIMIT:
-        raise ListenError(f"the socket's path is longer than the {PATH_LIMIT} bytes that the system allows: {path}")
+    if len(os.fsencode(path)) > SUN_PATH_LIMIT:
+        raise ListenError(f"the socket's path is longer than the {SUN_PATH_LIMIT} bytes that the system allows: {path}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         _prepare(listener)
         try:
@@ -58,7 +59,7 @@ def _inherited() -> socket.socket | None:
     if pid != str(os.getpid()):
         return None
     with suppress(OSError):  # no socket, or none that listens
-        listener = socket.socket(fileno=_INHERITED)  # finds out family and type itself
+        listener = socket.socket(fileno=FIRST_PASSED)  # finds out family and type itself
         is_ours = (listener.family, listener.type, number) == (socket.AF_UNIX, socket.SOCK_SEQPACKET, "1")
         if is_ours and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             listener.set_inheritable(False)

@@ -64,28 +64,23 @@ class Policy(Struct, frozen=True):
 
     def check_operation(self, name: str) -> None:
         """Raises OperationError."""
-        if name not in self.operations:
-            raise denied("operations", f"{name} is not among the operations of the helper's policy file")
+        _check_among("operations", name, self.operations)
 
     def check_address(self, address: PciAddress) -> None:
         """Raises OperationError."""
-        if self.addresses is not None and address not in self.addresses:
-            raise denied("addresses", f"{address} is not among the addresses of the helper's policy file")
+        _check_among("addresses", address, self.addresses)
 
     def check_driver(self, driver: DpdkDriver) -> None:
         """Raises OperationError."""
-        if driver not in self.drivers:
-            raise denied("drivers", f"{driver} is not among the drivers of the helper's policy file")
+        _check_among("drivers", driver, self.drivers)
 
     def check_directory(self, directory: SocketDirectory) -> None:
         """Raises OperationError."""
-        if directory not in self.directories:
-            raise denied("directories", f"{directory} is not among the directories of the helper's policy file")
+        _check_among("directories", directory, self.directories)
 
     def check_service(self, service: KubeletService) -> None:
         """Raises OperationError."""
-        if service not in self.services:
-            raise denied("kubelet_services", f"{service} is not among the kubelet_services of the helper's policy file")
+        _check_among("kubelet_services", service, self.services)
 
     def check_vf_count(self, address: PciAddress, count: int) -> None:
         """`count`: the VFs that the PF would have then, whatever number was asked for. Raises OperationError."""
@@ -123,6 +118,12 @@ class Policy(Struct, frozen=True):
         if self.device_ids is not None and (vendor, number) not in self.device_ids:
             raise denied("device_ids", f"{shown} is not among the device_ids of the helper's policy file")
         return number
+
+
+def _check_among(rule: str, what: object, allowed: frozenset[object] | None) -> None:
+    """Every rule that is a list in the policy file; None: all are allowed. Raises OperationError."""
+    if allowed is not None and what not in allowed:
+        raise denied(rule, f"{what} is not among the {rule} of the helper's policy file")
 
 
 def is_qat(vendor: int, number: int) -> bool:

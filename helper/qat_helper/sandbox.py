@@ -18,18 +18,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from qat_helper.listening import FIRST_PASSED
 from qat_shared import confinement
 from qat_shared.confinement import MAKE_DIR, MAKE_REG, READ, READ_DIR, REMOVE_FILE, WRITE_FILE, nearest
 from qat_shared.seccomp import read_profile
 
 PROFILE: Final = Path(__file__).with_name("seccomp.json")
-_FIRST: Final = 3  # after the standard ones; SD_LISTEN_FDS_START of sd_listen_fds(3)
 _TREE: Final = re.compile(r".*?/pci[0-9a-f]{4,}:[0-9a-f]{2}(?=/)", re.ASCII)
 
 
 def close_inherited() -> None:
     """Close all descriptors but the standard ones and those that systemd says it has passed to this process."""
-    first = _FIRST
+    first = FIRST_PASSED
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and (number := os.environ.get("LISTEN_FDS", "")).isdigit():
         first += int(number)
     for name in os.listdir("/proc/self/fd"):

@@ -15,16 +15,11 @@ from msgspec import Struct
 
 from qat_server.functions import UNREADABLE, read_pf, read_vf, sentence
 from qat_server.inventory import Inventory, PhysicalFunction, Problem, VirtualFunction
-from qat_shared.devices import VENDOR_INTEL, VIRTUAL, pf_driver_of
+from qat_server.kernel_drivers import pf_driver_of
+from qat_server.pci_bus import driver_addresses, pci_addresses
+from qat_shared.devices import VENDOR_INTEL, VIRTUAL
 from qat_shared.pci import PciAddress
-from qat_shared.sysfs import (
-    PciDevice,
-    SysfsError,
-    driver_addresses,
-    open_device,
-    pci_addresses,
-    pci_directory,
-)
+from qat_shared.sysfs import PciDevice, SysfsError, open_device, pci_directory
 
 _Found = list[tuple[PciAddress, PciAddress | None]]
 """VFs in address order, each with its PF."""

@@ -24,9 +24,9 @@ from qat_server.device_plugin import DevicePlugin
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import add_DevicePluginServicer_to_server
 from qat_server.grpc_socket import BoundSocket
 from qat_server.inventory import Device
-from qat_server.naming import NAMESPACE
 from qat_server.registration import CannotRegisterError, Registrar, Timing
 from qat_server.status import EndpointState
+from qat_shared import NAMESPACE
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)

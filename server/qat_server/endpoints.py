@@ -10,13 +10,13 @@ from qat_server.endpoint import Endpoint
 from qat_server.endpoint_directory import EndpointDirectory
 from qat_server.helper_client import HelperClient
 from qat_server.inventory import Listing
-from qat_server.naming import NAMESPACE
 from qat_server.registration import Registrar
 from qat_server.registration_socket import SocketRegistrar
 from qat_server.registration_watcher import WatcherRegistrar
 from qat_server.settings import Registration, Settings
 from qat_server.status import EndpointState
 from qat_server.usage import Usage
+from qat_shared import NAMESPACE
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)

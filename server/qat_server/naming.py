@@ -11,9 +11,6 @@ from typing import Final
 from qat_server.inventory import PhysicalFunction, VirtualFunction
 from qat_shared.devices import VIRTUAL
 
-NAMESPACE: Final = "qat.intel.com"
-"""Stands before each resource's name, with a slash."""
-
 GENERIC: Final = "generic"
 _CRYPTO: Final = "cy"
 

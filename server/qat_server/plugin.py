@@ -27,7 +27,6 @@ from qat_server.facts import Facts
 from qat_server.health import HealthMonitor
 from qat_server.helper_client import HelperClient
 from qat_server.inventory import Inventory, Listing
-from qat_server.naming import NAMESPACE
 from qat_server.pages import Pages
 from qat_server.pod_resources import Answer, held_devices
 from qat_server.provisioning.provisioner import Provisioner
@@ -36,7 +35,7 @@ from qat_server.services import Services
 from qat_server.settings import Registration, Settings
 from qat_server.status import State
 from qat_server.usage import Usage
-from qat_shared import VERSION
+from qat_shared import NAMESPACE, VERSION
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError
 

@@ -15,7 +15,7 @@ from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
 from qat_server.helper_client import HelperError, HelperUnavailableError
 from qat_server.inventory import Holder
 from qat_server.kubelet_channel import KubeletDialer
-from qat_server.naming import NAMESPACE
+from qat_shared import NAMESPACE
 from qat_shared.messages import ErrorCode, KubeletService
 from qat_shared.pci import PciAddress
 

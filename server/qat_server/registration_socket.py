@@ -10,8 +10,8 @@ from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub
 from qat_server.helper_client import HelperError
 from qat_server.kubelet_channel import KubeletDialer
-from qat_server.naming import NAMESPACE
 from qat_server.registration import VERSION, CannotRegisterError, Timing
+from qat_shared import NAMESPACE
 from qat_shared.messages import KubeletService
 
 

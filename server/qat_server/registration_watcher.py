@@ -22,8 +22,8 @@ import grpc.aio
 from qat_server.device_plugin import Streams
 from qat_server.generated import pluginregistration_v1_pb2 as pb
 from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
-from qat_server.naming import NAMESPACE
 from qat_server.registration import VERSION, CannotRegisterError, Timing
+from qat_shared import NAMESPACE
 
 TYPE: Final = "DevicePlugin"
 _LONGEST_REASON: Final = 500

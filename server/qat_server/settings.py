@@ -14,10 +14,10 @@ from msgspec import Struct
 from qat_server import values
 from qat_server.allocation import AllocationPolicy
 from qat_server.flags import SERVER_FLAGS
+from qat_server.kernel_drivers import VF_DRIVERS
 from qat_server.log_settings import LogFormat, LogSettings
-from qat_server.naming import NAMESPACE
 from qat_server.values import HostPort
-from qat_shared.devices import VF_DRIVERS
+from qat_shared import NAMESPACE, SUN_PATH_LIMIT
 from qat_shared.messages import DpdkDriver, SocketDirectory
 from qat_shared.sysfs import SysfsError, pci_directory
 
@@ -214,9 +214,9 @@ def _socket_path(text: str) -> Path:
 
 def _check_length(socket: Path) -> None:
     length = len(os.fsencode(socket))
-    if length > values.SUN_PATH_LIMIT:
+    if length > SUN_PATH_LIMIT:
         raise ValueError(
-            f"the socket path {socket} is {length} bytes long, the system allows {values.SUN_PATH_LIMIT}:"
+            f"the socket path {socket} is {length} bytes long, the system allows {SUN_PATH_LIMIT}:"
             " choose a shorter directory"
         )
 

@@ -10,9 +10,6 @@ from typing import Final
 
 from msgspec import Struct
 
-SUN_PATH_LIMIT: Final = 107
-"""Bytes of a Unix socket's path that fit into sockaddr_un (unix(7)), the closing NUL not counted."""
-
 _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 _UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}

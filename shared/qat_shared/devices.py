@@ -60,13 +60,3 @@ VIRTUAL: Final = MappingProxyType(
         0x6F55: Virtual("d15xxvf", 0x6F54, named_by_services=False),
     }
 )
-
-VF_DRIVERS: Final = frozenset(kind.driver for kind in VIRTUAL.values())
-"""Every kernel VF driver of the table: what --kernel-vf-drivers may name."""
-
-PF_DRIVERS: Final = frozenset(kind.driver for kind in PHYSICAL.values())
-
-
-def pf_driver_of(vf_driver: str) -> str:
-    """The PF driver beside a kernel VF driver of the table (4xxxvf: 4xxx)."""
-    return vf_driver.removesuffix("vf")

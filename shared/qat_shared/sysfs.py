@@ -22,6 +22,8 @@ from typing import Final
 from qat_shared.pci import PciAddress
 
 ATTRIBUTE_LIMIT: Final = 4096  # the kernel's own limit: an attribute is at most one page
+# ENODEV and ENXIO: the file was open while its device went away.
+_NOT_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO})
 _VIRTFN = re.compile(r"virtfn([0-9]+)", re.ASCII)
 
 
@@ -56,32 +58,6 @@ def pci_directory(root: Path) -> Path:
     return pci
 
 
-def pci_addresses(root: Path) -> list[PciAddress]:
-    """The addresses of all PCI devices of all domains, in address order; names that are no address are left out."""
-    found = []
-    for name in os.listdir(pci_directory(root) / "devices"):
-        try:
-            found.append(PciAddress.parse(name))
-        except ValueError:
-            continue
-    return sorted(found)
-
-
-def driver_addresses(root: Path, driver: str) -> list[PciAddress]:
-    """The addresses of the devices bound to a driver, in order; empty when the driver is not loaded."""
-    try:
-        names = os.listdir(pci_directory(root) / "drivers" / driver)
-    except FileNotFoundError:
-        return []
-    found = []
-    for name in names:
-        try:
-            found.append(PciAddress.parse(name))
-        except ValueError:
-            continue  # bind, unbind, new_id, module, ...
-    return sorted(found)
-
-
 class PciDevice:
     """One device's directory, held open, which was at `place` when it was opened. Made by `open_device`."""
 
@@ -100,11 +76,16 @@ class PciDevice:
     def read_optional(self, name: str) -> str | None:
         """As `read`, None when the attribute does not exist."""
         try:
-            raw = self._read_raw(name)
-        except MissingError:
-            return None
-        if raw is None:
-            return None
+            # O_NONBLOCK: should somebody have put a pipe there, this must not wait for its writer.
+            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.descriptor)
+            try:
+                raw = os.read(descriptor, ATTRIBUTE_LIMIT + 1)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno in _NOT_THERE:
+                return None  # the usual case of the optional ones; an error with all its facts costs more than the look
+            raise self._failed(name, error) from error
         if len(raw) > ATTRIBUTE_LIMIT:
             raise MalformedError(str(self.address), name, f"longer than {ATTRIBUTE_LIMIT} bytes")
         try:
@@ -174,24 +155,8 @@ class PciDevice:
             if address is not None:
                 yield name, address
 
-    def _read_raw(self, name: str) -> bytes | None:
-        try:
-            # O_NONBLOCK: should somebody have put a pipe there, this must not wait for its writer.
-            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.descriptor)
-        except FileNotFoundError:
-            return None  # the usual case of the optional ones; an error with all its facts costs more than the look
-        except OSError as error:
-            raise self._failed(name, error) from error
-        try:
-            return os.read(descriptor, ATTRIBUTE_LIMIT + 1)
-        except OSError as error:
-            raise self._failed(name, error) from error
-        finally:
-            os.close(descriptor)
-
     def _failed(self, name: str, error: OSError) -> SysfsError:
-        # ENODEV and ENXIO: the file was open while its device went away.
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO):
+        if error.errno in _NOT_THERE:
             return MissingError(str(self.address), name, "not there")
         if error.errno in (errno.EISDIR, errno.ELOOP):
             return MalformedError(str(self.address), name, os.strerror(error.errno))

@@ -28,6 +28,8 @@ OURS = {
     "qat_shared": "codec confinement devices messages pci seccomp sysfs",
 }
 """By package, the modules that the helper imports, all of them."""
+COMMANDS = "commands explain show verify"
+"""Of the helper's distribution, what the root process never loads: `policy check`, `audit verify`, `audit show`."""
 OTHERS = "_core _json_schema _typing_utils _utils _version inspect json msgpack structs toml yaml"
 """Of msgspec: it imports all of itself."""
 STANDARD = """abc argparse array ast builtins codecs collections contextlib copyreg ctypes datetime decimal dis
@@ -36,8 +38,8 @@ keyword linecache locale marshal math ntpath numbers opcode operator os pathlib 
 re reprlib select selectors signal site socket stat string struct sys termios textwrap time token
 tokenize types typing urllib uuid warnings zipimport"""
 """Of the standard library, with what its own parts import; names with an underscore in front are those parts."""
-LINES = 2300
-"""What there is, rounded up, so that no more creeps in; the aim is 1,200."""
+LINES = 2264
+"""What there is, so that no more creeps in; the aim is 1,200."""
 
 BUILD = """
 import os, sys
@@ -112,9 +114,15 @@ def test_how_much_runs_as_root(capsys: pytest.CaptureFixture[str]) -> None:
             file = Path(sys.modules[package.__name__].__file__ or "").parent / f"{name.rpartition('.')[2]}.py"
             counted[name] = lines_of_code(file if name != package.__name__ else file.with_name("__init__.py"))
     total = sum(counted.values())
+    folder = Path(qat_helper.__file__ or "").parent
+    commands = {name: lines_of_code(folder / f"{name}.py") for name in COMMANDS.split()}
+    there = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    assert there == {*OURS["qat_helper"].split(), *commands}, "each module of the distribution is counted"
     with capsys.disabled():
         print(f"\n{total} lines of code run as root (aim: 1200), without blanks, comments and docstrings:")
         print(json.dumps(counted))
+        print(f"{sum(commands.values())} more are in the distribution, which only its other commands load: ", end="")
+        print(json.dumps(commands))
     assert total <= LINES
 
 

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from qat_server.pci_bus import driver_addresses, pci_addresses
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import (
     MalformedError,
     MissingError,
     SysfsError,
-    driver_addresses,
     open_device,
-    pci_addresses,
     pci_directory,
 )
 from sysfs_tree import SysfsTree, address

@@ -12,9 +12,11 @@ from typing import Final
 from msgspec import Struct
 
 from qat_server.apparmor import AppArmor, look
-from qat_shared.devices import DPDK_DRIVERS, PF_DRIVERS, PHYSICAL, VENDOR_INTEL, VF_DRIVERS, VIRTUAL
+from qat_server.kernel_drivers import PF_DRIVERS, VF_DRIVERS
+from qat_server.pci_bus import pci_addresses
+from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
 from qat_shared.pci import PciAddress
-from qat_shared.sysfs import PciDevice, SysfsError, open_device, pci_addresses
+from qat_shared.sysfs import PciDevice, SysfsError, open_device
 
 _LIMIT: Final = 64 * 1024
 _DRIVERS: Final = PF_DRIVERS | VF_DRIVERS | frozenset(DPDK_DRIVERS)

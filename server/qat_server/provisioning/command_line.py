@@ -13,12 +13,12 @@ import typer
 from rich.console import Console
 
 from qat_server import values
+from qat_server.kernel_drivers import VF_DRIVERS
 from qat_server.provisioning import configuration
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.once import ALL_DRIVERS, Once, Outcome, check, provision
 from qat_server.provisioning.qat_conf import ConfigurationError
 from qat_server.settings import SettingsError, check_sysfs_root
-from qat_shared.devices import VF_DRIVERS
 
 _NODE_NAME: Final = typer.Option(
     "--node-name",

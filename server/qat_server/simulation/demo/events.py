@@ -2,11 +2,12 @@
 
 import signal
 
-from qat_server.naming import NAMESPACE, resource_of
+from qat_server.naming import resource_of
 from qat_server.simulation.demo import pods
 from qat_server.simulation.demo.scene import Scene
 from qat_server.simulation.running_node import SimulationError
 from qat_server.status import PfStatus, Status, VfStatus
+from qat_shared import NAMESPACE
 
 
 async def heartbeat(scene: Scene) -> None:

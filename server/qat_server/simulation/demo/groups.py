@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from qat_server.kernel_drivers import PF_DRIVERS, VF_DRIVERS
 from qat_server.simulation.kernel import DeviceState
 from qat_server.simulation.node import Node
 from qat_server.status import Status, VfStatus
-from qat_shared.devices import PF_DRIVERS, VF_DRIVERS
 from qat_shared.pci import PciAddress
 
 DRIVER = "vfio-pci"

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Final
 
 from qat_server import tables
-from qat_server.naming import NAMESPACE
 from qat_server.simulation.demo.groups import DRIVER, Groups, groups_of, spans
 from qat_server.simulation.demo.scene import Scene
 from qat_server.simulation.node import NodeError, Pf
 from qat_server.simulation.running_node import SimulationError
 from qat_server.status import Status
+from qat_shared import NAMESPACE
 from qat_shared.devices import PHYSICAL
 from qat_shared.pci import PciAddress
 

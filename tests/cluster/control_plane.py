@@ -3,8 +3,9 @@
     with running(directory) as plane:                 # on this machine, without a kubelet: what is applied is stored
         plane.kubectl("apply", "-k", "deployments/base")
 
-The same commands run in the guest (cluster_node.py). Users are known by tokens, the server by a certificate that is made
-here; each kubeconfig is in `directory`. Pod Security admission and the other plugins that are on by default are on.
+The same commands run in the guest (cluster_node.py). Users are known by tokens, the server by a certificate that is
+made here; each kubeconfig is in `directory`. Pod Security admission is on, as are the other plugins
+that are on by default.
 """
 
 import contextlib

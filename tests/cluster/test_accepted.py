@@ -1,5 +1,6 @@
-"""A real API server takes what users apply: every overlay, combination and example, validated strictly, with Pod Security
-admission. It runs on this machine, without a node: what is applied is stored, and the controllers act on it."""
+"""A real API server takes what users apply: every overlay, combination and example, validated strictly, with Pod
+Security admission. It runs on this machine, without a node: what is applied is stored, and the controllers act on
+it."""
 
 import re
 import shutil
@@ -11,7 +12,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from cluster import control_plane
+from cluster import control_plane, disk
 from cluster.control_plane import ControlPlane, KubectlError
 from cluster.readme import install_commands
 from deployments import rendered
@@ -29,7 +30,7 @@ _FOREIGN: Final = {
 @pytest.fixture(scope="module")
 def plane() -> Iterator[ControlPlane]:
     for tool in ("etcd", "kube-apiserver"):
-        if not (control_plane.BINARIES / tool).exists():
+        if not (disk.BINARIES / tool).exists():
             pytest.skip(f"{tool} has not been built: make test-cluster builds it")
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl: tests/cluster/prepare installs it where apt-get is")
@@ -42,8 +43,8 @@ def plane() -> Iterator[ControlPlane]:
 
 @pytest.fixture
 def kinds(plane: ControlPlane, tmp_path: Path) -> None:
-    """The definitions of others' kinds: PodMonitor is its project's own, so its fields are checked; the other two take any
-    fields, so of those only that they come is tried."""
+    """The definitions of others' kinds: PodMonitor is its project's own, so its fields are checked; the other two take
+    any fields, so of those only that they come is tried."""
     plane.kubectl("apply", "--server-side", "-f", BUILT / "podmonitors.yaml")
     for group, version, kind, plural, scope in (
         ("nfd.k8s-sigs.io", "v1alpha1", "NodeFeatureRule", "nodefeaturerules", "Cluster"),

@@ -123,7 +123,8 @@ class ControlPlane(Struct, frozen=True):
     def environment(self) -> dict[str, str]:
         """For a user's commands: kubectl is the first on the path, and knows the cluster."""
         path = f"{self.programs}:{os.environ.get('PATH', '')}"
-        return {**os.environ, "KUBECONFIG": str(self.directory / "admin.conf"), "PATH": path}
+        own = {"KUBECONFIG": str(self.directory / "admin.conf"), "KUBECACHEDIR": str(self.directory / "cache")}
+        return {**os.environ, **own, "PATH": path}
 
     def kubectl(self, *words: str | Path) -> str:
         """Run kubectl in the project's folder, on this machine: both its outputs. Raises KubectlError."""

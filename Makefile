@@ -53,6 +53,13 @@ test-node: .venv/.deployments ## run the images and manifests in pods on a node 
 	@tests/cluster/prepare
 	@$(BIN)/pytest -q $(foreach each,base confined lifecycle reboot,tests/cluster/test_$(each).py)
 
+.PHONY: test-cluster
+test-cluster: .venv/.deployments ## apply all manifests to a real API server (builds it; needs Go, Debian's etcd)
+	@echo "==> test-cluster: etcd, kube-apiserver, controllers, scheduler: all manifests, on this machine, without a node"
+	@tests/cluster/prepare
+	@tests/cluster/build etcd kube-apiserver kube-controller-manager kube-scheduler kubectl
+	@$(BIN)/pytest -q tests/cluster/test_accepted.py
+
 .PHONY: test-security
 test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, floods, races, kills (root for all of it)
 	@echo "==> test-security: sandboxes, hostile clients (QAT_FUZZ_DECODER=1000000 QAT_FUZZ_SOCKET=1000000: more of it)"

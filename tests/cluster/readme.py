@@ -10,14 +10,7 @@ _SECTION: Final = "## Install on a cluster"
 
 def install_commands() -> list[str]:
     """The lines of the section's first block."""
-    return _blocks()[0].splitlines()
-
-
-def look_commands() -> list[str]:
-    """Those of its second: `doctor` and `status`."""
-    return _blocks()[1].splitlines()
-
-
-def _blocks() -> list[str]:
     text = (PROJECT / "README.md").read_text()
-    return re.findall(r"^```\n(.*?)^```$", text[text.index(_SECTION) :], re.DOTALL | re.MULTILINE)
+    block = re.search(r"^```\n(.*?)^```$", text[text.index(_SECTION) :], re.DOTALL | re.MULTILINE)
+    assert block is not None, _SECTION
+    return block[1].splitlines()

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -53,16 +54,17 @@ async def test_the_demo_node_from_start_to_pods_and_the_audit_log() -> None:
         assert set(main.device_nodes) == wanted
         with pytest.raises(AdmissionError):
             await node.kubelet.allocate("greedy", [("main", CY, 15)])
-        await node.stop_server()
-        await node.stop_helper()  # nothing is under way any more
-        lines = node.audit_lines()
-    records = [json.loads(line) for line in lines]
-    for before, after in zip(lines, records[1:], strict=False):
-        assert after["previous"] == hashlib.sha256(before).hexdigest()
-    asked = Counter(record["operation"] for record in records if record["event"] == "asked")
-    done = Counter(record["operation"] for record in records if record["event"] == "done")
-    assert asked["BindDriver"] == 28
-    assert asked == done, "each operation has its two lines"
+        await node.stop_server()  # it asks who holds devices when it likes: now nothing new begins
+
+        def told(event: str) -> Counter[str]:
+            records = map(json.loads, node.audit_log.read_bytes().splitlines())
+            return Counter(record["operation"] for record in records if record["event"] == event)
+
+        await node.until("each operation has its two lines", lambda: told("asked") == told("done"))
+        assert told("asked")["BindDriver"] == 28
+        lines = node.audit_log.read_bytes().splitlines()
+    for before, after in itertools.pairwise(lines):
+        assert json.loads(after)["previous"] == hashlib.sha256(before).hexdigest()
 
 
 async def test_in_a_vm_there_are_vfs_without_a_pf() -> None:

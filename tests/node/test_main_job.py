@@ -57,12 +57,12 @@ async def test_the_demo_node_from_start_to_pods_and_the_audit_log() -> None:
         await node.stop_server()  # it asks who holds devices when it likes: now nothing new begins
 
         def told(event: str) -> Counter[str]:
-            records = map(json.loads, node.audit_log.read_bytes().splitlines())
+            records = map(json.loads, node.audit_lines())
             return Counter(record["operation"] for record in records if record["event"] == event)
 
         await node.until("each operation has its two lines", lambda: told("asked") == told("done"))
         assert told("asked")["BindDriver"] == 28
-        lines = node.audit_log.read_bytes().splitlines()
+        lines = node.audit_lines()
     for before, after in itertools.pairwise(lines):
         assert json.loads(after)["previous"] == hashlib.sha256(before).hexdigest()
 

@@ -86,6 +86,8 @@ class _OnHost:
         try:
             for data in self._guest.reports(item.nodeid):
                 report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
+                if report.skipped and isinstance(report.longrepr, list):  # JSON has no tuples, and pytest wants one
+                    report.longrepr = tuple(report.longrepr)
                 if report.when == "call":
                     self._lines += [value for name, value in report.user_properties if name == "measured"]
                 yield report

@@ -11,6 +11,8 @@ from typing import Final
 
 from msgspec import Struct
 
+from qat_server.small_file import read_text
+
 # What container runtimes put around a container whose pod does not say otherwise: containerd, Docker, CRI-O, Podman.
 _DEFAULT: Final = re.compile(r"cri-containerd\.apparmor\.d|docker-default|crio-default.*|containers-default.*")
 _OURS: Final = re.compile(r"qat-.*")
@@ -49,14 +51,8 @@ class AppArmor(Struct, frozen=True):
 
 def look(sysfs_root: Path, proc: Path = Path("/proc")) -> AppArmor:
     """As it is now. Nothing is raised: what cannot be read is not known."""
-    enabled = _text(sysfs_root / "module/apparmor/parameters/enabled")
+    enabled = read_text(sysfs_root / "module/apparmor/parameters/enabled")
     # attr/apparmor where several security modules work; the older place may then tell of another. EINVAL when off.
-    label = _text(proc / "self/attr/apparmor/current") or _text(proc / "self/attr/current") if enabled != "N" else ""
+    own = proc / "self/attr"
+    label = "" if enabled == "N" else read_text(own / "apparmor/current") or read_text(own / "current")
     return AppArmor(None if not enabled else enabled == "Y", re.sub(r" \(\w+\)$", "", label.rstrip("\0\n")))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

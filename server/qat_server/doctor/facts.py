@@ -14,11 +14,11 @@ from msgspec import Struct
 from qat_server.apparmor import AppArmor, look
 from qat_server.kernel_drivers import PF_DRIVERS, VF_DRIVERS
 from qat_server.pci_bus import pci_addresses
+from qat_server.small_file import read_text
 from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice, SysfsError, open_device
 
-_LIMIT: Final = 64 * 1024
 _DRIVERS: Final = PF_DRIVERS | VF_DRIVERS | frozenset(DPDK_DRIVERS)
 
 
@@ -95,8 +95,8 @@ def read_facts(sysfs: Path, proc: Path, dev: Path, plugin_directory: Path, helpe
             for name in _names(sysfs / "kernel/iommu_groups")
             if name.isdecimal()
         },
-        kernel=_release(_text(proc / "sys/kernel/osrelease") or os.uname().release),
-        command_line=_text(proc / "cmdline"),
+        kernel=_release(read_text(proc / "sys/kernel/osrelease") or os.uname().release),
+        command_line=read_text(proc / "cmdline"),
         denylist_disabled=_switch(sysfs / "module/vfio_pci/parameters/disable_denylist"),
         noiommu=_switch(sysfs / "module/vfio/parameters/enable_unsafe_noiommu_mode"),
         vfio_device=(dev / "vfio/vfio").exists(),
@@ -126,9 +126,9 @@ def _function(device: PciDevice) -> Function | None:
 def _kubelet_roots(proc: Path) -> Iterator[str]:
     """Of the processes that are called kubelet and can be seen; /var/lib/kubelet is the kubelet's default."""
     for name in _names(proc):
-        if not name.isdecimal() or _text(proc / name / "comm") != "kubelet":
+        if not name.isdecimal() or read_text(proc / name / "comm") != "kubelet":
             continue
-        words = _text(proc / name / "cmdline").split("\0")
+        words = read_text(proc / name / "cmdline").split("\0")
         root = "/var/lib/kubelet"
         for word, following in zip(words, [*words[1:], ""], strict=True):
             if word.lstrip("-").startswith("root-dir="):
@@ -154,16 +154,8 @@ def _release(text: str) -> tuple[int, int]:
 
 
 def _switch(path: Path) -> bool | None:
-    text = _text(path)
+    text = read_text(path)
     return text in ("Y", "y", "1") if text else None
-
-
-def _text(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return file.read(_LIMIT).decode(errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _names(directory: Path) -> list[str]:

@@ -76,8 +76,9 @@ class Snapshot:
         self.index = AllocationIndex(listed)
         message = pb.ListAndWatchResponse(devices=[entry.listed for entry in self.entries.values()])
         # What the kubelet may know of has not changed: the very same message tells the streams so.
-        same = before is not None and message == before.message
-        self.message: pb.ListAndWatchResponse = before.message if before is not None and same else message
+        self.message: pb.ListAndWatchResponse = (
+            before.message if before is not None and before.message == message else message
+        )
 
 
 def _listed(device: Device) -> pb.Device:

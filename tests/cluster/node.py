@@ -83,8 +83,8 @@ class KubeletNode:
         def ready(pods: dict[str, Manifest]) -> Manifest | None:
             status = pods.get(name, {}).get("status", {})
             assert status.get("phase") != "Failed", status
-            conditions = status.get("conditions", ())
-            return pods[name] if {"type": "Ready", "status": "True"}.items() <= _ready(conditions).items() else None
+            conditions = {each["type"]: each["status"] for each in status.get("conditions", ())}
+            return pods[name] if conditions.get("Ready") == "True" else None
 
         pod: Manifest = self.until(f"{name} is ready", ready)
         return pod
@@ -171,7 +171,3 @@ class KubeletNode:
     def is_open(self, address: str) -> bool:
         """Whether some process has it open, as the kernel says."""
         return self.guest.run(f"cat /sys/bus/pci/devices/{address}/enable").strip() == "1"
-
-
-def _ready(conditions: Any) -> dict[str, str]:
-    return next(({"type": "Ready", "status": each["status"]} for each in conditions if each["type"] == "Ready"), {})

@@ -21,6 +21,7 @@ from qat_server.counters import Counters
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated import deviceplugin_v1beta1_pb2_grpc as rpc
 from qat_server.inventory import Device
+from qat_server.streams import Streams
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
@@ -87,36 +88,6 @@ def _listed(device: Device) -> pb.Device:
         return pb.Device(ID=str(device.address), health=health)
     topology = pb.TopologyInfo(nodes=[pb.NUMANode(ID=device.numa_node)])
     return pb.Device(ID=str(device.address), health=health, topology=topology)
-
-
-class Streams:
-    """How many ListAndWatch streams were opened and have ended, and a way to wait for the next such event.
-
-    `fresh`: one was opened after the last one that ended.
-    """
-
-    def __init__(self, on_opened: Callable[[bool], None] = lambda _: None) -> None:
-        self.opened = 0
-        self.ended = 0
-        self.fresh = False
-        self._on_opened = on_opened
-        self._event = asyncio.Event()
-
-    async def change(self) -> None:
-        """Return when a stream is opened or ends after this call."""
-        self._event.clear()
-        await self._event.wait()
-
-    def open(self) -> None:
-        self.opened += 1
-        self.fresh = True
-        self._event.set()
-        self._on_opened(self.ended > 0)
-
-    def end(self) -> None:
-        self.ended += 1
-        self.fresh = False
-        self._event.set()
 
 
 class DevicePlugin(rpc.DevicePluginServicer):

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 import grpc.aio
 from msgspec import Struct
 
-from qat_server.device_plugin import Streams
+from qat_server.streams import Streams
 
 VERSION: Final = "v1beta1"
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import grpc.aio
 
 from qat_server import kubelet_channel
-from qat_server.device_plugin import OPTIONS, Streams
+from qat_server.device_plugin import OPTIONS
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub
 from qat_server.helper_client import HelperError
 from qat_server.kubelet_channel import KubeletDialer
 from qat_server.registration import VERSION, CannotRegisterError, Timing
+from qat_server.streams import Streams
 from qat_shared import NAMESPACE
 from qat_shared.messages import KubeletService
 

@@ -19,10 +19,10 @@ from typing import Final, TypeAlias
 
 import grpc.aio
 
-from qat_server.device_plugin import Streams
 from qat_server.generated import pluginregistration_v1_pb2 as pb
 from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
 from qat_server.registration import VERSION, CannotRegisterError, Timing
+from qat_server.streams import Streams
 from qat_shared import NAMESPACE
 
 TYPE: Final = "DevicePlugin"

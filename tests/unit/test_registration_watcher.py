@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from qat_server.device_plugin import Streams
 from qat_server.generated import pluginregistration_v1_pb2 as pb
 from qat_server.registration import CannotRegisterError, Timing
 from qat_server.registration_watcher import WatcherRegistrar, socket_name
+from qat_server.streams import Streams
 
 CONTEXT: Any = None  # neither answer needs it
 PATIENT, SHORT = Timing(found=60), Timing(found=0.01)

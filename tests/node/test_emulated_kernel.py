@@ -198,7 +198,7 @@ def test_writer_killed_while_it_waits_does_no_harm(kernel: Kernel) -> None:
         process.kill()
         assert process.wait(120) == -signal.SIGKILL
     handle.close()  # the kernel's part of the work goes on to its end
-    wait_until(lambda: read(kernel, attribute(VF, "enable")) == "0\n" and not kernel._writers)
+    wait_until(lambda: read(kernel, attribute(VF, "enable")) == "0\n" and kernel._writers.idle)
     kernel.probe(VF)
     assert kernel.driver(VF) == "vfio-pci"
 
@@ -289,7 +289,7 @@ def test_nothing_is_left_of_programs_that_ended(kernel: Kernel) -> None:
     def round_trip() -> None:
         with kernel.spawn(["/bin/true"]) as process:
             assert process.wait(120) == 0
-        wait_until(lambda: all(supervisor.ended for _, supervisor in kernel._processes))
+        wait_until(lambda: kernel._writers.gone)
 
     round_trip()
     before = set(os.listdir("/proc/self/fd")), threading.active_count()

@@ -1,17 +1,15 @@
 """The emulated kernel of a simulated node: a tree that looks like sysfs, and answers to what is written there.
 
-Processes read the tree as files. What a process started with `spawn` writes beneath it comes here (interception.py) and
-is answered as the real kernel's store functions answer (stores.py), each write in a thread of its own: one that waits
-holds up nobody else. Uevents go out on a socket. docs/simulation.md says what is faithful and what is not.
+Processes read the tree as files. What a process started with `spawn` writes beneath it comes here (writers.py) and is
+answered as the real kernel's store functions answer (stores.py). Uevents go out on a socket. docs/simulation.md says
+what is faithful and what is not.
 """
 
 import contextlib
 import errno
 import functools
-import logging
 import os
 import subprocess
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -27,9 +25,9 @@ from qat_server.simulation.model import Device, failure
 from qat_server.simulation.node import Node, Pf
 from qat_server.simulation.tree import Tree
 from qat_server.simulation.uevents import Broadcaster
+from qat_server.simulation.vfio_files import OpenVfio, VfioFiles
+from qat_server.simulation.writers import Writers
 from qat_shared.pci import PciAddress
-
-log = logging.getLogger(__name__)
 
 Address = PciAddress | str
 
@@ -42,27 +40,6 @@ class DeviceState(Struct, frozen=True):
     pf: PciAddress | None
     iommu_group: int | None
     opened: bool
-
-
-class OpenVfio:
-    """A device held open as by a DPDK process. `close` lets it go; a call of the object does the same."""
-
-    def __init__(self, kernel: "Kernel", device: Device) -> None:
-        self._kernel = kernel
-        self._device = device
-
-    def close(self) -> None:
-        """Close it; nothing happens the second time."""
-        self._kernel._close_vfio(self._device, self)
-
-    def __call__(self) -> None:
-        self.close()
-
-    def __enter__(self) -> "OpenVfio":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Kernel:
@@ -85,10 +62,9 @@ class Kernel:
         bus.entries = attributes.entries
         bus.refresh = functools.partial(attributes.refresh, self._tree)
         bus.probe_fault = lambda device: self._faults.apply("probe", str(device.address))
-        self._opens: dict[PciAddress, OpenVfio] = {}
+        self._vfio_files = VfioFiles(bus)
         self._hardware = Hardware(bus, node)
-        self._processes: list[tuple[subprocess.Popen[Any], interception.Supervisor]] = []
-        self._writers: set[threading.Thread] = set()
+        self._writers = Writers(self.roots, self.write, self.defects)
         try:
             with bus.monitor:
                 self._hardware.build()
@@ -118,28 +94,7 @@ class Kernel:
 
     def intercepted(self, path: str, data: bytes) -> "int | Future[int]":
         """Answer a write of a process to a file beneath the sysfs root, as a handler of interception.py does."""
-        relative = os.path.relpath(path, self.sysfs_root)
-        if relative.startswith(".."):  # a file of a device that was removed while the writer had it open
-            return -errno.ENODEV
-        future: Future[int] = Future()
-        thread = threading.Thread(
-            target=self._serve, args=(relative, data, future), name=f"write {relative}", daemon=True
-        )
-        self._writers.add(thread)
-        thread.start()
-        return future
-
-    def _serve(self, path: str, data: bytes, future: "Future[int]") -> None:
-        try:
-            result = self.write(path, data)
-        except OSError as error:
-            result = -(error.errno or errno.EIO)
-        except Exception as error:  # the outermost edge of this thread; the writer must get an answer
-            log.exception("the emulated kernel failed in a write", extra={"fields": {"path": path}})
-            self.defects.append(f"{path}: {error!r}")
-            result = -errno.EIO
-        future.set_result(result)
-        self._writers.discard(threading.current_thread())
+        return self._writers.answer(path, data)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -152,25 +107,15 @@ class Kernel:
 
         Raises OSError when it cannot be started, InterceptionError where the system cannot intercept.
         """
-        process, supervisor = interception.spawn(argv, self.roots, self.intercepted, **popen)
-        self._processes = [known for known in self._processes if known[0].returncode is None or not known[1].ended]
-        self._processes.append((process, supervisor))
-        return process
+        return self._writers.spawn(argv, **popen)
 
     def close(self) -> None:
         """Kill what was spawned and still runs, wake every write that waits (ESHUTDOWN), end all threads."""
-        for process, _ in self._processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        self._writers.kill()
         with self._bus.monitor:
             self._bus.closed = True
             self._bus.monitor.notify_all()
-        for thread in tuple(self._writers):
-            thread.join()
-        for _, supervisor in self._processes:
-            supervisor.stop()
-        self._processes.clear()
+        self._writers.end()
         self._uevents.close()
 
     def __enter__(self) -> "Kernel":
@@ -255,25 +200,7 @@ class Kernel:
     def open_vfio(self, address: Address) -> OpenVfio:
         """Open a device as a DPDK process does. Raises OSError: ENODEV when not on vfio-pci, EBUSY when open."""
         with self._bus.monitor:
-            device = self._device(address)
-            if not isinstance(device.driver, drivers.VfioPci) or not device.linked:
-                raise failure(errno.ENODEV)
-            if device.opened:
-                raise failure(errno.EBUSY)
-            device.opened = True
-            self._bus.refresh(device, "enable", "power/runtime_status")
-            handle = self._opens[device.address] = OpenVfio(self, device)
-            return handle
-
-    def _close_vfio(self, device: Device, handle: OpenVfio) -> None:
-        with self._bus.monitor:
-            if self._opens.get(device.address) is not handle:
-                return
-            del self._opens[device.address]
-            device.opened = False
-            with contextlib.suppress(FileNotFoundError):  # the tree may be gone by now
-                self._bus.refresh(device, "enable", "power/runtime_status")
-            self._bus.monitor.notify_all()
+            return self._vfio_files.open(self._device(address))
 
     # Faults
 

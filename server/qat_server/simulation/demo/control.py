@@ -12,8 +12,8 @@ from typing import Final
 from msgspec import Struct
 
 from qat_server.simulation.demo.scene import Scene
-from qat_server.simulation.kernel import OpenVfio
 from qat_server.simulation.kubelet import AdmissionError, KubeletPanicError
+from qat_server.simulation.vfio_files import OpenVfio
 from qat_shared.pci import PciAddress
 
 

@@ -140,7 +140,7 @@ async def test_the_end_of_a_stream_makes_the_socket_anew_under_its_name(kubelet:
         await allocatable(kubelet)
         await until(lambda: endpoint.state.registered)
         before, path = endpoint.socket_path.stat().st_ctime_ns, endpoint.socket_path
-        await kubelet.plugin_gone(CY)  # it drops the client, and would never ask again
+        await kubelet.plugins.plugin_gone(CY)  # it drops the client, and would never ask again
         await kubelet.wait_for(lambda: len(kubelet.registrations) == 2)
         await allocatable(kubelet)
         assert endpoint.socket_path == path
@@ -191,7 +191,7 @@ async def test_nobody_is_turned_away_while_the_socket_is_made_anew(kubelet: Kube
         for n in range(1, 6):
             await until(functools.partial(registered_times, endpoint, n))
             before = endpoint.socket_path.stat().st_ctime_ns
-            await kubelet.plugin_gone(CY)
+            await kubelet.plugins.plugin_gone(CY)
             while endpoint.socket_path.stat().st_ctime_ns == before:
                 _, writer = await asyncio.open_unix_connection(str(endpoint.socket_path))
                 writer.close()
@@ -284,7 +284,7 @@ def test_all_of_it_on_uvloop(directory: Path) -> None:
             await allocatable(kubelet)
             await kubelet.restart()
             await allocatable(kubelet)
-            await kubelet.plugin_gone(CY)
+            await kubelet.plugins.plugin_gone(CY)
             await kubelet.wait_for(lambda: kubelet.allocatable() == {CY: 4})
             await endpoint.withdraw()
             await allocatable(kubelet, 0)

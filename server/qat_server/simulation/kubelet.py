@@ -2,39 +2,29 @@
 
 Start, stop, kill and restart it, admit and free pods, look at capacity and allocatable. All in one event loop; nothing
 runs that `stop` does not end. What a device plugin can feel is ported from the kubelet's source (device_manager.py,
-topology.py, plugin_client.py, plugin_watcher.py, kubelet_services.py), its traps included; the pods are only names.
-
-The trap to know: clients are kept by resource name, and whoever's stream ends drops the *newest* client of that name.
+device_books.py, topology.py, plugins.py, plugin_client.py, plugin_watcher.py, kubelet_services.py), its traps included;
+the pods are only names.
 """
 
 import asyncio
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import grpc.aio
-from msgspec import Struct
 
 from qat_server import grpc_socket
-from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import add_RegistrationServicer_to_server
 from qat_server.generated.podresources_v1_pb2_grpc import add_PodResourcesListerServicer_to_server
 from qat_server.grpc_socket import BoundSocket
 from qat_server.simulation import checkpoint, kubelet_services
+from qat_server.simulation.admission import AdmissionError, KubeletPanicError, TopologyAffinityError
 from qat_server.simulation.checkpoint import Checkpoint
-from qat_server.simulation.device_manager import (
-    AdmissionError,
-    DeviceManager,
-    KubeletPanicError,
-    TopologyAffinityError,
-)
-from qat_server.simulation.kubelet_services import RegisterRefusedError
-from qat_server.simulation.plugin_client import DialError, PluginConnection
-from qat_server.simulation.plugin_watcher import PERIOD, PluginRefusedError, PluginWatcher
+from qat_server.simulation.device_manager import DeviceManager
+from qat_server.simulation.plugin_watcher import PERIOD, PluginWatcher
+from qat_server.simulation.plugins import Hostility, Plugins, Registration
 from qat_server.simulation.pods import Allocation, ContainerAllocation, started_with
 from qat_server.simulation.topology import TopologyPolicy
 
@@ -53,33 +43,8 @@ __all__ = [
 DIAL_TIMEOUT: Final = 10.0
 
 
-class Hostility(StrEnum):
-    """Ways for a kubelet to be broken. CLOSE and GARBAGE take effect when it starts, the others at once."""
-
-    NONE = "none"
-    HANG = "hang"  # Register is never answered
-    REFUSE = "refuse"  # Register is refused as if of a wrong version
-    NO_STREAM = "no-stream"  # registers, but never asks for the devices
-    END_STREAM = "end-stream"  # registers, and ends each stream after the first list
-    CLOSE = "close"  # closes each connection at once
-    GARBAGE = "garbage"  # answers with what is no HTTP/2
-
-
-class Registration(Struct, frozen=True):
-    """A Register request, or a plugin that was found: `error` is "" if accepted, `at` by the kubelet's clock.
-
-    `endpoint` as it was named; that of a plugin that was found is absolute.
-    """
-
-    resource: str
-    endpoint: str
-    version: str
-    error: str
-    at: float
-
-
 class Kubelet:
-    """One kubelet with its directory (as /var/lib/kubelet). `registrations` are all that were asked of it.
+    """One kubelet with its directory (as /var/lib/kubelet).
 
     `watcher_period`: seconds between two looks at plugins_registry.
     """
@@ -95,24 +60,35 @@ class Kubelet:
         watcher_period: float = PERIOD,
     ) -> None:
         self.directory = directory
-        self.hostility = Hostility.NONE
-        self.registrations: list[Registration] = []
         self._topology_policy = topology_policy
         self._numa_nodes = tuple(numa_nodes)
         self._clock = clock
         self._serves_pod_resources = pod_resources
-        self._dial_timeout = dial_timeout
         self._watcher_period = watcher_period
         self._watcher: PluginWatcher | None = None
         self._manager = DeviceManager(topology_policy, numa_nodes, clock)
         self._pods: dict[str, tuple[str, ...]] = {}
-        self._clients: dict[str, PluginConnection] = {}
-        self._open: set[PluginConnection] = set()
-        self._watching: set[asyncio.Task[None]] = set()
+        self.plugins = Plugins(
+            self.plugin_directory, lambda: self._manager, self._listed, self._changed, clock, dial_timeout
+        )
         self._servers: list[tuple[grpc.aio.Server, BoundSocket]] = []
         self._raw: asyncio.Server | None = None
         self._admission = asyncio.Lock()
         self._change = asyncio.Event()
+
+    @property
+    def hostility(self) -> Hostility:
+        """How it is broken; may be set at any time."""
+        return self.plugins.hostility
+
+    @hostility.setter
+    def hostility(self, hostility: Hostility) -> None:
+        self.plugins.hostility = hostility
+
+    @property
+    def registrations(self) -> list[Registration]:
+        """All that were asked of it, over all its lives."""
+        return self.plugins.registrations
 
     @property
     def plugin_directory(self) -> Path:
@@ -149,14 +125,14 @@ class Kubelet:
             self._raw = await asyncio.start_unix_server(self._misbehave, path)
             return
         server = grpc.aio.server()
-        add_RegistrationServicer_to_server(kubelet_services.Registration(self._register), server)
+        add_RegistrationServicer_to_server(kubelet_services.Registration(self.plugins.register), server)
         await self._serve(server, path)
         if self._serves_pod_resources:
             server = grpc.aio.server()
             service = kubelet_services.PodResources(lambda: self._manager, lambda: self._pods)
             add_PodResourcesListerServicer_to_server(service, server)
             await self._serve(server, pod_resources / "kubelet.sock")
-        self._watcher = PluginWatcher(self.registry_directory, self, self._clock, self._watcher_period)
+        self._watcher = PluginWatcher(self.registry_directory, self.plugins, self._clock, self._watcher_period)
         self._watcher.start()
         self._changed()
 
@@ -171,13 +147,7 @@ class Kubelet:
         if self._watcher is not None:
             await self._watcher.stop()
             self._watcher = None
-        for connection in list(self._clients.values()):
-            await self._disconnect(connection)
-        for task in self._watching:
-            task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
-        for connection in list(self._open):  # those that a later registration displaced
-            await self._close(connection)
+        await self.plugins.end()
         servers, self._servers = self._servers, []
         for server, bound in servers:
             await server.stop(None)
@@ -250,103 +220,6 @@ class Kubelet:
         self._manager.active.discard(_key(pod))
         self._changed()
 
-    # Plugins
-
-    async def _register(self, request: pb.RegisterRequest) -> None:
-        """The registration service. Raises RegisterRefusedError."""
-        resource = request.resource_name
-        with self._noting(resource, request.endpoint, request.version):
-            [version] = self._as_heard([request.version])
-            kubelet_services.check_request(version, resource)
-            await self._perhaps_hang()
-            # filepath.Join takes an absolute endpoint for a relative one too.
-            await self._connect(resource, self.plugin_directory / request.endpoint.lstrip("/"))
-
-    async def plugin_found(self, name: str, endpoint: str, versions: Sequence[str]) -> None:
-        """The plugin watcher's handler: a relative endpoint is one of the kubelet's working directory."""
-        try:
-            with self._noting(name, endpoint, " ".join(versions)):
-                kubelet_services.check_plugin(name, self._as_heard(versions))
-                await self._perhaps_hang()
-                try:
-                    await self._connect(name, Path(endpoint))
-                except DialError as failure:
-                    raise RegisterRefusedError(f"plugin registration failed with err: {failure}") from failure
-        except RegisterRefusedError as refused:
-            raise PluginRefusedError(str(refused)) from refused
-
-    async def plugin_gone(self, name: str) -> None:
-        """The plugin watcher's handler: whose socket it was does not count, the newest client is dropped."""
-        current = self._clients.get(name)
-        if current is not None:
-            await self._disconnect(current)
-
-    def _as_heard(self, versions: Sequence[str]) -> Sequence[str]:
-        return [f"not {version}" for version in versions] if self.hostility is Hostility.REFUSE else versions
-
-    async def _perhaps_hang(self) -> None:
-        if self.hostility is Hostility.HANG:
-            await asyncio.Event().wait()
-
-    @contextlib.contextmanager
-    def _noting(self, resource: str, endpoint: str, version: str) -> Iterator[None]:
-        def note(error: str) -> None:
-            self.registrations.append(Registration(resource, endpoint, version, error, self._clock()))
-            self._changed()
-
-        if self.hostility is Hostility.HANG:
-            note("hangs")
-            yield
-            return
-        try:
-            yield
-        except (RegisterRefusedError, DialError) as failure:
-            note(str(failure))
-            raise RegisterRefusedError(str(failure)) from failure
-        note("")
-
-    async def _connect(self, resource: str, path: Path) -> None:
-        """connectClient: the newest client of a name replaces the older one, which goes on unknown to it."""
-        connection = PluginConnection(resource, path)
-        self._open.add(connection)
-        self._clients[connection.resource] = connection
-        try:
-            await connection.connect(self._dial_timeout)
-        except BaseException:
-            self._clients.pop(connection.resource, None)
-            await self._close(connection)
-            raise
-        self._manager.connected(connection.resource, connection)
-        if self.hostility is not Hostility.NO_STREAM:
-            task = asyncio.create_task(self._watch(connection))
-            self._watching.add(task)
-            task.add_done_callback(self._watching.discard)
-
-    async def _watch(self, connection: PluginConnection) -> None:
-        """runClient: at the end of the stream the client that has this name *now* is dropped."""
-        if self.hostility is Hostility.END_STREAM:
-            await connection.open_and_end_stream()
-        else:
-            await connection.watch(lambda devices: self._listed(connection.resource, devices))
-        current = self._clients.get(connection.resource)
-        if current is not None:
-            await self._disconnect(current)
-
-    def _listed(self, resource: str, devices: Sequence[pb.Device]) -> None:
-        self._manager.listed(resource, devices)
-        self._write_checkpoint()
-        self._changed()
-
-    async def _disconnect(self, connection: PluginConnection) -> None:
-        self._clients.pop(connection.resource, None)
-        await self._close(connection)
-        self._manager.disconnected(connection.resource)
-        self._changed()
-
-    async def _close(self, connection: PluginConnection) -> None:
-        self._open.discard(connection)
-        await connection.close()
-
     # Files and sockets
 
     async def _serve(self, server: grpc.aio.Server, path: Path) -> None:
@@ -360,6 +233,10 @@ class Kubelet:
         if self.hostility is Hostility.GARBAGE:
             writer.write(b"\x00\xff this is no HTTP/2 at all \r\n\r\n" * 16)
         writer.close()
+
+    def _listed(self) -> None:
+        self._write_checkpoint()
+        self._changed()
 
     def _write_checkpoint(self) -> None:
         checkpoint.write(self.plugin_directory, Checkpoint(self._manager.resources(), self._manager.pods))

@@ -11,7 +11,7 @@ import grpc.aio
 
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
-from qat_server.simulation.device_manager import AdmissionError
+from qat_server.simulation.admission import AdmissionError
 
 _OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0), ("grpc.enable_http_proxy", 0))
 _T = TypeVar("_T")

@@ -9,13 +9,13 @@ import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from qat_server import logs
 from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
-from qat_server.lock import NAME, only_server
+from qat_server.lock import only_server
 from qat_server.settings import Registration
 
 log = logs.get(__name__)
@@ -81,15 +81,17 @@ class EndpointDirectory:
     @asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
         """As the only server that works, after any other has ended. Raises DirectoryUnusableError."""
-        try:
-            async with only_server(self.path, self._node_directory, self._wait) as self._lock:
-                self.waits_for = ""
-                self._missed.clear()
-                yield
-        except OSError as error:
-            if error.filename is None or Path(error.filename) != self.path / NAME:
-                raise
-            raise self._unusable(error) from error
+        async with AsyncExitStack() as stack:
+            try:
+                one = only_server(self.path, self._node_directory, self._wait)
+                self._lock = await stack.enter_async_context(one)
+                if not self._usable():
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            except OSError as error:
+                raise self._unusable(error) from error
+            self.waits_for = ""
+            self._missed.clear()
+            yield
 
     async def until_gone(self) -> None:
         """While held: raises DirectoryGoneError once somebody has missed it, and it has indeed gone."""
@@ -104,31 +106,21 @@ class EndpointDirectory:
         self.waits_for = f"another server works here: waiting for its end ({lock})"
 
     def _there(self) -> bool:
-        """Whether the path still leads to the file that is locked."""
+        """Whether the path still leads to the directory that is locked."""
         try:
-            found = os.stat(self.path / NAME)
+            found = os.stat(self.path)
         except OSError:
             return False
         held = os.fstat(self._lock)
         return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
-    def _is_anothers(self) -> bool:
-        try:
-            return os.stat(self.path / NAME).st_uid != os.geteuid()
-        except OSError:
-            return False
-
     def _usable(self) -> bool:
         return os.access(self.path, os.W_OK | os.X_OK)
 
     def _unusable(self, error: OSError) -> DirectoryUnusableError:
-        why = os.strerror(error.errno or 0)
         number = error.errno or 0
-        if number == errno.EACCES and self._is_anothers():
-            return DirectoryUnusableError(
-                f"{self.path / NAME} cannot be opened ({why}): a server that ran as another user has left it; remove it"
-            )
-        what = "is not there" if number in (errno.ENOENT, errno.ENOTDIR) else f"cannot be written to ({why})"
+        there = number not in (errno.ENOENT, errno.ENOTDIR)
+        what = f"is not open to this server ({os.strerror(number)})" if there else "is not there"
         tree = "/".join(self.path.parts[-2:])
         return DirectoryUnusableError(
             f"{self.path} {what}: mount the kubelet's {tree} there, which the helper makes for this server's group,"

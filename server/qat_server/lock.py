@@ -1,9 +1,9 @@
 """One server works at a time: advisory locks, which the kernel drops when their holder ends.
 
-One is in the directory of the endpoints' sockets. It is another directory for each way to register, so when a rolling
+One is on the directory of the endpoints' sockets. It is another directory for each way to register, so when a rolling
 update changes --registration this lock would not be enough: the other one is on a directory that is the node's
-whatever the settings, that of the helper's socket. Nothing is written there (it is root's): a directory that can be
-read can be locked.
+whatever the settings, that of the helper's socket. Both are on the directories themselves (whoever can read one can
+lock it): a file in them would be one user's, and in the way of a server that runs as another later on.
 """
 
 import asyncio
@@ -19,7 +19,6 @@ from qat_server import logs
 
 log = logs.get(__name__)
 
-NAME: Final = ".server.lock"
 _RETRY: Final = 0.1  # seconds; a rolling update hands over within this
 
 
@@ -27,22 +26,27 @@ _RETRY: Final = 0.1  # seconds; a rolling update hands over within this
 async def only_server(
     directory: Path, node_directory: Path | None = None, on_wait: Callable[[Path], None] = lambda _: None
 ) -> AsyncIterator[int]:
-    """Wait until no other server holds the locks, then hold them. Yields the descriptor of `directory`'s lock file.
+    """Wait until no other server holds the locks, then hold them. Yields `directory`'s descriptor.
 
-    `on_wait` is called with what is waited for. Raises OSError when the file in `directory` cannot be made; a
-    `node_directory` that cannot be read is done without.
+    `on_wait` is called with what is waited for. Raises OSError when `directory` cannot be read; a `node_directory` that
+    cannot be read is done without.
     """
     with contextlib.ExitStack() as stack:
         if node_directory is not None:
             with contextlib.suppress(OSError):
-                node = os.open(node_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                stack.callback(os.close, node)
-                await _locked(node, node_directory, on_wait)
-        path = directory / NAME
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o660)
-        stack.callback(os.close, file)
-        await _locked(file, path, on_wait)
-        yield file
+                node = _opened(node_directory, stack)
+                # Two locks on one directory: the second would wait for the first.
+                if not os.path.samestat(os.fstat(node), os.stat(directory)):
+                    await _locked(node, node_directory, on_wait)
+        descriptor = _opened(directory, stack)
+        await _locked(descriptor, directory, on_wait)
+        yield descriptor
+
+
+def _opened(directory: Path, stack: contextlib.ExitStack) -> int:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    stack.callback(os.close, descriptor)
+    return descriptor
 
 
 async def _locked(descriptor: int, path: Path, on_wait: Callable[[Path], None]) -> None:

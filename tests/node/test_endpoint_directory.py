@@ -1,15 +1,21 @@
 """The directory of the endpoints' sockets: not prepared by the helper, gone, or another server's."""
 
-import errno
+import asyncio
 import os
 import shutil
-from collections.abc import Callable
+import socket
+import tempfile
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from helper_process import forked, needs_root
+from qat_helper.kubelet import MODE
 from qat_server.counters import Counters
 from qat_server.endpoint_directory import DirectoryUnusableError, EndpointDirectory
+from qat_server.grpc_socket import private_name, put, remove_leftovers
 from qat_server.helper_client import HelperClient
 from qat_server.settings import Registration
 from qat_server.simulation.node import Node, Pf
@@ -49,25 +55,34 @@ async def test_an_audit_log_that_was_moved_away_does_not_keep_a_watched_server_f
         await node.until("registered", lambda: node.kubelet.allocatable().get(CY) == 4, 40)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a file is given to another user")
-async def test_a_lock_file_that_another_user_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a change from the manifests to the systemd units, whose server is another user."""
-    lock = tmp_path / ".server.lock"
-    lock.touch()
-    os.chown(lock, 65532, 65532)
-    opened = os.open
+@needs_root
+def test_a_server_that_is_another_user_goes_on_where_the_last_one_was_killed() -> None:
+    """From the manifests to the systemd units and back: uid and gid change, and the helper gives the directory on."""
 
-    def refusing(path: str | Path, flags: int, mode: int = 0o777) -> int:
-        if Path(path) == lock:  # which root is not refused
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(lock))
-        return opened(path, flags, mode)
+    async def work(path: Path) -> None:
+        helper = HelperClient(path / "no-helper.sock", Counters())
+        async with EndpointDirectory(helper, Registration.KUBELET_SOCKET, path, path).held():
+            remove_leftovers(path)
+            with private_name(path) as private, socket.socket(socket.AF_UNIX) as endpoint:
+                endpoint.bind(private)
+                put(private, path / "cy.sock")
 
-    monkeypatch.setattr(os, "open", refusing)
-    helper = HelperClient(tmp_path / "helper.sock", Counters())
-    directory = EndpointDirectory(helper, Registration.KUBELET_SOCKET, tmp_path, tmp_path)
-    with pytest.raises(DirectoryUnusableError, match=r"server\.lock cannot be opened .* another user has left it"):
-        async with directory.held():
-            pass
+    with tempfile.TemporaryDirectory(prefix="qat-", dir="/tmp") as parent:
+        os.chmod(parent, 0o755)  # noqa: S103 - all those users go through it
+        path = Path(parent, "qat.intel.com")
+        path.mkdir()
+        for user in (65532, 65533, 65532):
+            os.chown(path, 0, user)
+            os.chmod(path, MODE)
+            assert forked(user, user, [partial(os.umask, 0o077), lambda: asyncio.run(work(path))]) == 0
+            assert (path / "cy.sock").stat().st_uid == user
+        os.chown(path, 0, 0)
+        assert forked(65532, 65532, [lambda: asyncio.run(refused(work(path)))]) == 0
+
+
+async def refused(work: Coroutine[None, None, None]) -> None:
+    with pytest.raises(DirectoryUnusableError, match="is not open to this server"):
+        await work
 
 
 @pytest.mark.parametrize("way", list(Registration))

@@ -1,6 +1,7 @@
 """One server at a time: the second waits, and goes on when the first has ended."""
 
 import asyncio
+import os
 from pathlib import Path
 
 from qat_server.lock import only_server
@@ -22,3 +23,11 @@ async def test_the_second_waits_for_the_first(tmp_path: Path) -> None:
         order.append("first ends")
     await asyncio.wait_for(task, 120)
     assert order == ["first works", "second asks", "first ends", "second works"]
+
+
+async def test_two_directories_that_are_one_are_locked_once(tmp_path: Path) -> None:
+    """As where the helper's socket is among those of the endpoints."""
+    (tmp_path / "also").symlink_to(tmp_path)
+    async with asyncio.timeout(120), only_server(tmp_path, tmp_path / "also") as descriptor:
+        assert os.path.samestat(os.fstat(descriptor), os.stat(tmp_path))
+        assert os.listdir(tmp_path) == ["also"]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qat_server.simulation.demo.audit import examples
+from qat_server.simulation.demo.audit import _lines, examples
 from qat_server.simulation.demo.groups import Groups, groups_of
 from qat_server.simulation.kernel import DeviceState
 from qat_server.simulation.node import LoneVf, Node, Pf
@@ -65,6 +65,13 @@ def test_a_reason_is_said_once() -> None:
 
 def record(sequence: int, event: str, operation: str = "", asked: int = 0) -> dict[str, Any]:
     return {"sequence": sequence, "event": event, "operation": operation, "asked": asked}
+
+
+def test_one_line_is_no_lines() -> None:
+    assert [_lines("the helper's start", number) for number in (1, 2)] == [
+        "1 more line of the helper's start",
+        "2 more lines of the helper's start",
+    ]
 
 
 def test_an_end_is_shown_with_its_own_beginning_and_all_in_order() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import starmap
 from typing import Any
 
 from qat_server import tables
@@ -25,7 +26,11 @@ def show_audit(scene: Scene) -> None:
     columns = ("line", "event", "operation", "of what", "verdict", "ms")
     tables.show(scene.console, "", columns, map(_row, shown))
     if more:
-        scene.say("not shown: " + ", ".join(f"{number} more lines of {name}" for name, number in more.items()))
+        scene.say("not shown: " + ", ".join(starmap(_lines, more.items())))
+
+
+def _lines(name: str, number: int) -> str:
+    return f"{number} more line{'' if number == 1 else 's'} of {name}"
 
 
 def _row(record: Record) -> tuple[str, ...]:

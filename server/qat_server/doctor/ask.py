@@ -49,7 +49,8 @@ def ask_server(directory: Path) -> tuple[str, ...]:
         status = decode(fetch_local([directory / STATUS_SOCKET]))
     except (StatusError, msgspec.MsgspecError, UnicodeDecodeError):
         return ()  # none runs, or it is none of ours: then nothing is known
-    # The helper's sentence has the kernel's word for the errno in it.
+    # The helper's sentence has the kernel's word for the errno in it: always the C locale's, since Python sets no other
+    # for messages, there or here.
     words = [f": {os.strerror(number)}" for number in (errno.EACCES, errno.EPERM)]
     return tuple(vf.address for vf in status.vfs if any(word in vf.reason for word in words))
 

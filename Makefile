@@ -10,7 +10,7 @@ SOURCES := shared helper server tests docs deployments
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 .PHONY: venv
 venv: $(READY) ## make .venv/ with qat-helper and qat-plugin in its bin

@@ -3,6 +3,7 @@
 import msgspec
 
 from qat_server.simulation import kubelet as emulated
+from qat_server.simulation.pods import AdmittedPod
 
 
 class Mount(msgspec.Struct, frozen=True):
@@ -44,34 +45,10 @@ class ContainerAllocation(msgspec.Struct, frozen=True):
         return tuple(mount.host_path for mount in self.mounted)
 
 
-class Allocation(msgspec.Struct, frozen=True):
-    """An admitted pod, by container. The properties are of all containers together, as in the emulated kubelet's."""
+class Allocation(AdmittedPod[ContainerAllocation], frozen=True):
+    """An admitted pod."""
 
     pod: str
-    containers: dict[str, ContainerAllocation]
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """All ids, container by container."""
-        return tuple(id_ for each in self.containers.values() for id_ in each.devices)
-
-    @property
-    def envs(self) -> dict[str, str]:
-        """The environment; of several containers, whose variables have the same names, the first one's counts."""
-        merged: dict[str, str] = {}
-        for each in self.containers.values():
-            merged = each.envs | merged
-        return merged
-
-    @property
-    def device_nodes(self) -> tuple[str, ...]:
-        """Paths on the host, each once."""
-        return tuple(dict.fromkeys(path for each in self.containers.values() for path in each.device_nodes))
-
-    @property
-    def mounts(self) -> tuple[str, ...]:
-        """Paths on the host, each once."""
-        return tuple(dict.fromkeys(path for each in self.containers.values() for path in each.mounts))
 
 
 class Holder(msgspec.Struct, frozen=True):

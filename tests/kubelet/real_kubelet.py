@@ -287,7 +287,7 @@ class RealKubelet:
                 raise
             kind = TopologyAffinityError if error.reason == "TopologyAffinityError" else AdmissionError
             raise kind(pod, error.reason, error.message) from None
-        return Allocation(pod, {container.name: container for container in allocated.containers})
+        return Allocation({container.name: container for container in allocated.containers}, pod)
 
     async def restart_container(self, pod: str, container: str) -> ContainerAllocation:
         """Start a container of an admitted pod again, as after its crash: no admission, and no other devices."""

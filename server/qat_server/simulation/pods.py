@@ -1,5 +1,7 @@
 """What the emulated kubelet knows of pods: what each container holds, and what a container is started with."""
 
+from typing import Generic, Protocol, TypeVar
+
 from msgspec import Struct
 
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
@@ -21,19 +23,29 @@ Pods = dict[str, dict[str, dict[str, Held]]]
 """Pod (namespace/name), container, resource."""
 
 
-class ContainerAllocation(Struct, frozen=True):
-    """What a container is started with; `device_nodes` and `mounts` are paths on the host."""
+class Given(Protocol):
+    """What one container is started with: device ids, and paths on the host."""
 
-    devices: tuple[str, ...]
-    envs: dict[str, str]
-    device_nodes: tuple[str, ...]
-    mounts: tuple[str, ...]
+    @property
+    def devices(self) -> tuple[str, ...]: ...
+
+    @property
+    def envs(self) -> dict[str, str]: ...
+
+    @property
+    def device_nodes(self) -> tuple[str, ...]: ...
+
+    @property
+    def mounts(self) -> tuple[str, ...]: ...
 
 
-class Allocation(Struct, frozen=True):
-    """What a pod got, by container. The properties are of all containers together."""
+_Container = TypeVar("_Container", bound=Given)
 
-    containers: dict[str, ContainerAllocation]
+
+class AdmittedPod(Struct, Generic[_Container], frozen=True):
+    """What a pod got from some kubelet, by container. The properties are of all containers together."""
+
+    containers: dict[str, _Container]
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -57,6 +69,19 @@ class Allocation(Struct, frozen=True):
     def mounts(self) -> tuple[str, ...]:
         """All mounts, each once."""
         return tuple(dict.fromkeys(mount for each in self.containers.values() for mount in each.mounts))
+
+
+class ContainerAllocation(Struct, frozen=True):
+    """What a container is started with; `device_nodes` and `mounts` are paths on the host."""
+
+    devices: tuple[str, ...]
+    envs: dict[str, str]
+    device_nodes: tuple[str, ...]
+    mounts: tuple[str, ...]
+
+
+class Allocation(AdmittedPod[ContainerAllocation], frozen=True):
+    """What a pod got from the emulated kubelet."""
 
 
 def started_with(held: dict[str, Held]) -> ContainerAllocation:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from kubelet import real_kubelet
+from kubelet import harness_process
 from kubelet.nodes import CY, TWO_NODES
 from kubelet.production import production_node, why_one_user
 from qat_server.registration import Timing
@@ -21,10 +21,10 @@ ALLOCATABLE: Final = {CY: 12}
 
 async def kubelet_times(show: Callable[[str, str, str], None]) -> None:
     """Print one row for each: what, median and slowest."""
-    if why_not := real_kubelet.why_not():
+    if why_not := harness_process.why_not():
         show("server's start, kubelet's start to allocatable", "not measured", why_not)
         return
-    real_kubelet.build()
+    harness_process.build()
     print(f"\nReal kubelet, 12 VFs bound already ({why_one_user() or 'each process as its own user'})", flush=True)
     for registration in Registration:
         after_server, after_kubelet = [], []

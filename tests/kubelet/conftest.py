@@ -2,15 +2,15 @@
 
 import pytest
 
-from kubelet import measured, production, real_kubelet
+from kubelet import harness_process, measured, production
 from qat_server.settings import Registration
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _built() -> None:
-    if why := real_kubelet.why_not():
+    if why := harness_process.why_not():
         pytest.skip(why)
-    real_kubelet.build()
+    harness_process.build()
 
 
 @pytest.fixture(params=list(Registration))

@@ -1,4 +1,4 @@
-"""The real kubelet's device manager, for tests: starts the harness (harness/, built by ./build), speaks its commands.
+"""The real kubelet's device manager, for tests: what one can do with it, and see of it.
 
     from kubelet.real_kubelet import RealKubelet       # tests/ is on pytest's path
 
@@ -6,19 +6,13 @@
         await kubelet.wait_for(allocatable={"qat.intel.com/cy": 4})
         allocation = await kubelet.allocate("pod-a", [("main", "qat.intel.com/cy", 2)])
 
-Each command has its own connection, so that commands can be under way at the same time. The kubelet's log, and the
-trace of its crash, is `log`, beside the kubelet's directory.
+Several things can be asked at the same time. Its process is that of harness_process.py.
 """
 
-import asyncio
-import contextlib
-import os
-import shutil
-import subprocess
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Final, Literal, Self
 
 import msgspec
 
@@ -28,24 +22,19 @@ from kubelet.answers import (
     Check,
     ContainerAllocation,
     Device,
-    KubeletDiedError,
     KubeletError,
-    KubeletPanicError,
     PodDevices,
     Quantities,
     RefusedPod,
     TopologyAffinityError,
     Waited,
 )
+from kubelet.harness_process import HARNESS, Harness
 from qat_server.simulation.topology import TopologyPolicy
 
-HARNESS: Final = Path(__file__).parent / "harness" / "bin" / "kubelet-harness"
 CHECKPOINT: Final = "kubelet_internal_checkpoint"
 
 Damage = Literal["garbage", "checksum", "empty", "removed"]
-_T = TypeVar("_T")
-
-_ANSWER_LIMIT: Final = 64 << 20  # bytes of one answer: thousands of devices fit
 
 
 class _Devices(msgspec.Struct):
@@ -77,33 +66,6 @@ class _Nothing(msgspec.Struct):
     pass
 
 
-class _Error(msgspec.Struct):
-    kind: str
-    reason: str
-    message: str
-
-
-class _Answer(msgspec.Struct):
-    ok: bool
-    ms: float
-    result: msgspec.Raw = msgspec.Raw(b"{}")
-    error: _Error | None = None
-
-
-def why_not() -> str:
-    """Why there can be no harness here, "" if there can."""
-    return "" if shutil.which("go") or HARNESS.exists() else "Go is needed to compile the kubelet"
-
-
-def build(output: Path = HARNESS) -> str:
-    """Build the harness unless it is up to date (minutes with empty caches): the script's line. Raises KubeletError."""
-    script = Path(__file__).parent / "build"
-    done = subprocess.run([script, output], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise KubeletError("build", f"{script} failed:\n{done.stdout}{done.stderr}")
-    return done.stdout
-
-
 class RealKubelet:
     """One kubelet on `directory` (its --kubelet-dir), with `numa` NUMA nodes. Pods outlive its restarts and crashes."""
 
@@ -116,18 +78,7 @@ class RealKubelet:
         verbosity: int = 4,
     ) -> None:
         self.directory = directory
-        self.control = directory.with_name(directory.name + ".control")
-        self.log = directory.with_name(directory.name + ".log")
-        self.process: subprocess.Popen[bytes] | None = None
-        self._command = [
-            str(harness),
-            f"--kubelet-dir={directory}",
-            f"--control={self.control}",
-            f"--log={self.log}",
-            f"--policy={policy}",
-            f"--numa={numa}",
-            f"-v={verbosity}",
-        ]
+        self._harness = Harness(directory, harness, (f"--policy={policy}", f"--numa={numa}", f"-v={verbosity}"))
 
     @property
     def plugin_directory(self) -> Path:
@@ -148,7 +99,7 @@ class RealKubelet:
     @property
     def alive(self) -> bool:
         """Whether the process runs: a kubelet that crashed is not alive, one that was stopped is."""
-        return self.process is not None and self.process.poll() is None
+        return self._harness.alive
 
     async def __aenter__(self) -> Self:
         try:
@@ -166,19 +117,16 @@ class RealKubelet:
     async def start(self, *, reboot: bool = False) -> tuple[RefusedPod, ...]:
         """Start the stopped, killed or never started kubelet. Pods from before are admitted again: those refused are
         returned, and gone. With `reboot` their containers do not run, as after a reboot of the node."""
-        await self._launch()
-        return (await self._ask("start", _Started, reboot=reboot)).refused
+        await self._harness.launch()
+        return (await self._harness.ask("start", _Started, reboot=reboot)).refused
 
     async def stop(self, kill: bool = False) -> None:
         """Stop the kubelet in order: streams end, its sockets are removed. With `kill` its process gets a SIGKILL and
         the sockets stay behind (as always in production: the kubelet just exits). `start` starts it again."""
-        if not kill:
-            await self._ask("stop", _Nothing)
-            return
-        process, self.process = self.process, None
-        if process is not None:
-            process.kill()
-            await _reap(process)
+        if kill:
+            await self._harness.kill()
+        else:
+            await self._harness.ask("stop", _Nothing)
 
     async def restart(self, kill: bool = False, *, reboot: bool = False) -> tuple[RefusedPod, ...]:
         """`stop` and `start`: milliseconds."""
@@ -187,15 +135,7 @@ class RealKubelet:
 
     async def close(self) -> None:
         """End the process, in order if it lets itself be ended. Raises nothing: a test has said what it had to say."""
-        process, self.process = self.process, None
-        if process is None:
-            return
-        process.terminate()
-        try:
-            await asyncio.to_thread(process.wait, 5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        await _reap(process)
+        await self._harness.close()
 
     def damage_checkpoint(self, damage: Damage = "garbage") -> None:
         """Damage the file in which the kubelet keeps who has which device. The kubelet must be stopped or killed."""
@@ -218,7 +158,7 @@ class RealKubelet:
 
     async def quantities(self) -> Quantities:
         """Capacity and allocatable at one moment."""
-        return await self._ask("capacity", Quantities)
+        return await self._harness.ask("capacity", Quantities)
 
     async def wait_for(
         self,
@@ -229,7 +169,7 @@ class RealKubelet:
     ) -> Waited:
         """Wait until these resources are so (None: unknown), whatever others are. Raises TimeoutError."""
         try:
-            return await self._ask(
+            return await self._harness.ask(
                 "wait",
                 Waited,
                 capacity=dict(capacity or {}),
@@ -245,20 +185,20 @@ class RealKubelet:
 
     async def devices(self) -> dict[str, tuple[Device, ...]]:
         """Every device that plugins have listed, by resource."""
-        return (await self._ask("devices", _Devices)).devices
+        return (await self._harness.ask("devices", _Devices)).devices
 
     async def check(self) -> Check:
         """Compare the kubelet's books with each other; see `Check`. Waits for an admission under way."""
-        return await self._ask("check", Check)
+        return await self._harness.ask("check", Check)
 
     async def settled(self) -> bool:
         """Whether the plugin watcher has registered all that it has found, and will change nothing by itself."""
-        return (await self._ask("watcher", _Watcher)).settled
+        return (await self._harness.ask("watcher", _Watcher)).settled
 
     async def healthy(self) -> bool:
         """The device manager's part of /healthz."""
         try:
-            await self._ask("health", _Nothing)
+            await self._harness.ask("health", _Nothing)
         except KubeletError as error:
             if error.kind != "unhealthy":
                 raise
@@ -276,7 +216,7 @@ class RealKubelet:
         for container, resource, number in requests:
             containers.setdefault(container, {})[resource] = number
         try:
-            allocated = await self._ask(
+            allocated = await self._harness.ask(
                 "allocate",
                 _Allocated,
                 pod=pod,
@@ -291,15 +231,15 @@ class RealKubelet:
 
     async def restart_container(self, pod: str, container: str) -> ContainerAllocation:
         """Start a container of an admitted pod again, as after its crash: no admission, and no other devices."""
-        return await self._ask("prestart", ContainerAllocation, pod=pod, container=container)
+        return await self._harness.ask("prestart", ContainerAllocation, pod=pod, container=container)
 
     async def free(self, pod: str) -> None:
         """Delete a pod. Raises KubeletError of kind "not-found"."""
-        await self._ask("free", _Nothing, pod=pod)
+        await self._harness.ask("free", _Nothing, pod=pod)
 
     async def pods(self) -> tuple[PodDevices, ...]:
         """The pods that there are, in the order of their creation."""
-        return (await self._ask("pods", _Pods)).pods
+        return (await self._harness.ask("pods", _Pods)).pods
 
     async def devices_of(self, pod: str) -> set[str]:
         """The ids of a pod's devices; empty when there is no such pod."""
@@ -307,71 +247,15 @@ class RealKubelet:
 
     async def status(self, pod: str) -> dict[str, dict[str, dict[str, str]]]:
         """A pod's allocatedResourcesStatus: "Healthy" or "Unhealthy" by container, resource and device id."""
-        return (await self._ask("status", _Status, pod=pod)).containers
+        return (await self._harness.ask("status", _Status, pod=pod)).containers
 
     async def age(self, resource: str, seconds: int = 301) -> None:
         """Let time pass for a resource whose endpoint has stopped: it is forgotten after 300 s."""
-        await self._ask("age", _Nothing, resource=resource, seconds=seconds)
+        await self._harness.ask("age", _Nothing, resource=resource, seconds=seconds)
 
     def log_tail(self, lines: int = 60) -> str:
-        """The last lines of the kubelet's log."""
-        with contextlib.suppress(FileNotFoundError):
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-        return "(no log)"
-
-    async def _launch(self) -> None:
-        if self.alive:
-            return
-        if self.process is not None:  # crashed
-            await _reap(self.process)
-        if not os.access(self._command[0], os.X_OK):
-            raise KubeletError("build", f"{self._command[0]} is not there: run tests/kubelet/build")
-        self.control.unlink(missing_ok=True)
-        # The harness ends when its standard input does: when this process ends, however it ends.
-        self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        async with asyncio.timeout(60):
-            while not await self._accepts():
-                if self.process.poll() is not None:
-                    raise KubeletDiedError(self.process.returncode, self.log_tail())
-                await asyncio.sleep(0.002)
-
-    async def _accepts(self) -> bool:
-        try:
-            _, writer = await asyncio.open_unix_connection(self.control)
-        except (FileNotFoundError, ConnectionRefusedError):  # refused: bound, and not yet listening
-            return False
-        writer.close()
-        await writer.wait_closed()
-        return True
-
-    async def _ask(self, command: str, result: type[_T], **arguments: Any) -> _T:
-        """Carry out one command. Raises KubeletError, or KubeletDiedError when there is no answer to come."""
-        line = b""
-        # A kubelet that dies answers nothing, in one of several ways.
-        with contextlib.suppress(ConnectionError, FileNotFoundError):
-            reader, writer = await asyncio.open_unix_connection(self.control, limit=_ANSWER_LIMIT)
-            try:
-                writer.write(msgspec.json.encode({"command": command, "arguments": arguments}) + b"\n")
-                line = await reader.readline()
-            finally:
-                writer.close()
-                with contextlib.suppress(ConnectionError):
-                    await writer.wait_closed()
-        if not line:
-            raise await self._death()
-        answer = msgspec.json.decode(line, type=_Answer)
-        if answer.error is None:
-            return msgspec.json.decode(answer.result, type=result)
-        raise KubeletError(answer.error.kind, answer.error.message, answer.error.reason)
-
-    async def _death(self) -> KubeletDiedError:
-        process = self.process
-        if process is None:  # killed, closed or never started
-            return KubeletDiedError(None, self.log_tail())
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(process.wait, 5)
-        crashed = process.returncode == 2  # the Go runtime's status after a panic
-        return (KubeletPanicError if crashed else KubeletDiedError)(process.returncode, self.log_tail())
+        """The last lines of the kubelet's log, which after a crash end with its trace."""
+        return self._harness.log_tail(lines)
 
 
 def damage_checkpoint(plugin_directory: Path, damage: Damage) -> None:
@@ -387,9 +271,3 @@ def damage_checkpoint(plugin_directory: Path, damage: Damage) -> None:
             path.write_bytes(b"")
         case "removed":
             path.unlink()
-
-
-async def _reap(process: "subprocess.Popen[bytes]") -> None:
-    await asyncio.to_thread(process.wait)
-    if process.stdin is not None:
-        process.stdin.close()

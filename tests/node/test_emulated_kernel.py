@@ -2,13 +2,10 @@
 
 import errno
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from emulated import PF, VF, VF2, attribute, emulated, read, wait_until
-from qat_server.simulation.interception import InterceptionError
 from qat_server.simulation.kernel import Kernel
 from qat_server.simulation.node import Node, Pf
 
@@ -259,45 +255,6 @@ def test_device_that_went_while_its_file_was_open(kernel: Kernel) -> None:
     finish(process)
 
 
-# Starting and ending
-
-
-def test_program_that_is_not_there(kernel: Kernel) -> None:
-    with pytest.raises(FileNotFoundError, match="/no/such/program"):
-        kernel.spawn(["/no/such/program"])
-
-
-def test_exit_status_environment_and_folder_are_the_program_s(kernel: Kernel, tmp_path: Path) -> None:
-    code = "import os, sys; sys.exit(os.environ['WORD'] == 'yes' and os.getcwd() == sys.argv[1] and 7)"
-    argv = [sys.executable, "-c", code, os.path.realpath(tmp_path)]
-    with kernel.spawn(argv, env={**os.environ, "WORD": "yes"}, cwd=tmp_path) as process:
-        assert process.wait(120) == 7
-
-
-def test_descriptors_are_passed_and_no_others(kernel: Kernel) -> None:
-    read_end, write_end = os.pipe()
-    code = "import os, sys; os.write(int(sys.argv[1]), ' '.join(os.listdir('/proc/self/fd')).encode())"
-    with kernel.spawn([sys.executable, "-I", "-S", "-c", code, str(write_end)], pass_fds=[write_end]) as process:
-        assert process.wait(120) == 0
-    seen = set(os.read(read_end, 999).decode().split())
-    os.close(read_end)
-    os.close(write_end)
-    assert len(seen - {"0", "1", "2", str(write_end)}) == 1  # the listing itself
-
-
-def test_nothing_is_left_of_programs_that_ended(kernel: Kernel) -> None:
-    def round_trip() -> None:
-        with kernel.spawn(["/bin/true"]) as process:
-            assert process.wait(120) == 0
-        wait_until(lambda: kernel._writers.gone)
-
-    round_trip()
-    before = set(os.listdir("/proc/self/fd")), threading.active_count()
-    for _ in range(5):
-        round_trip()
-    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
-
-
 def test_close_kills_what_runs() -> None:
     with emulated(NODE) as kernel:
         kernel.open_vfio(VF)
@@ -316,90 +273,6 @@ def test_two_kernels_do_not_meet(kernel: Kernel) -> None:
         assert read(kernel, attribute(VF, "driver_override")) == "vfio-pci\n"
 
 
-def test_where_writes_cannot_be_intercepted_one_sentence_says_what_is_needed(kernel: Kernel) -> None:
-    code = """
-        import sys
-        from pathlib import Path
-        from qat_server.simulation.interception import InterceptionError, spawn
-        try:
-            spawn(["/bin/true"], [Path("/nowhere")], lambda path, data: 0)
-        except InterceptionError as error:
-            print(error)
-    """
-    # A process has one listener at most, so a supervised one cannot supervise: as on a system that cannot at all.
-    argv = [sys.executable, "-c", textwrap.dedent(code)]
-    with kernel.spawn(argv, stdout=subprocess.PIPE, text=True) as process:
-        said, _ = process.communicate(timeout=60)
-    assert said.startswith(
-        "the simulated node cannot intercept writes on this system (Device or resource busy): needed"
-    )
-    assert "Linux 5.5 or newer with seccomp user notification" in said
-
-
-def test_unknown_machine_is_refused(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_server.simulation.launch.MACHINES", {})
-    with pytest.raises(InterceptionError, match="not known for"):
-        kernel.spawn(["/bin/true"])
-
-
-# Uevents
-
-
-def listen(kernel: Kernel) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(120)
-    sock.connect(str(kernel.uevents_path))
-    wait_until(lambda: kernel._uevents._clients)
-    return sock
-
-
-def steps(sock: socket.socket, count: int) -> list[str]:
-    """The heads of the next uevents, without the folders before the name."""
-    heads = [sock.recv(9999).partition(b"\0")[0].decode() for _ in range(count)]
-    return [f"{head.partition('@')[0]} {head.rpartition('/')[2]}" for head in heads]
-
-
-def test_uevents_of_a_rebinding(kernel: Kernel) -> None:
-    vf = "0001:6b:00.1"
-    with listen(kernel) as sock:
-        kernel.set_driver_override(vf, "vfio-pci")
-        kernel.unbind(vf)
-        kernel.probe(vf)
-        packets = [sock.recv(9999) for _ in range(3)]
-    group = os.readlink(kernel.sysfs_root / attribute(vf, "iommu_group")).rpartition("/")[2]
-    path = f"/devices/pci0001:6b/{vf}"
-    ids = "PCI_CLASS=B4000\0PCI_ID=8086:4941\0PCI_SUBSYS_ID=8086:0000\0"
-    ids += f"PCI_SLOT_NAME={vf}\0MODALIAS=pci:v00008086d00004941sv00008086sd00000000bc0Bsc40i00\0"
-    sequence = int(packets[0].rpartition(b"SEQNUM=")[2].rstrip(b"\0"))
-    assert [packet.decode() for packet in packets] == [
-        f"unbind@{path}\0ACTION=unbind\0DEVPATH={path}\0SUBSYSTEM=pci\0{ids}SEQNUM={sequence}\0",
-        f"add@/devices/virtual/vfio/{group}\0ACTION=add\0DEVPATH=/devices/virtual/vfio/{group}\0SUBSYSTEM=vfio\0"
-        f"DEVNAME=vfio/{group}\0SEQNUM={sequence + 1}\0",
-        f"bind@{path}\0ACTION=bind\0DEVPATH={path}\0SUBSYSTEM=pci\0DRIVER=vfio-pci\0{ids}SEQNUM={sequence + 2}\0",
-    ]
-
-
-def test_uevents_of_vfs_that_come_and_go() -> None:
-    with emulated(Node(pfs=(Pf(address=PF, total_vfs=2, num_vfs=0),))) as kernel, listen(kernel) as sock:
-        kernel.set_numvfs(PF, 2)
-        one = [f"{action} {VF}" for action in ("add", "change", "bind")]
-        two = [f"{action} {VF2}" for action in ("add", "change", "bind")]
-        assert steps(sock, 7) == [*one, *two, f"change {PF}"]
-        kernel.set_numvfs(PF, 0)
-        assert steps(sock, 4) == [f"unbind {VF}", f"remove {VF}", f"unbind {VF2}", f"remove {VF2}"]
-
-
-def test_uevents_of_a_driver(kernel: Kernel) -> None:
-    with listen(kernel) as sock:
-        kernel.remove_driver("igb_uio")
-        assert steps(sock, 2) == ["remove igb_uio", "remove igb_uio"]
-        kernel.add_driver("igb_uio")
-        assert steps(sock, 2) == ["add igb_uio", "add igb_uio"]
-
-
-# Scale, and without root
-
-
 def test_a_thousand_vfs_cost_seconds() -> None:
     pfs = tuple(Pf(address=f"{number // 32:04x}:{number % 32 * 8:02x}:00.0") for number in range(64))
     began = time.process_time()  # not the time that others had
@@ -407,59 +280,3 @@ def test_a_thousand_vfs_cost_seconds() -> None:
         took = time.process_time() - began
         assert len(kernel.snapshot()) == 64 + 1024
         assert took < 30  # about 1 s on an idle machine with tmpfs
-
-
-UNPRIVILEGED = f"""
-import os, subprocess, sys, tempfile
-from pathlib import Path
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.node import demo_node
-folder = tempfile.TemporaryDirectory(prefix="qat-", dir="/tmp")
-with folder as directory, Kernel(Path(directory), demo_node()) as kernel:
-    code = '''
-import os, sys
-def write(path, data):
-    os.write(os.open(sys.argv[1] + "/" + path, os.O_WRONLY), data)
-write("{attribute(VF, "driver_override")}", b"vfio-pci")
-write("{attribute(VF, "driver/unbind")}", b"{VF}")
-write("bus/pci/drivers_probe", b"{VF}")
-'''
-    with kernel.spawn([sys.executable, "-c", code, str(kernel.sysfs_root)]) as process:
-        assert process.wait(120) == 0
-    assert kernel.driver("{VF}") == "vfio-pci"
-    print(os.getuid(), kernel.driver("{VF}"))
-"""
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="not root: all other tests of this file have shown it already")
-def test_no_root_is_needed() -> None:
-    here = Path(__file__).parents[2]
-    site = (
-        Path(sys.executable).parents[1] / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-    )
-    env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
-    env["PYTHONPATH"] = ":".join(str(folder) for folder in (here / "server", here / "shared", site))
-    for python in (sys.executable, "/usr/bin/python3"):
-        try:
-            probe = [python, "-c", "import msgspec, qat_server.simulation.kernel"]
-            subprocess.run(
-                probe, env=env, user=65534, group=65534, extra_groups=(), check=True, capture_output=True, cwd="/"
-            )
-            break
-        except (OSError, subprocess.CalledProcessError):
-            continue
-    else:
-        pytest.skip("no Python that an ordinary user may run can import this checkout")
-    done = subprocess.run(
-        [python, "-c", UNPRIVILEGED],
-        env=env,
-        user=65534,
-        group=65534,
-        extra_groups=(),
-        capture_output=True,
-        text=True,
-        cwd="/",
-        timeout=60,
-        check=False,
-    )
-    assert (done.stdout, done.returncode) == ("65534 vfio-pci\n", 0), done.stderr

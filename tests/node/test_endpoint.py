@@ -1,22 +1,19 @@
 """An endpoint against the emulated kubelet over real sockets: it is registered whenever the kubelet lets it be."""
 
 import asyncio
-import contextlib
 import logging
 import os
-import socket
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import cast
 
 import grpc.aio
 import pytest
 import uvloop
 
 from kubelet_sockets import DirectHelper, gone
-from qat_server import grpc_socket, kubelet_channel
+from qat_server import grpc_socket
 from qat_server.allocation import AllocationPolicy
 from qat_server.counters import Counters
 from qat_server.device_plugin import DevicePlugin
@@ -27,7 +24,6 @@ from qat_server.inventory import Device
 from qat_server.registration import Timing
 from qat_server.registration_socket import SocketRegistrar
 from qat_server.simulation.kubelet import Hostility, Kubelet
-from qat_shared.messages import KubeletService
 from qat_shared.pci import PciAddress
 from waiting import until
 
@@ -289,78 +285,3 @@ def test_all_of_it_on_uvloop(directory: Path) -> None:
             await kubelet.stop()
 
     uvloop.run(scenario())
-
-
-async def test_the_relay_works_from_a_directory_too_deep_for_a_socket(kubelet: Kubelet, directory: Path) -> None:
-    deep = directory / ("d" * 100)
-    deep.mkdir()
-    connected = await DirectHelper(directory).open_kubelet_socket(KubeletService.REGISTRATION)
-    async with kubelet_channel.over(connected, deep) as channel:
-        assert os.listdir(deep) == []
-        with pytest.raises(grpc.aio.AioRpcError, match="not supported by kubelet"):
-            await RegistrationStub(channel).Register(pb.RegisterRequest(version="v0"), timeout=60)
-    assert connected.fileno() == -1
-
-
-async def test_a_call_on_the_relay_fails_at_once_when_the_peer_closes(directory: Path) -> None:
-    ours, theirs = socket.socketpair()
-    async with kubelet_channel.over(ours, directory) as channel:
-        call = RegistrationStub(channel).Register(pb.RegisterRequest(), timeout=60)
-        loop = asyncio.get_running_loop()
-        theirs.setblocking(False)
-        assert (await loop.sock_recv(theirs, 3)) == b"PRI", "HTTP/2 arrives as it was sent"
-        theirs.close()
-        for attempt in (call, RegistrationStub(channel).Register(pb.RegisterRequest(), timeout=60)):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await attempt
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert os.listdir(directory) == []
-
-
-async def test_the_relay_is_cancelled_cleanly_at_any_moment(directory: Path) -> None:
-    descriptors = len(os.listdir("/proc/self/fd"))
-    for steps in range(12):
-        ours, theirs = socket.socketpair()
-
-        async def use(ours: socket.socket = ours) -> None:
-            async with kubelet_channel.over(ours, directory) as channel:
-                await RegistrationStub(channel).Register(pb.RegisterRequest(), timeout=60)
-
-        task = asyncio.create_task(use())
-        for _ in range(steps):
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        theirs.close()
-        # A task that never began did not get to close what it was given.
-        ours.close()
-        assert os.listdir(directory) == []
-    await until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 4)
-
-
-async def test_leftovers_of_a_killed_server_are_removed(directory: Path) -> None:
-    left = directory / ".qat-abcdefgh"
-    left.mkdir()
-    (left / "s").touch()
-    (directory / ".qat-12345678").touch()
-    (directory / "cy.sock").touch()
-    for name in ("dead.sock", ".hidden"):
-        with socket.socket(socket.AF_UNIX) as dead:
-            dead.bind(str(directory / name))
-    (directory / "link.sock").symlink_to("dead.sock")
-    grpc_socket.remove_leftovers(directory)
-    assert sorted(os.listdir(directory)) == ["cy.sock", "link.sock"], "what is no socket is not ours"
-
-
-async def test_a_cancellation_that_grpc_loses_is_not_lost() -> None:
-    class Losing:
-        async def stop(self, grace: float) -> None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.Event().wait()
-
-    task = asyncio.create_task(grpc_socket.stop(cast("grpc.aio.Server", Losing()), 0.2))
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task

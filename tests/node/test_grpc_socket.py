@@ -1,0 +1,40 @@
+"""What is left of gRPC's sockets, and of a cancellation."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from pathlib import Path
+from typing import cast
+
+import grpc.aio
+import pytest
+
+from qat_server import grpc_socket
+
+
+async def test_leftovers_of_a_killed_server_are_removed(directory: Path) -> None:
+    left = directory / ".qat-abcdefgh"
+    left.mkdir()
+    (left / "s").touch()
+    (directory / ".qat-12345678").touch()
+    (directory / "cy.sock").touch()
+    for name in ("dead.sock", ".hidden"):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(directory / name))
+    (directory / "link.sock").symlink_to("dead.sock")
+    grpc_socket.remove_leftovers(directory)
+    assert sorted(os.listdir(directory)) == ["cy.sock", "link.sock"], "what is no socket is not ours"
+
+
+async def test_a_cancellation_that_grpc_loses_is_not_lost() -> None:
+    class Losing:
+        async def stop(self, grace: float) -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    task = asyncio.create_task(grpc_socket.stop(cast("grpc.aio.Server", Losing()), 0.2))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -1,6 +1,5 @@
 """Registration by the plugin watcher: what the kubelet does, real and emulated, and that our endpoint lives with it."""
 
-import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
+from endpoints import device, running_endpoint
 from kubelet.either import AnyKubelet, EmulatedKubelet
 from kubelet.production import production_node
 from kubelet.real_kubelet import RealKubelet
@@ -28,7 +28,6 @@ from qat_server.inventory import Device
 from qat_server.registration_watcher import WatcherRegistrar
 from qat_server.settings import Registration
 from qat_server.simulation.node import Node, Pf
-from qat_shared.pci import PciAddress
 from waiting import until
 
 CY = "qat.intel.com/cy"
@@ -51,10 +50,7 @@ def registry(kubelet: AnyKubelet) -> Path:
 
 
 def devices(number: int) -> list[Device]:
-    return [
-        Device(PciAddress(0, 0x6B, 0, each), PciAddress(0, 0x6B, 0, 0), 0, (f"/dev/vfio/{each}",), ())
-        for each in range(number)
-    ]
+    return [device(each) for each in range(number)]
 
 
 class Plugin(RegistrationServicer):
@@ -93,15 +89,9 @@ class Plugin(RegistrationServicer):
 @asynccontextmanager
 async def running(kubelet: AnyKubelet, number: int = 4) -> AsyncIterator[Endpoint]:
     registrar = WatcherRegistrar("cy", registry(kubelet))
-    endpoint = Endpoint("cy", registrar, AllocationPolicy.NONE, Counters())
-    endpoint.update(devices(number))
-    task = asyncio.create_task(endpoint.run())
-    try:
+    async with running_endpoint("cy", registrar, devices(number)) as endpoint:
         yield endpoint
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        assert os.listdir(registry(kubelet)) == []
+    assert os.listdir(registry(kubelet)) == []
 
 
 def made_at(endpoint: Endpoint) -> int | None:

@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 import uvloop
 
+from endpoints import device, running_endpoint
 from kubelet_sockets import DirectHelper, gone
 from qat_server import grpc_socket
 from qat_server.allocation import AllocationPolicy
@@ -20,11 +21,9 @@ from qat_server.device_plugin import DevicePlugin
 from qat_server.endpoint import Endpoint
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub, add_DevicePluginServicer_to_server
-from qat_server.inventory import Device
 from qat_server.registration import Timing
 from qat_server.registration_socket import SocketRegistrar
 from qat_server.simulation.kubelet import Hostility, Kubelet
-from qat_shared.pci import PciAddress
 from waiting import until
 
 CY = "qat.intel.com/cy"
@@ -38,11 +37,6 @@ QUICK = Timing(
     stream_last=1.0,  # time enough for a stream to come on a busy machine
     kubelet=5.0,
 )
-
-
-def device(function: int, reason: str = "") -> Device:
-    address = PciAddress(0, 0x6B, 0, function)
-    return Device(address, PciAddress(0, 0x6B, 0, 0), 0, (f"/dev/vfio/{function}", "/dev/vfio/vfio"), (), reason)
 
 
 @pytest.fixture
@@ -67,15 +61,9 @@ async def running(
     sockets = kubelet.plugin_directory / "qat.intel.com"
     helper = helper or DirectHelper(kubelet.directory)
     registrar = SocketRegistrar(name, sockets, helper, timing)
-    endpoint = Endpoint(name, registrar, AllocationPolicy.NONE, Counters(), timing=timing)
-    endpoint.update([device(number) for number in range(devices)])
-    task = asyncio.create_task(endpoint.run())
-    try:
+    async with running_endpoint(name, registrar, [device(number) for number in range(devices)], timing) as endpoint:
         yield endpoint
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        assert os.listdir(sockets) == [], "nothing is left behind"
+    assert os.listdir(sockets) == [], "nothing is left behind"
 
 
 def watched(kubelet: Kubelet, number: int = 4) -> Callable[[], bool]:

@@ -15,18 +15,15 @@ import pytest
 import uvloop
 from msgspec.structs import replace
 
-from qat_server.allocation import AllocationPolicy
-from qat_server.counters import Counters
+from endpoints import device, running_endpoint
 from qat_server.endpoint import Endpoint
 from qat_server.generated import deviceplugin_v1beta1_pb2 as deviceplugin
 from qat_server.generated import pluginregistration_v1_pb2 as registration
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
 from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationStub
-from qat_server.inventory import Device
 from qat_server.registration import Timing
 from qat_server.registration_watcher import WatcherRegistrar
 from qat_server.simulation.kubelet import Hostility, Kubelet
-from qat_shared.pci import PciAddress
 from waiting import until
 
 CY = "qat.intel.com/cy"
@@ -35,10 +32,7 @@ PERIOD = 0.02
 QUICK = Timing(
     first=0.01, after_failure=0.05, after_stream=0.05, settled=0.3, stream_first=0.1, stream_last=10.0, found=5.0
 )
-DEVICES = [
-    Device(PciAddress(0, 0x6B, 0, number), PciAddress(0, 0x6B, 0, 0), 0, (f"/dev/vfio/{number}",), ())
-    for number in range(4)
-]
+DEVICES = [device(number) for number in range(4)]
 
 
 @pytest.fixture
@@ -65,15 +59,8 @@ def sockets(kubelet: Kubelet) -> Path:
 @asynccontextmanager
 async def running(kubelet: Kubelet, name: str = "cy", timing: Timing = QUICK) -> AsyncIterator[Endpoint]:
     registrar = WatcherRegistrar(name, sockets(kubelet), timing)
-    endpoint = Endpoint(name, registrar, AllocationPolicy.NONE, Counters(), timing=timing)
-    endpoint.update(DEVICES)
-    task = asyncio.create_task(endpoint.run())
-    try:
+    async with running_endpoint(name, registrar, DEVICES, timing) as endpoint:
         yield endpoint
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        assert not endpoint.socket_path.exists()
 
 
 async def allocatable(kubelet: Kubelet, number: int = 4) -> None:

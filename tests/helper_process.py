@@ -36,6 +36,18 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 COMMAND = str(Path(sys.executable).with_name("qat-helper"))
 
 
+def helper_options(sysfs_root: Path, kubelet_directory: Path, socket_path: Path, audit_log: Path) -> list[str]:
+    """A helper's options where whoever runs the test is its server."""
+    return [
+        f"--sysfs-root={sysfs_root}",
+        f"--kubelet-dir={kubelet_directory}",
+        f"--socket={socket_path}",
+        f"--server-uid={os.geteuid()}",
+        f"--server-gid={os.getegid()}",
+        f"--audit-log={audit_log}",
+    ]
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
     """Return once it is true; a generous limit."""
     deadline = time.monotonic() + seconds
@@ -114,15 +126,8 @@ class Helper:
 
     def options(self) -> list[str]:
         """Its options on this node."""
-        return [
-            f"--sysfs-root={self.directory / 'sys'}",
-            f"--kubelet-dir={self.directory / 'kubelet'}",
-            f"--socket={self.socket}",
-            f"--server-uid={os.geteuid()}",
-            f"--server-gid={os.getegid()}",
-            f"--audit-log={self.audit}",
-            *(["--traceable"] if self.traceable else []),
-        ]
+        plain = helper_options(self.directory / "sys", self.directory / "kubelet", self.socket, self.audit)
+        return [*plain, *(["--traceable"] if self.traceable else [])]
 
     def start(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
         """Start it and wait until it serves."""

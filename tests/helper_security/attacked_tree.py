@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from emulated import PF, VF, emulated
-from helper_process import COMMAND, Client, wait_until
+from helper_process import COMMAND, Client, helper_options, wait_until
 from helper_security.chain import interrupted, verified
 from helper_security.writes import Write, Writes
 from qat_server.simulation.kernel import Kernel
@@ -69,14 +69,7 @@ class Attacked:
         self.audit = self.run / "audit.jsonl"
         self.checked = 0
         self.writes = Writes(kernel, self.run)
-        options = [
-            f"--sysfs-root={self.root}",
-            f"--kubelet-dir={self.run}",
-            f"--socket={self.run / 'h.sock'}",
-            f"--server-uid={os.geteuid()}",
-            f"--server-gid={os.getegid()}",
-            f"--audit-log={self.audit}",
-        ]
+        options = helper_options(self.root, self.run, self.run / "h.sock", self.audit)
         with (self.run / "log").open("ab") as log:
             self.process = self.writes.spawn([COMMAND, *options], stderr=log)
         wait_until(lambda: b"serving on" in (self.run / "log").read_bytes())

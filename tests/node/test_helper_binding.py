@@ -1,70 +1,24 @@
 """The real helper process on the emulated kernel: what happens to one VF does not happen to the others."""
 
 import errno
-import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from emulated import PF, VF, VF2, emulated
-from helper_process import COMMAND, Client, wait_until
-from qat_server.simulation.kernel import Kernel
+from emulated import PF, VF, VF2
+from emulated_helper import Running, code, helper_on
+from helper_process import wait_until
 from qat_server.simulation.node import Node, Pf
-from qat_shared.messages import AnyReply, BindDriver, Bound, DpdkDriver, ErrorCode, Failure, ReleaseDriver
+from qat_shared.messages import Bound, ErrorCode, Failure, ReleaseDriver
 from qat_shared.pci import PciAddress
 
 ONE_PF = Node(pfs=(Pf(address=PF, device="4940", services="dc", total_vfs=2),))
 
 
-class Running:
-    """A helper beneath the emulated kernel, and a client of it."""
-
-    def __init__(self, kernel: Kernel, directory: Path) -> None:
-        self.kernel = kernel
-        self.audit = directory / "audit.jsonl"
-        self.socket = directory / "h.sock"
-        options = [
-            f"--sysfs-root={kernel.sysfs_root}",
-            f"--kubelet-dir={directory}",
-            f"--socket={self.socket}",
-            f"--server-uid={os.geteuid()}",
-            f"--server-gid={os.getegid()}",
-            f"--audit-log={self.audit}",
-        ]
-        with (directory / "log").open("ab") as log:
-            kernel.spawn([COMMAND, *options], stderr=log)
-        wait_until(lambda: b"serving on" in (directory / "log").read_bytes())
-        self.client = Client(self.socket)
-
-    def bind(self, address: str, number: int = 1) -> BindDriver:
-        return BindDriver(id=number, address=PciAddress.parse(address), driver=DpdkDriver.VFIO_PCI, reason="a test")
-
-    def story(self) -> list[tuple[str, str, Any]]:
-        """The audit log's lines about operations: event, verdict, address."""
-        lines = map(json.loads, self.audit.read_bytes().splitlines())
-        return [
-            (line["event"], line.get("verdict", ""), line["arguments"]["address"])
-            for line in lines
-            if "operation" in line
-        ]
-
-
 @pytest.fixture
 def running() -> Iterator[Running]:
-    with emulated(ONE_PF) as kernel:
-        directory = kernel.sysfs_root.parent / "run"
-        directory.mkdir(exist_ok=True)
-        running = Running(kernel, directory)
-        with running.client:
-            yield running
-
-
-def code(reply: AnyReply) -> ErrorCode:
-    assert isinstance(reply, Failure), reply
-    return reply.code
+    with helper_on(ONE_PF) as running:
+        yield running
 
 
 def test_bound_and_given_back(running: Running) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from emulated import PF, VF, VF2, attribute, emulated, read
+from emulated import PF, VF, VF2, attribute, read
+from emulated_helper import Running, code, helper_on
 from helper_process import Client, wait_until
-from node.test_helper_binding import Running, code
 from qat_server.simulation.node import Node, Pf
 from qat_shared.messages import (
     AnyReply,
@@ -33,12 +33,8 @@ TWO_PFS = Node(pfs=tuple(Pf(address=address, services="dc", total_vfs=2) for add
 
 @pytest.fixture
 def running() -> Iterator[Running]:
-    with emulated(TWO_PFS) as kernel:
-        directory = kernel.sysfs_root.parent / "run"
-        directory.mkdir(exist_ok=True)
-        running = Running(kernel, directory)
-        with running.client:
-            yield running
+    with helper_on(TWO_PFS) as running:
+        yield running
 
 
 def services(number: int = 1, pf: str = PF) -> AnyRequest:

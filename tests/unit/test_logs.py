@@ -1,4 +1,4 @@
-"""Logging: klog's lines, JSON, verbosity, destinations. Nothing that is logged can look like another line."""
+"""Logging: klog's lines, JSON, verbosity. Nothing that is logged can look like another line."""
 
 import json
 import logging
@@ -6,34 +6,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_server import log_files, logs
-from qat_server.log_files import LogFile
+from qat_server import logs
 from qat_server.log_format import JsonFormatter, TextFormatter, quote, value
 from qat_server.log_settings import LogFormat, LogSettings, level_of, severity_of, verbosity_of
 from qat_shared.pci import PciAddress
+from said import log, messages, say_everything
 
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 ADDRESS = PciAddress(0, 0x6B, 0, 1)
 HEADER = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d{6} +\d+ test_logs\.py:\d+\] ")
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, levels = list(root.handlers), {name: logging.getLogger(name).level for name in (None, *logs.OUR_LOGGERS)}
-    yield
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
-        root.removeHandler(handler)
-        handler.close()
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    logging.captureWarnings(False)
 
 
 def record(message: str = "VF bound", level: int = logging.INFO, **fields: object) -> logging.LogRecord:
@@ -160,39 +147,23 @@ def test_levels() -> None:
     assert [severity_of(level) for level in (1, 20, 25, 30, 40, 50, 90)] == [0, 0, 0, 1, 2, 3, 3]
 
 
-log = logs.get("qat_server.somewhere")
-
-
-def say_everything() -> None:
-    log.error("an error", n=1)
-    log.warning("a warning")
-    log.info("an info")
-    log.v(1, "a detail")
-    log.v(4, "more detail")
-    logging.getLogger("qat_server.elsewhere").debug("a debug line", extra={"fields": {"n": 1}})
-
-
-def messages(text: str) -> list[str]:
-    return re.findall(r'\] "([^"]*)"', text)
-
-
 VERBOSITY = {
     "0": (LogSettings(), ["an error", "a warning", "an info"]),
     "1": (LogSettings(verbosity=1), ["an error", "a warning", "an info", "a detail"]),
     "4": (LogSettings(verbosity=4), ["an error", "a warning", "an info", "a detail", "more detail"]),
     "5": (LogSettings(verbosity=5), ["an error", "a warning", "an info", "a detail", "more detail", "a debug line"]),
     "module by name": (
-        LogSettings(modules=(("test_logs", 4),)),
+        LogSettings(modules=(("said", 4),)),
         ["an error", "a warning", "an info", "a detail", "more detail"],
     ),
-    "module by glob": (LogSettings(modules=(("test_[^a]*", 1),)), ["an error", "a warning", "an info", "a detail"]),
+    "module by glob": (LogSettings(modules=(("s[^b]*", 1),)), ["an error", "a warning", "an info", "a detail"]),
     "another module": (LogSettings(modules=(("discovery", 5), ("sim*", 5))), ["an error", "a warning", "an info"]),
     "the first pattern counts": (
-        LogSettings(modules=(("test*", 1), ("test_logs", 5))),
+        LogSettings(modules=(("sa*", 1), ("said", 5))),
         ["an error", "a warning", "an info", "a detail"],
     ),
     "module never lowers": (
-        LogSettings(verbosity=4, modules=(("test_logs", 1),)),
+        LogSettings(verbosity=4, modules=(("said", 1),)),
         ["an error", "a warning", "an info", "a detail", "more detail"],
     ),
 }
@@ -267,137 +238,6 @@ def test_a_field_that_cannot_be_shown_stops_nothing(capsys: pytest.CaptureFixtur
     log.info("after")
 
     assert "after" in capsys.readouterr().err
-
-
-def files(directory: Path) -> dict[str, list[str]]:
-    """Severity tag to messages, of the regular files in a directory."""
-    return {
-        path.name.split(".log.")[1].split(".")[0]: messages(path.read_text())
-        for path in directory.iterdir()
-        if not path.is_symlink()
-    }
-
-
-def test_log_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(LogSettings(to_stderr=False, directory=str(tmp_path)))
-    say_everything()
-
-    assert files(tmp_path) == {
-        "INFO": ["an error", "a warning", "an info"],
-        "WARNING": ["an error", "a warning"],
-        "ERROR": ["an error"],
-    }
-    assert messages(capsys.readouterr().err) == ["an error"]  # --stderrthreshold
-    names = sorted(path.name for path in tmp_path.iterdir() if not path.is_symlink())
-    assert all(re.fullmatch(r"qat-plugin\.[^.]+\..+\.log\.[A-Z]+\.\d{8}-\d{6}\.\d+", name) for name in names)
-    assert (tmp_path / "qat-plugin.INFO").resolve().name in names
-    assert (tmp_path / "qat-plugin.ERROR").read_text().startswith("Log file created at: ")
-
-
-def test_one_output(tmp_path: Path) -> None:
-    logs.configure(LogSettings(to_stderr=False, directory=str(tmp_path), one_output=True, file_headers=False))
-    say_everything()
-
-    assert files(tmp_path) == {"INFO": ["an info"], "WARNING": ["a warning"], "ERROR": ["an error"]}
-
-
-DESTINATIONS: dict[str, tuple[dict[str, object], list[str]]] = {
-    "threshold": ({"stderr_threshold": 1}, ["an error", "a warning"]),
-    "threshold too high": ({"stderr_threshold": 3}, []),
-    "also": ({"also_to_stderr": True}, ["an error", "a warning", "an info"]),
-    "also, with its own threshold": (
-        {"also_to_stderr": True, "also_to_stderr_threshold": 1},
-        ["an error", "a warning"],
-    ),
-}
-
-
-@pytest.mark.parametrize(("options", "on_stderr"), DESTINATIONS.values(), ids=DESTINATIONS.keys())
-def test_files_and_stderr(
-    options: dict[str, object], on_stderr: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "plugin.log"
-    logs.configure(LogSettings(to_stderr=False, file=str(file), **options))  # type: ignore[arg-type]
-    say_everything()
-
-    assert messages(file.read_text()) == ["an error", "a warning", "an info"]
-    assert messages(capsys.readouterr().err) == on_stderr
-
-
-def test_threshold_on_stderr_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(LogSettings(legacy_stderr_threshold=False, stderr_threshold=1))
-    say_everything()
-
-    assert messages(capsys.readouterr().err) == ["an error", "a warning"]
-
-
-def test_full_log_file_is_kept_once(tmp_path: Path) -> None:
-    file = tmp_path / "plugin.log"
-    logs.configure(LogSettings(to_stderr=False, file=str(file), file_max_size=200, headers=False, file_headers=False))
-    for number in range(20):
-        log.info("x" * 90, n=number)
-
-    kept = (tmp_path / "plugin.log.1").read_text() + file.read_text()
-    assert kept.splitlines()[-1].endswith("n=19")
-    assert file.stat().st_size <= 300
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plugin.log", "plugin.log.1"]
-
-
-def test_log_file_is_appended_to(tmp_path: Path) -> None:
-    file = tmp_path / "plugin.log"
-    for _ in range(2):
-        logs.configure(LogSettings(to_stderr=False, file=str(file), headers=False, file_headers=False))
-        log.info("again")
-
-    assert file.read_text() == '"again"\n"again"\n'
-
-
-def test_json_files_hold_json_only(tmp_path: Path) -> None:
-    file = tmp_path / "plugin.log"
-    logs.configure(LogSettings(to_stderr=False, file=str(file), format=LogFormat.JSON))
-    log.info("x")
-
-    assert [json.loads(line)["msg"] for line in file.read_text().splitlines()] == ["x"]
-
-
-def test_log_file_that_cannot_be_made_names_itself(tmp_path: Path) -> None:
-    for settings in (
-        LogSettings(to_stderr=False, file=str(tmp_path / "no/file")),
-        LogSettings(to_stderr=False, directory=str(tmp_path / "no")),
-    ):
-        with pytest.raises(OSError) as caught:
-            logs.configure(settings)
-        assert str(caught.value.filename).startswith(str(tmp_path / "no"))
-
-
-def test_a_link_in_place_of_our_file_is_not_followed(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    link = tmp_path / "link"
-    link.symlink_to(target)
-    with pytest.raises(OSError, match="symbolic"):
-        LogFile(str(link), 0, b"", ours=True)
-    LogFile(str(link), 0, b"", ours=False).close()
-    assert target.exists()
-
-
-def test_a_full_disk_sends_lines_to_stderr(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logs.configure(LogSettings(to_stderr=False, file=str(tmp_path / "plugin.log")))
-    with monkeypatch.context() as patched:
-
-        def full(_: LogFile, line: bytes) -> None:
-            raise OSError(28, "No space left on device")
-
-        patched.setattr(log_files.LogFile, "write", full)
-        log.info("one")
-        log.info("two")
-    log.info("three")
-
-    err = capsys.readouterr().err
-    assert err.count("the log file cannot be written") == 1
-    assert messages(err) == ["one", "two"]
-    assert messages((tmp_path / "plugin.log").read_text()) == ["three"]
 
 
 def test_closed_stderr_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,52 @@
+"""Audit logs that a helper wrote, for tests that edit them, and what is said of the edited ones."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qat_helper.audit import AuditLog, Entry
+from qat_helper.verify import Verdict, items, verify
+from qat_shared.messages import AuditHead
+
+Lines = list[bytes]
+
+
+class Written(NamedTuple):
+    """A log that a helper wrote: its lines, and those of each file."""
+
+    lines: Lines
+    files: dict[str, Lines]
+    head: AuditHead
+
+
+def write(directory: Path, number: int, limit: int, torn: frozenset[int] = frozenset()) -> Written:
+    """`torn`: after which lines a write failed."""
+    path = directory / "audit.jsonl"
+    for index in range(number):
+        with closing(AuditLog(path, limit=limit)) as log:
+            log.append(Entry(event="asked", operation="BindDriver", reason="x" * (index % 7)))
+        if index + 1 in torn:
+            with path.open("ab") as file:
+                file.write(b'{"sequence":' + b"9" * index)
+    with closing(AuditLog(path, limit=limit)) as log:
+        head = log.head
+    paths = [*sorted(directory.glob("audit.jsonl.*")), path]
+    files = {each.name: each.read_bytes().splitlines() for each in paths}
+    return Written([line for lines in files.values() for line in lines], files, head)
+
+
+def check(files: Mapping[str, Lines], **heads: AuditHead) -> Verdict:
+    return verify(items({name: b"".join(line + b"\n" for line in lines) for name, lines in files.items()}), **heads)
+
+
+def edited(line: bytes, **changes: Any) -> bytes:
+    return json.dumps(json.loads(line) | changes, separators=(",", ":")).encode()
+
+
+def forged(after: bytes, **changes: Any) -> bytes:
+    """A line that continues another in all ways."""
+    sequence = json.loads(after)["sequence"] + 1
+    return edited(after, sequence=sequence, previous=hashlib.sha256(after).hexdigest(), **changes)

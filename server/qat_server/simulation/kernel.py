@@ -1,8 +1,8 @@
 """The emulated kernel of a simulated node: a tree that looks like sysfs, and answers to what is written there.
 
 Processes read the tree as files. What a process started with `spawn` writes beneath it comes here (interception.py) and
-is answered as the real kernel's store functions answer (stores.py), each write in a thread of its own: one that waits
-holds up nobody else. Uevents go out on a socket. docs/simulation.md says what is faithful and what is not.
+is answered as the real kernel's store functions answer (stores.py), each write in a thread that it has for itself: one
+that waits holds up nobody else. Uevents go out on a socket. docs/simulation.md says what is faithful and what is not.
 """
 
 import contextlib
@@ -11,11 +11,10 @@ import functools
 import logging
 import os
 import subprocess
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from msgspec import Struct
 
@@ -30,6 +29,9 @@ from qat_server.simulation.uevents import Broadcaster
 from qat_shared.pci import PciAddress
 
 log = logging.getLogger(__name__)
+
+WRITERS: Final = 1024
+"""Writes that may be under way at a time: more than any program makes. Their threads are made as they are needed."""
 
 Address = PciAddress | str
 
@@ -88,7 +90,7 @@ class Kernel:
         self._opens: dict[PciAddress, OpenVfio] = {}
         self._hardware = Hardware(bus, node)
         self._processes: list[tuple[subprocess.Popen[Any], interception.Supervisor]] = []
-        self._writers: set[threading.Thread] = set()
+        self._writers = ThreadPoolExecutor(WRITERS, "write")
         try:
             with bus.monitor:
                 self._hardware.build()
@@ -121,25 +123,20 @@ class Kernel:
         relative = os.path.relpath(path, self.sysfs_root)
         if relative.startswith(".."):  # a file of a device that was removed while the writer had it open
             return -errno.ENODEV
-        future: Future[int] = Future()
-        thread = threading.Thread(
-            target=self._serve, args=(relative, data, future), name=f"write {relative}", daemon=True
-        )
-        self._writers.add(thread)
-        thread.start()
-        return future
-
-    def _serve(self, path: str, data: bytes, future: "Future[int]") -> None:
         try:
-            result = self.write(path, data)
+            return self._writers.submit(self._serve, relative, data)
+        except RuntimeError:  # this kernel has ended
+            return -errno.ESHUTDOWN
+
+    def _serve(self, path: str, data: bytes) -> int:
+        try:
+            return self.write(path, data)
         except OSError as error:
-            result = -(error.errno or errno.EIO)
+            return -(error.errno or errno.EIO)
         except Exception as error:  # the outermost edge of this thread; the writer must get an answer
             log.exception("the emulated kernel failed in a write", extra={"fields": {"path": path}})
             self.defects.append(f"{path}: {error!r}")
-            result = -errno.EIO
-        future.set_result(result)
-        self._writers.discard(threading.current_thread())
+            return -errno.EIO
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -166,8 +163,7 @@ class Kernel:
         with self._bus.monitor:
             self._bus.closed = True
             self._bus.monitor.notify_all()
-        for thread in tuple(self._writers):
-            thread.join()
+        self._writers.shutdown()
         for _, supervisor in self._processes:
             supervisor.stop()
         self._processes.clear()

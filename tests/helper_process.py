@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,22 +161,13 @@ class Helper:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def children(self) -> list[int]:
-        """The processes that it has started and has not seen the end of."""
+        """The processes that it has started and that have not ended."""
         assert self.process is not None
         pid = self.process.pid
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def at_work(self) -> list[int]:
-        """Those of its children that have not ended."""
-        working = []
-        for pid in self.children():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z":
-                    working.append(pid)
-        return working
-
     def settled(self) -> bool:
-        """Whether none of its processes is at work. One that has ended it waits for when the next peer leaves."""
+        """Whether none of its processes is at work, nor left for the next peer that leaves."""
         self.connect(greet=False).close()
         return not self.children()
 

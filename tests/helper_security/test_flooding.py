@@ -163,7 +163,7 @@ def test_peers_that_do_not_read_the_longest_answers() -> None:
                             client.send(ReadDeviceConfig(id=1, address=address(pf)))
                     except (BrokenPipeError, ConnectionResetError):
                         left.remove(client)
-                    wait_until(lambda: not running.at_work())
+                    wait_until(lambda: not running.children())
                 served_meanwhile(witness)
             assert not left, "they are dropped when their queue is full"
             tried("peers that do not read", len(clients))

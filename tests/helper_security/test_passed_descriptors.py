@@ -127,7 +127,7 @@ def test_connections_that_a_peer_does_not_take_are_bounded(running: Helper) -> N
         ask = OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION)
         for _ in range(60):
             client.send(ask)
-        wait_until(lambda: len(running.lines()) > 2 and not interrupted(running.lines()) and not running.at_work())
+        wait_until(lambda: len(running.lines()) > 2 and not interrupted(running.lines()) and not running.children())
         taken = 0
         for _ in range(60):
             packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 4)

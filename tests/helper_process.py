@@ -160,6 +160,12 @@ class Helper:
         assert self.process is not None
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def open_files_at_rest(self, client: Client) -> int:
+        """The same, when nothing is under way any more. It sees the end of a child after the client its answer."""
+        wait_until(lambda: not self.children())
+        assert isinstance(client.ask(Hello(id=0, protocol=PROTOCOL, version="test")), Welcome)
+        return self.open_files()
+
     def children(self) -> list[int]:
         """The processes that it has started and that have not ended."""
         assert self.process is not None

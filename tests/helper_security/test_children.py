@@ -105,7 +105,7 @@ def test_without_processes_it_goes_on() -> None:
         running.tree.bind(VF, "vfio-pci")
         with running.connect() as witness:
             assert isinstance(heartbeat(witness), Heartbeat)
-            before = running.open_files()
+            before = running.open_files_at_rest(witness)
             limit.touch()
             for _ in range(20):
                 with running.connect() as client, suppress(BrokenPipeError):

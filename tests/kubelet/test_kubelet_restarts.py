@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -109,6 +110,10 @@ async def restart_often(registration: Registration) -> None:
         await node.until("as many sockets as before", lambda: len(os.listdir(node.sockets)) == len(files), PATIENCE)
 
 
+def children(pid: int) -> str:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text()
+
+
 async def settled(
     node: ProductionNode[RealKubelet], wanted: dict[str, Footprint] | None = None
 ) -> dict[str, Footprint]:
@@ -122,7 +127,7 @@ async def settled(
     while True:
         before, found = found, {name: footprint(pid) for name, pid in pids.items()}
         known = before if wanted is None else wanted
-        idle = not any("pidfd" in kind for kind in found["helper"].descriptors)  # no operation is under way
+        idle = not children(node.helper.pid)  # no operation is under way
         alike = all(name in known and found[name].descriptors == known[name].descriptors for name in found)
         same = same + 1 if idle and alike else 0
         if same >= (1 if wanted is not None else 20) or time.monotonic() > deadline:

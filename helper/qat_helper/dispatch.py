@@ -37,8 +37,6 @@ _VF_OF: Final = "vf of"
 Answer = Callable[[Outcome], None]
 Key = tuple[str, str]
 """What an operation works on: a word of the table's column `alone`, and an address."""
-Kind = tuple[str, object]
-"""An operation's name, and whom it is for: one child may do all of a kind, one after the other."""
 
 
 class Job:
@@ -51,7 +49,8 @@ class Job:
         self.owner = owner
         self.request = request
         self.operation: Operation[AnyRequest] = OPERATIONS[type(request)]
-        self.kind: Kind = (self.operation.name, owner)
+        self.kind = (self.operation.name, owner)
+        """One child may do all of a kind, one after the other."""
         self.answer = answer
         self._clock = clock
         self.began = clock()
@@ -130,7 +129,7 @@ class Dispatcher:
         self._allowance = Allowance(node.policy.rates, clock)
         self._waiting: list[Job] = []
         self._running: dict[Child, Job] = {}
-        self._idle: dict[Child, Kind] = {}
+        self._idle: dict[Child, tuple[str, object]] = {}  # with the kind of job that they did
         self._children: Counter[str] = Counter()  # by operation: all that have not ended
         self._at_work: Counter[Key] = Counter()
         self._counted: Counter[str] = Counter()
@@ -253,6 +252,8 @@ class Dispatcher:
 
     def _start(self) -> None:
         for job in list(self._waiting):
+            if job not in self._waiting:  # its peer is gone, since one before could not be done
+                continue
             name = job.operation.name
             child = next((child for child, kind in self._idle.items() if kind == job.kind), None)
             if child is None and self._children[name] >= job.operation.at_once:

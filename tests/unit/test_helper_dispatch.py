@@ -1,5 +1,6 @@
 """The way of a request: children, deadlines, one operation for one device, and the lines in the audit log."""
 
+import errno
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from qat_helper import dispatch
 from qat_helper.audit import AuditLog, Caller
+from qat_helper.child import Child
 from qat_helper.dispatch import Dispatcher
 from qat_helper.errors import UNSIGNED, denied
 from qat_helper.node import Node, Outcome
@@ -210,6 +212,32 @@ def test_a_child_is_one_peers_and_makes_room_for_anothers(bench: Bench) -> None:
     gate.open()
     bench.run(lambda: not bench.calls)
     assert len(bench.replies) == 4
+
+
+def test_a_peer_that_goes_while_no_process_can_be_had(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer is not taken, so that it is dropped: what else it has asked for is not begun, none is ended twice."""
+    gate, peer = Gate(bench), object()
+    bench.operation(BindDriver, gate, at_once=1)
+    bench.ask(bind_other(1))
+
+    def dropped(outcome: Outcome) -> None:
+        bench.replies.append(outcome.reply)
+        if len(bench.replies) == 2:  # the first of its answers
+            bench.dispatcher.forget(peer)
+
+    for number in (2, 3, 4):
+        bench.dispatcher.ask(CALLER, bind_other(number), dropped, peer)
+    bench.ask(bind_other(5))
+
+    def none_to_be_had(work: Callable[[AnyRequest], Outcome]) -> None:
+        monkeypatch.setattr(dispatch, "Child", Child)  # the next one, there is
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(dispatch, "Child", none_to_be_had)
+    gate.stand_open(bench, lambda: not bench.calls)
+    assert sorted(reply.id for reply in bench.replies) == [1, 2, 3, 4, 5]
+    ended = Counter(line["asked"] for line in bench.lines() if line["event"] == "done")
+    assert ended == {line["sequence"]: 1 for line in bench.lines() if line["event"] == "asked"}
 
 
 def test_a_child_that_has_failed_does_nothing_more(bench: Bench) -> None:

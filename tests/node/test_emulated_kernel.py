@@ -198,7 +198,7 @@ def test_writer_killed_while_it_waits_does_no_harm(kernel: Kernel) -> None:
         process.kill()
         assert process.wait(120) == -signal.SIGKILL
     handle.close()  # the kernel's part of the work goes on to its end
-    wait_until(lambda: read(kernel, attribute(VF, "enable")) == "0\n")
+    wait_until(lambda: read(kernel, attribute(VF, "enable")) == "0\n" and not kernel.writing())
     kernel.probe(VF)
     assert kernel.driver(VF) == "vfio-pci"
 

@@ -91,6 +91,7 @@ class Kernel:
         self._hardware = Hardware(bus, node)
         self._processes: list[tuple[subprocess.Popen[Any], interception.Supervisor]] = []
         self._writers = ThreadPoolExecutor(WRITERS, "write")
+        self._under_way: set[Future[int]] = set()
         try:
             with bus.monitor:
                 self._hardware.build()
@@ -124,9 +125,12 @@ class Kernel:
         if relative.startswith(".."):  # a file of a device that was removed while the writer had it open
             return -errno.ENODEV
         try:
-            return self._writers.submit(self._serve, relative, data)
+            future = self._writers.submit(self._serve, relative, data)
         except RuntimeError:  # this kernel has ended
             return -errno.ESHUTDOWN
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
 
     def _serve(self, path: str, data: bytes) -> int:
         try:
@@ -299,6 +303,10 @@ class Kernel:
             return self._faults.hanging
 
     # Looking
+
+    def writing(self) -> int:
+        """How many writes of processes have not been done yet."""
+        return len(self._under_way)
 
     def driver(self, address: Address) -> str | None:
         """The driver that a device's link shows, None for none. Raises OSError ENODEV without such a device."""

@@ -152,8 +152,9 @@ class Helper:
         return self.log.read_text() if self.log.exists() else ""
 
     def lines(self) -> list[dict[str, Any]]:
-        """The audit log."""
-        return [json.loads(line) for line in self.audit.read_bytes().splitlines()]
+        """The audit log so far, but for a line that is just being written."""
+        whole, _, _ = self.audit.read_bytes().rpartition(b"\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def open_files(self) -> int:
         """How many descriptors it has."""

@@ -69,6 +69,8 @@ def _run(work: Callable[[AnyRequest], Outcome], channel: socket.socket) -> NoRet
             except OSError as error:  # ETOOMANYREFS: peers have not taken the descriptors that they were sent
                 why = f"the connection cannot be passed: {os.strerror(error.errno or 0)}"
                 channel.send(encode(OperationError(ErrorCode.BUSY, why).reply(reply.id)))
+            if descriptor is not None:  # a Unix socket: that this was the last one of it keeps nobody waiting
+                os.close(descriptor)
     except BaseException:  # noqa: BLE001  the outermost edge of this process, which must not go on as a second helper
         sys.excepthook(*sys.exc_info())
     finally:

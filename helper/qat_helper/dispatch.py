@@ -283,9 +283,7 @@ class Dispatcher:
             child.channel.close()
             self._children[name] -= 1
             self._idle.pop(child, None)
-        elif job is None or isinstance(outcome.reply, Failure) or outcome.descriptor is not None:
-            child.dismiss()
-        else:
+        elif job is not None:
             self._idle[child] = job.kind
         self._start()
         if not any(other.operation.name == name for other in self._running.values()):

@@ -19,7 +19,7 @@ from qat_helper import dispatch
 from qat_helper.audit import AuditLog, Caller
 from qat_helper.child import Child
 from qat_helper.dispatch import Dispatcher
-from qat_helper.errors import UNSIGNED, denied
+from qat_helper.errors import UNSIGNED, OperationError, denied
 from qat_helper.node import Node, Outcome
 from qat_helper.operations import NAMES, OPERATIONS
 from qat_helper.policy import Policy, Rate
@@ -240,19 +240,25 @@ def test_a_peer_that_goes_while_no_process_can_be_had(bench: Bench, monkeypatch:
     assert ended == {line["sequence"]: 1 for line in bench.lines() if line["event"] == "asked"}
 
 
-def test_a_child_that_has_failed_does_nothing_more(bench: Bench) -> None:
-    pids = bench.log.with_name("pids")
+def test_a_child_keeps_nothing_of_what_it_has_done(bench: Bench) -> None:
+    """It passes descriptors, and fails, and has but its channel open after each."""
 
-    def fail(node: Node, request: AnyRequest) -> Outcome:
-        with pids.open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        raise denied("a-rule", "not that one")
+    def tell(node: Node, request: AnyRequest) -> Outcome:
+        found = f"{os.getpid()} {len(os.listdir('/proc/self/fd')) - 1}"  # without the one that lists them
+        if request.id % 2:
+            raise OperationError(ErrorCode.UNAVAILABLE, found)
+        reply = Bound(id=request.id, audit=UNSIGNED, driver=found, changed=False)
+        return Outcome(reply, os.open("/dev/null", os.O_RDONLY))
 
-    bench.operation(BindDriver, fail, at_once=1)
-    for number in range(4):
+    bench.operation(BindDriver, tell, at_once=1)
+    for number in range(6):
         bench.ask(bind_other(number))
-    bench.run(lambda: len(bench.replies) == 4)
-    assert len(set(pids.read_text().split())) == 4
+    bench.run(lambda: len(bench.replies) == 6)
+    told = {reply.driver if isinstance(reply, Bound) else failure(reply).message for reply in bench.replies}
+    assert len(told) == 1, "the same child, with as many descriptors"
+    assert len(bench.descriptors) == 3
+    for descriptor in bench.descriptors:
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize("idle", [False, True])

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,31 +157,29 @@ class Helper:
         return self.log.read_text() if self.log.exists() else ""
 
     def lines(self) -> list[dict[str, Any]]:
-        """The audit log."""
-        return [json.loads(line) for line in self.audit.read_bytes().splitlines()]
+        """The audit log so far, but for a line that is just being written."""
+        whole, _, _ = self.audit.read_bytes().rpartition(b"\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def open_files(self) -> int:
         """How many descriptors it has."""
         assert self.process is not None
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def open_files_at_rest(self, client: Client) -> int:
+        """The same, when nothing is under way any more. It sees the end of a child after the client its answer."""
+        wait_until(lambda: not self.children())
+        assert isinstance(client.ask(Hello(id=0, protocol=PROTOCOL, version="test")), Welcome)
+        return self.open_files()
+
     def children(self) -> list[int]:
-        """The processes that it has started and has not seen the end of."""
+        """The processes that it has started and that have not ended."""
         assert self.process is not None
         pid = self.process.pid
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def at_work(self) -> list[int]:
-        """Those of its children that have not ended."""
-        working = []
-        for pid in self.children():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z":
-                    working.append(pid)
-        return working
-
     def settled(self) -> bool:
-        """Whether none of its processes is at work. One that has ended it waits for when the next peer leaves."""
+        """Whether none of its processes is at work, nor left for the next peer that leaves."""
         self.connect(greet=False).close()
         return not self.children()
 

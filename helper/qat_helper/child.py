@@ -1,8 +1,9 @@
-"""Short-lived children: each does one operation, passes its outcome back through a socket pair, and ends.
+"""Short-lived children: each does one request at a time, passes its outcome back through a socket pair, and waits there
+for the next, or for the end, which is its own.
 
 Whatever may wait inside the kernel happens in a child, so that the serving loop never does. A child is never sent a
 signal, and ignores those that others send to all processes of a service: a signal would make a blocked wait of the
-kernel's an unkillable one.
+kernel's an unkillable one. Nor is it waited for: the kernel closes its end of the pair when it ends, however it does.
 """
 
 import os
@@ -11,56 +12,49 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, NoReturn
+from typing import NoReturn
 
 from qat_helper.errors import OperationError
 from qat_helper.node import Outcome
-from qat_shared.codec import ProtocolError, decode_reply, encode
-from qat_shared.messages import MAX_MESSAGE, ErrorCode
-
-_BEGIN: Final = b"begin"
+from qat_shared.codec import ProtocolError, decode_reply, decode_request, encode
+from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode
 
 
 class Child:
-    """A child at work. Its `pidfd` becomes readable when it has ended; then take its `outcome`. Raises OSError."""
+    """A process that does `work`. Its `channel` becomes readable when it has an outcome, or when it has ended.
 
-    def __init__(self, work: Callable[[], Outcome]) -> None:
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    Raises OSError.
+    """
+
+    def __init__(self, work: Callable[[AnyRequest], Outcome]) -> None:
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.pid = os.fork()
-            if self.pid == 0:
+            if os.fork() == 0:
                 _run(work, theirs)
-        try:
-            self.pidfd = os.pidfd_open(self.pid)
-        except OSError:
-            self._channel.close()  # not told to begin, it ends
-            os.waitpid(self.pid, 0)
-            raise
-        with suppress(OSError):  # it was killed already: its outcome will say so
-            self._channel.send(_BEGIN)
+        self.channel.setblocking(False)
 
-    def outcome(self) -> Outcome:
-        """What it has passed back. Only once it has ended. Raises OperationError when it has passed nothing."""
-        packet: bytes = b""
-        descriptors: list[int] = []
-        with self._channel, suppress(OSError):  # a reset: it was killed before it had begun
-            self._channel.setblocking(False)
-            packet, descriptors, _, _ = socket.recv_fds(self._channel, MAX_MESSAGE, 1)
+    def begin(self, request: AnyRequest) -> None:
+        """Have it do that. Only while it has nothing else to do."""
+        with suppress(OSError):  # it was killed: the channel's end says so
+            self.channel.send(encode(request))
+
+    def outcome(self) -> Outcome | None:
+        """What it has passed back, None when it has ended. Only when the channel is readable."""
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(self.channel, MAX_MESSAGE, 1)
+            reply = decode_reply(packet)
+        except (OSError, ProtocolError):  # a reset: it was killed before it had begun
+            return None
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)  # Python 3.11 does not pass MSG_CMSG_CLOEXEC on
-        os.close(self.pidfd)
-        _, status = os.waitpid(self.pid, 0)
-        try:
-            return Outcome(decode_reply(packet), descriptors[0] if descriptors else None)
-        except ProtocolError:
-            raise OperationError(
-                ErrorCode.INTERNAL,
-                f"the operation's process ended with status {os.waitstatus_to_exitcode(status)}: see the helper's log",
-            ) from None
+        return Outcome(reply, descriptors[0] if descriptors else None)
+
+    def dismiss(self) -> None:
+        """Have it end. Only while it has nothing else to do."""
+        self.channel.shutdown(socket.SHUT_WR)
 
 
-def _run(work: Callable[[], Outcome], channel: socket.socket) -> NoReturn:
-    status = 1
+def _run(work: Callable[[AnyRequest], Outcome], channel: socket.socket) -> NoReturn:
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -68,18 +62,16 @@ def _run(work: Callable[[], Outcome], channel: socket.socket) -> NoReturn:
         # The listener, the peers, the audit log: nothing of the parent's is to live on in here.
         os.closerange(3, channel.fileno())
         os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-        if channel.recv(len(_BEGIN)) != _BEGIN:
-            os._exit(status)
-        reply, descriptor = work()
-        try:
-            socket.send_fds(channel, [encode(reply)], [] if descriptor is None else [descriptor])
-        except OSError as error:  # ETOOMANYREFS: peers have not taken the descriptors that they were sent
-            trouble = OperationError(
-                ErrorCode.BUSY, f"the connection cannot be passed: {os.strerror(error.errno or 0)}"
-            )
-            channel.send(encode(trouble.reply(reply.id)))
-        status = 0
+        while packet := channel.recv(MAX_MESSAGE):
+            reply, descriptor = work(decode_request(packet))
+            try:
+                socket.send_fds(channel, [encode(reply)], [] if descriptor is None else [descriptor])
+            except OSError as error:  # ETOOMANYREFS: peers have not taken the descriptors that they were sent
+                why = f"the connection cannot be passed: {os.strerror(error.errno or 0)}"
+                channel.send(encode(OperationError(ErrorCode.BUSY, why).reply(reply.id)))
+            if descriptor is not None:  # a Unix socket: that this was the last one of it keeps nobody waiting
+                os.close(descriptor)
     except BaseException:  # noqa: BLE001  the outermost edge of this process, which must not go on as a second helper
         sys.excepthook(*sys.exc_info())
     finally:
-        os._exit(status)
+        os._exit(0)  # nobody asks with what

@@ -49,6 +49,8 @@ class Job:
         self.owner = owner
         self.request = request
         self.operation: Operation[AnyRequest] = OPERATIONS[type(request)]
+        self.kind = (self.operation.name, owner)
+        """One child may do all of a kind, one after the other."""
         self.answer = answer
         self._clock = clock
         self.began = clock()
@@ -70,6 +72,10 @@ class Job:
             if alone == "driver" and (pf := _physfn(root, address)):
                 self.holds += ((_VF_OF, pf),)
                 self.excludes += ((PF, pf),)
+
+    def failed(self, code: ErrorCode, why: str) -> Outcome:
+        """The outcome when it was not done, or not to the end."""
+        return Outcome(OperationError(code, why).reply(self.request.id))
 
     def entry(self, event: str, verdict: str = "", reply: AnyReply | None = None) -> Entry:
         """A line about it for the audit log; `reply` once it has ended."""
@@ -122,7 +128,9 @@ class Dispatcher:
         self._clock = clock
         self._allowance = Allowance(node.policy.rates, clock)
         self._waiting: list[Job] = []
-        self._running: dict[int, tuple[Job, Child]] = {}  # by the child's pidfd
+        self._running: dict[Child, Job] = {}
+        self._idle: dict[Child, tuple[str, object]] = {}  # with the kind of job that they did
+        self._children: Counter[str] = Counter()  # by operation: all that have not ended
         self._at_work: Counter[Key] = Counter()
         self._counted: Counter[str] = Counter()
 
@@ -155,7 +163,7 @@ class Dispatcher:
             try:
                 job.asked = self._audit.append(job.entry("asked"))
             except AuditError as error:
-                answer(Outcome(OperationError(ErrorCode.AUDIT, str(error)).reply(request.id)))
+                answer(job.failed(ErrorCode.AUDIT, str(error)))
                 return
         else:
             self._counted[operation.name] += 1
@@ -183,26 +191,24 @@ class Dispatcher:
         """Answer what has outlasted its deadline."""
         now = self._clock()
         for job in [job for job in self._unanswered() if job.deadline <= now]:
-            error = OperationError(
-                ErrorCode.TIMED_OUT, f"{job.operation.name} did not end in time: it may still come to pass"
-            )
+            why = f"{job.operation.name} did not end in time: it may still come to pass"
+            outcome = job.failed(ErrorCode.TIMED_OUT, why)
             if job in self._waiting:
                 self._waiting.remove(job)
-                self._end(job, Outcome(error.reply(job.request.id)))
+                self._end(job, outcome)
             else:
                 job.timed_out = True
-                job.answer(Outcome(error.reply(job.request.id)))
+                job.answer(outcome)
 
     def forget(self, owner: object) -> None:
         """Whoever asked has gone: what waits is not begun; what was begun goes on, and is audited."""
         for job in [job for job in self._waiting if job.owner is owner]:
             self._waiting.remove(job)
-            error = OperationError(ErrorCode.UNAVAILABLE, "who asked went away before it was begun")
-            self._end(job, Outcome(error.reply(job.request.id)))
+            self._end(job, job.failed(ErrorCode.UNAVAILABLE, "who asked went away before it was begun"))
 
     def stop(self) -> None:
         """The last line of the audit log. Children still at work are left to end by themselves."""
-        unfinished = [*self._waiting, *(job for job, _ in self._running.values())]
+        unfinished = [*self._waiting, *self._running.values()]
         facts: Facts = dict(self._counted)
         if unfinished:
             shown = unfinished[:_SHOWN]
@@ -211,8 +217,7 @@ class Dispatcher:
         self._audit.owe(Entry(event="stop", arguments=facts))
 
     def _unanswered(self) -> list[Job]:
-        running = (job for job, _ in self._running.values())
-        return [job for job in (*self._waiting, *running) if not job.timed_out]
+        return [job for job in (*self._waiting, *self._running.values()) if not job.timed_out]
 
     def _refused(self, job: Job, reply: Failure) -> AnyReply:
         """The answer to one that is refused: this failure, when it is in the log, if it belongs there."""
@@ -246,30 +251,49 @@ class Dispatcher:
         return reply
 
     def _start(self) -> None:
-        running = Counter(job.operation.name for job, _ in self._running.values())
         for job in list(self._waiting):
-            if running[job.operation.name] >= job.operation.at_once:
+            if job not in self._waiting:  # its peer is gone, since one before could not be done
+                continue
+            name = job.operation.name
+            child = next((child for child, kind in self._idle.items() if kind == job.kind), None)
+            if child is None and self._children[name] >= job.operation.at_once:
+                self._dismiss(name)  # another peer's: when they have ended, there is room
                 continue
             self._waiting.remove(job)
             try:
-                child = Child(partial(perform, self._node, job.request))
+                child = child or Child(partial(perform, self._node))
             except OSError as error:
                 why = f"no process could be started for it: {os.strerror(error.errno or 0)}"
-                self._end(job, Outcome(OperationError(ErrorCode.INTERNAL, why).reply(job.request.id)))
+                self._end(job, job.failed(ErrorCode.INTERNAL, why))
                 continue
-            running[job.operation.name] += 1
-            self._running[child.pidfd] = (job, child)
-            self._watch(child.pidfd, partial(self._ended, child.pidfd))
+            if self._idle.pop(child, None) is None:
+                self._children[name] += 1
+                self._watch(child.channel.fileno(), partial(self._heard, child, name))
+            self._running[child] = job
+            child.begin(job.request)
 
-    def _ended(self, pidfd: int) -> None:
-        job, child = self._running.pop(pidfd)
-        self._unwatch(pidfd)
-        try:
-            outcome = child.outcome()
-        except OperationError as error:
-            outcome = Outcome(error.reply(job.request.id))
-        self._end(job, outcome)
+    def _heard(self, child: Child, name: str) -> None:
+        """It has passed an outcome, or it has ended."""
+        job, outcome = self._running.pop(child, None), child.outcome()
+        if job is not None:
+            why = "the operation's process ended without an answer: see the helper's log"
+            self._end(job, outcome or job.failed(ErrorCode.INTERNAL, why))
+        if outcome is None:
+            self._unwatch(child.channel.fileno())
+            child.channel.close()
+            self._children[name] -= 1
+            self._idle.pop(child, None)
+        elif job is not None:
+            self._idle[child] = job.kind
         self._start()
+        if not any(other.operation.name == name for other in self._running.values()):
+            self._dismiss(name)
+
+    def _dismiss(self, name: str) -> None:
+        """Have the idle children of an operation end."""
+        for child in [child for child, kind in self._idle.items() if kind[0] == name]:
+            del self._idle[child]
+            child.dismiss()
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         self._at_work -= Counter(job.holds)

@@ -65,7 +65,6 @@ class Server:
         self._epoll = select.epoll()
         self._calls: dict[int, Callable[[int], None]] = {}
         self._peers: list[Peer] = []
-        self._disposers: list[int] = []
         self._undisposed: list[socket.socket] = []
         self._stopping = False
         self._listening = False
@@ -79,6 +78,7 @@ class Server:
             signal.set_wakeup_fd(wake.fileno())
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that nothing is left of processes that end
             self._watch(wake_end.fileno(), select.EPOLLIN, self._stop)
             self._listen()
             say(f"serving on {os.fsdecode(self._listener.getsockname())}")
@@ -246,11 +246,10 @@ class Server:
         self._peers.remove(peer)
         self._unwatch(peer.sock.fileno())
         self._dispatcher.forget(peer)
-        self._disposers = [pid for pid in self._disposers if os.waitpid(pid, os.WNOHANG)[0] == 0]
         undisposed, self._undisposed = [*self._undisposed, peer.sock], []
         for sock in undisposed:
             try:
-                self._disposers += _dispose(sock)
+                _dispose(sock)
             except OSError:  # no process or descriptor to be had, which a peer may have brought about: at the next drop
                 self._undisposed.append(sock)
         for _, descriptor in peer.queue:
@@ -260,8 +259,8 @@ class Server:
             self._listen()
 
 
-def _dispose(sock: socket.socket) -> list[int]:
-    """Close a peer's socket; the pid of the process, if one is needed, that closes what was sent and not read.
+def _dispose(sock: socket.socket) -> None:
+    """Close a peer's socket; what was sent there and not read is closed by a process of its own.
 
     What was sent may hold descriptors, and the last close of one may wait. A process that exits does not wait for a
     lingering socket (the kernel's PF_EXITING), and if it waits for something else, it is not we who do. Raises OSError
@@ -274,11 +273,10 @@ def _dispose(sock: socket.socket) -> list[int]:
         data, flags = b"", 0
     if not data and not flags & socket.MSG_CTRUNC:
         sock.close()
-        return []
+        return
     end, ours = os.pipe()
     try:
-        pid = os.fork()
-        if pid == 0:
+        if os.fork() == 0:
             os.close(ours)
             os.read(end, 1)  # until the parent has closed its own
             os._exit(0)
@@ -286,7 +284,6 @@ def _dispose(sock: socket.socket) -> list[int]:
     finally:
         os.close(end)
         os.close(ours)
-    return [pid]
 
 
 def _close(descriptor: int | None) -> None:

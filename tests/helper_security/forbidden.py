@@ -53,6 +53,7 @@ CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
     "setrlimit": ("prlimit64", lambda: (0, 4, -1, None)),
     "landlock_create_ruleset": ("landlock_create_ruleset", lambda: (None, 0, 1)),
     "seccomp": ("seccomp", lambda: (2, 0, None)),
+    "wait4": ("wait4", lambda: (-1, None, 1, None)),
 }
 """Refused in both processes. By what is tried: the system call's name, and its arguments."""
 HELPER_CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
@@ -65,7 +66,6 @@ HELPER_CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
 }
 SERVER_CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
     "clone(process)": ("clone", lambda: (_SIGHAND | _SIGCHLD, None, None, None, None)),
-    "wait4": ("wait4", lambda: (-1, None, 1, None)),
 }
 
 

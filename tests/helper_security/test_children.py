@@ -1,55 +1,86 @@
 """The helper's own processes when the system is against it: killed at once, or not to be had at all."""
 
 import os
+import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 
-from helper_process import VF, heartbeat, helper, wait_until
+from helper_process import PF, VF, failure, heartbeat, helper, wait_until
 from helper_security.figures import tried
-from qat_helper import child
 from qat_helper.child import Child
-from qat_helper.errors import OperationError
 from qat_helper.node import Outcome
-from qat_shared.messages import BindDriver, DpdkDriver, ErrorCode, Failure, Heartbeat
+from qat_shared.messages import AnyRequest, BindDriver, DpdkDriver, ErrorCode, Failure, Heartbeat, ReadHeartbeat
 from sysfs_tree import address
 
 
-def nothing() -> Outcome:
-    raise AssertionError("it is never begun")
+def waits(request: AnyRequest) -> Outcome:
+    signal.pause()
+    raise AssertionError("nothing but SIGKILL ends it")
 
 
-@pytest.mark.parametrize("when", ["before it is told to begin", "while it begins"])
-def test_a_child_that_is_killed_is_that_operations_failure(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_child_that_is_killed_has_no_outcome(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
     """As by the kernel, when memory is short."""
-    if when == "while it begins":
-        monkeypatch.setattr(child, "_run", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    else:
-        monkeypatch.setattr(os, "pidfd_open", killed_first(os.pidfd_open))
+    pids: list[int] = []
+    monkeypatch.setattr(os, "fork", noted(os.fork, pids))
     before = os.listdir("/proc/self/fd")
-    killed = Child(nothing)
-    os.waitid(os.P_PIDFD, killed.pidfd, os.WEXITED | os.WNOWAIT)
-    with pytest.raises(OperationError) as caught:
-        killed.outcome()
-    assert caught.value.code is ErrorCode.INTERNAL
+    killed = Child(waits)
+    if begun:
+        killed.begin(ReadHeartbeat(id=1, address=address(VF)))
+        assert select.select([killed.channel], [], [], 0.1)[0] == [], "it is at work"
+    os.kill(pids[0], signal.SIGKILL)
+    os.waitpid(pids[0], 0)
+    if not begun:
+        killed.begin(ReadHeartbeat(id=1, address=address(VF)))
+    assert select.select([killed.channel], [], [], 20)[0]
+    assert killed.outcome() is None
+    killed.dismiss()
+    killed.channel.close()
     assert len(os.listdir("/proc/self/fd")) == len(before), "nothing of it is left"
-    with pytest.raises(ChildProcessError):
-        os.waitpid(killed.pid, os.WNOHANG)
 
 
-def killed_first(pidfd_open: object) -> object:
-    """As pidfd_open, when the process has been killed already."""
+def noted(fork: Callable[[], int], pids: list[int]) -> Callable[[], int]:
+    """As fork; the children's process ids go to `pids`."""
 
-    def opened(pid: int) -> int:
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        assert callable(pidfd_open)
-        return int(pidfd_open(pid))
+    def forked() -> int:
+        pids.append(fork())
+        return pids[-1]
 
-    return opened
+    return forked
+
+
+def test_a_child_that_is_killed_is_that_operations_failure() -> None:
+    with helper() as running, running.connect() as client:
+        running.heartbeat.unlink()
+        os.mkfifo(running.heartbeat)
+        for number in range(1, 4):
+            client.send(ReadHeartbeat(id=number, address=address(PF)))
+            wait_until(running.children)
+            os.kill(running.children()[0], signal.SIGKILL)
+            told = failure(client.receive())
+            assert told[:2] == (number, ErrorCode.INTERNAL)
+            assert "ended without an answer" in told[2]
+            wait_until(lambda: not running.children())
+        running.heartbeat.unlink()
+        running.heartbeat.write_text("0\n")
+        assert isinstance(heartbeat(client), Heartbeat)
+        assert running.stop() == 0
+
+
+def test_nothing_is_left_of_children_that_have_ended() -> None:
+    """No zombie either, though nobody waits for them."""
+    with helper() as running:
+        running.tree.bind(VF, "vfio-pci")
+        with running.connect() as client:
+            for _ in range(20):
+                assert isinstance(heartbeat(client), Heartbeat)
+        wait_until(lambda: not running.children())
+        assert running.stop() == 0
 
 
 NO_PROCESSES = """
@@ -74,7 +105,7 @@ def test_without_processes_it_goes_on() -> None:
         running.tree.bind(VF, "vfio-pci")
         with running.connect() as witness:
             assert isinstance(heartbeat(witness), Heartbeat)
-            before = running.open_files()
+            before = running.open_files_at_rest(witness)
             limit.touch()
             for _ in range(20):
                 with running.connect() as client, suppress(BrokenPipeError):

@@ -44,7 +44,7 @@ def bounded(running: Helper, what: str) -> Iterator[Client]:
     """Another peer is served before, during and after; then the helper has what it had, and no more memory."""
     with running.connect() as witness:
         assert isinstance(heartbeat(witness), Heartbeat)
-        descriptors, before = running.open_files(), running.peak_memory()
+        descriptors, before = running.open_files_at_rest(witness), running.peak_memory()
         yield witness
         most(f"KiB that the helper grew under {what}", running.peak_memory() - before)
         assert running.peak_memory() - before < MEMORY
@@ -163,7 +163,7 @@ def test_peers_that_do_not_read_the_longest_answers() -> None:
                             client.send(ReadDeviceConfig(id=1, address=address(pf)))
                     except (BrokenPipeError, ConnectionResetError):
                         left.remove(client)
-                    wait_until(lambda: not running.at_work())
+                    wait_until(lambda: not running.children())
                 served_meanwhile(witness)
             assert not left, "they are dropped when their queue is full"
             tried("peers that do not read", len(clients))

@@ -101,7 +101,7 @@ def test_whole_sessions_over_the_socket() -> None:
         with running.connect() as witness:
             assert isinstance(heartbeat(witness), Heartbeat)
             sent = answered = before = 0
-            descriptors = running.open_files()
+            descriptors = running.open_files_at_rest(witness)
             while sent < SOCKET:
                 session = Session(running, dice)
                 session.run(min(dice.choice((1, 20, 300)), SOCKET - sent))

@@ -77,7 +77,7 @@ def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool
         running.start()
         with running.connect() as victim:
             assert isinstance(heartbeat(victim), Heartbeat)
-            before = running.open_files()
+            before = running.open_files_at_rest(victim)
             slow = lingering(300)
             assert running.process is not None
             with running.connect() as client:
@@ -106,7 +106,7 @@ def test_passed_descriptors_do_not_stay_open(old_kernel: bool) -> None:
         wait_until(lambda: running.open_files() > 0)
         with running.connect() as watcher:
             heartbeat(watcher)
-            before = running.open_files()
+            before = running.open_files_at_rest(watcher)
             pipe_end, pipe = os.pipe()
             for _ in range(20):
                 with running.connect() as client, suppress(PermissionError):
@@ -127,7 +127,7 @@ def test_connections_that_a_peer_does_not_take_are_bounded(running: Helper) -> N
         ask = OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION)
         for _ in range(60):
             client.send(ask)
-        wait_until(lambda: len(running.lines()) > 2 and not interrupted(running.lines()) and not running.at_work())
+        wait_until(lambda: len(running.lines()) > 2 and not interrupted(running.lines()) and not running.children())
         taken = 0
         for _ in range(60):
             packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 4)

@@ -111,7 +111,7 @@ class ProductionNode(Processes, Generic[K]):
         await self.wait(allocatable)
         return time.monotonic() - began
 
-    async def wait(self, allocatable: Mapping[str, int | None], seconds: float = 20) -> None:
+    async def wait(self, allocatable: Mapping[str, int | None], seconds: float = 120) -> None:
         """Until the kubelet's allocatable is so. Raises TimeoutError with what our processes said."""
         deadline = time.monotonic() + seconds
         while True:

@@ -161,6 +161,7 @@ def test_a_blocked_read_holds_up_nobody_and_no_clean_end(running: Helper) -> Non
             return isinstance(reply, Heartbeat) and not reply.alive
 
         wait_until(dead)
+        wait_until(lambda: not running.children())
         status.unlink()
         os.mkfifo(status)
         client.send(ReadHeartbeat(id=5, address=address(PF)))

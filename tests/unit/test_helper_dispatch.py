@@ -1,8 +1,11 @@
 """The way of a request: children, deadlines, one operation for one device, and the lines in the audit log."""
 
+import errno
+import functools
 import json
 import os
 import select
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -14,8 +17,9 @@ import pytest
 
 from qat_helper import dispatch
 from qat_helper.audit import AuditLog, Caller
+from qat_helper.child import Child
 from qat_helper.dispatch import Dispatcher
-from qat_helper.errors import UNSIGNED, denied
+from qat_helper.errors import UNSIGNED, OperationError, denied
 from qat_helper.node import Node, Outcome
 from qat_helper.operations import NAMES, OPERATIONS
 from qat_helper.policy import Policy, Rate
@@ -76,6 +80,15 @@ class Bench:
             assert ready, "no child has ended"
             self.calls[ready[0][0]]()
 
+    def close(self) -> None:
+        """Whatever children there are still: with their channels they end, and nobody waits for them."""
+        for call in self.calls.values():
+            assert isinstance(call, functools.partial)
+            call.args[0].channel.close()
+        with suppress(ChildProcessError):  # the helper has the kernel do this, for all processes that it starts
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_bytes().splitlines()]
 
@@ -89,11 +102,17 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     bench = Bench(tmp_path, monkeypatch, Policy(uids=frozenset(), operations=NAMES))
     with closing(bench.audit):
         yield bench
+        bench.close()
 
 
 def bind(number: int = 1, function: int = 1) -> BindDriver:
     address = PciAddress(0, 0x6B, 0, function)
     return BindDriver(id=number, address=address, driver=DpdkDriver.VFIO_PCI, reason="a test")
+
+
+def bind_other(number: int) -> BindDriver:
+    """Of a device of its own for each number."""
+    return msgspec.structs.replace(bind(number), address=PciAddress(0, 0x6B, number // 8, number % 8))
 
 
 def done(node: Node, request: AnyRequest) -> Outcome:
@@ -122,7 +141,7 @@ class Gate:
             with suppress(OSError):  # nobody is at the gate just now
                 os.close(os.open(self._path, os.O_WRONLY | os.O_NONBLOCK))
             for descriptor in list(bench.calls):
-                if select.select([descriptor], [], [], 0.01)[0]:
+                if descriptor in bench.calls and select.select([descriptor], [], [], 0.01)[0]:
                     bench.calls[descriptor]()
 
 
@@ -147,15 +166,128 @@ def test_an_operation_is_audited_before_and_after(bench: Bench) -> None:
     assert ended["duration_ms"] == 1500
 
 
-def test_no_zombie_and_no_descriptor_is_left(bench: Bench) -> None:
+def test_no_child_and_no_descriptor_is_left(bench: Bench) -> None:
     bench.operation(BindDriver, done)
     before = len(os.listdir("/proc/self/fd"))
     for number in range(5):
         bench.ask(bind(number))
         bench.run(lambda number=number: len(bench.replies) > number)  # type: ignore[misc]
+    bench.run(lambda: not bench.calls)
     assert len(os.listdir("/proc/self/fd")) == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+
+
+def who(node: Node, request: AnyRequest) -> Outcome:
+    """Tells which process did it."""
+    return Outcome(Bound(id=request.id, audit=UNSIGNED, driver=str(os.getpid()), changed=True))
+
+
+def test_a_child_does_what_waits_of_the_same_kind_and_ends_when_nothing_of_it_is_at_work(bench: Bench) -> None:
+    bench.operation(BindDriver, who, at_once=2)
+    for number in range(20):
+        bench.ask(bind_other(number))
+    bench.run(lambda: len(bench.replies) == 20)
+    assert len({reply.driver for reply in bench.replies if isinstance(reply, Bound)}) <= 2
+    assert sorted(reply.id for reply in bench.replies) == list(range(20))
+    asked = [line["sequence"] for line in bench.lines() if line["event"] == "asked"]
+    assert Counter(bench.story()) == Counter([("asked", "", 0)] * 20 + [("done", "ok", number) for number in asked])
+    bench.run(lambda: not bench.calls)
+
+
+def test_a_child_is_one_peers_and_makes_room_for_anothers(bench: Bench) -> None:
+    """With one child that cannot end, and an idle one: all that this operation may have."""
+    gate = Gate(bench, who)
+    bench.operation(BindDriver, lambda node, request: gate(node, request) if request.id == 1 else who(node, request), 2)
+    one, other = object(), object()
+    bench.ask(bind_other(1), one)
+    bench.ask(bind_other(2), one)
+    bench.run(lambda: len(bench.replies) == 1)
+    assert len(bench.calls) == 2, "it is kept, since another of its kind is at work"
+    bench.ask(bind_other(3), one)
+    bench.run(lambda: len(bench.replies) == 2)
+    bench.ask(bind_other(4), other)
+    bench.run(lambda: len(bench.replies) == 3)
+    second, third, fourth = (reply.driver for reply in bench.replies if isinstance(reply, Bound))
+    assert second == third
+    assert third != fourth
+    gate.open()
+    bench.run(lambda: not bench.calls)
+    assert len(bench.replies) == 4
+
+
+def test_a_peer_that_goes_while_no_process_can_be_had(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer is not taken, so that it is dropped: what else it has asked for is not begun, none is ended twice."""
+    gate, peer = Gate(bench), object()
+    bench.operation(BindDriver, gate, at_once=1)
+    bench.ask(bind_other(1))
+
+    def dropped(outcome: Outcome) -> None:
+        bench.replies.append(outcome.reply)
+        if len(bench.replies) == 2:  # the first of its answers
+            bench.dispatcher.forget(peer)
+
+    for number in (2, 3, 4):
+        bench.dispatcher.ask(CALLER, bind_other(number), dropped, peer)
+    bench.ask(bind_other(5))
+
+    def none_to_be_had(work: Callable[[AnyRequest], Outcome]) -> None:
+        monkeypatch.setattr(dispatch, "Child", Child)  # the next one, there is
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(dispatch, "Child", none_to_be_had)
+    gate.stand_open(bench, lambda: not bench.calls)
+    assert sorted(reply.id for reply in bench.replies) == [1, 2, 3, 4, 5]
+    ended = Counter(line["asked"] for line in bench.lines() if line["event"] == "done")
+    assert ended == {line["sequence"]: 1 for line in bench.lines() if line["event"] == "asked"}
+
+
+def test_a_child_keeps_nothing_of_what_it_has_done(bench: Bench) -> None:
+    """It passes descriptors, and fails, and has but its channel open after each."""
+
+    def tell(node: Node, request: AnyRequest) -> Outcome:
+        found = f"{os.getpid()} {len(os.listdir('/proc/self/fd')) - 1}"  # without the one that lists them
+        if request.id % 2:
+            raise OperationError(ErrorCode.UNAVAILABLE, found)
+        reply = Bound(id=request.id, audit=UNSIGNED, driver=found, changed=False)
+        return Outcome(reply, os.open("/dev/null", os.O_RDONLY))
+
+    bench.operation(BindDriver, tell, at_once=1)
+    for number in range(6):
+        bench.ask(bind_other(number))
+    bench.run(lambda: len(bench.replies) == 6)
+    told = {reply.driver if isinstance(reply, Bound) else failure(reply).message for reply in bench.replies}
+    assert len(told) == 1, "the same child, with as many descriptors"
+    assert len(bench.descriptors) == 3
+    for descriptor in bench.descriptors:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_what_a_killed_child_had_to_do_has_failed_and_all_else_is_done(bench: Bench, idle: bool) -> None:
+    """As by the kernel, when memory is short: while it does something, or between two requests."""
+    gate = Gate(bench, who)
+
+    def end(node: Node, request: AnyRequest) -> Outcome:
+        if request.id == 2 and not idle:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gate(node, request) if request.id == 1 else who(node, request)
+
+    bench.operation(BindDriver, end, at_once=2)
+    for number in (1, 2, 3):
+        bench.ask(bind_other(number))
+    bench.run(lambda: len(bench.replies) == 2)
+    if idle:
+        (pid,) = {int(reply.driver or "") for reply in bench.replies if isinstance(reply, Bound)}
+        os.kill(pid, signal.SIGKILL)
+        bench.run(lambda: len(bench.calls) == 1)
+    bench.ask(bind_other(4))
+    bench.run(lambda: len(bench.replies) == 3)
+    gate.open()
+    bench.run(lambda: not bench.calls)
+    failed = [reply for reply in bench.replies if isinstance(reply, Failure)]
+    assert [(reply.id, reply.code) for reply in failed] == ([] if idle else [(2, ErrorCode.INTERNAL)])
+    assert Counter(line.get("verdict") for line in bench.lines() if line["event"] == "done") == Counter(
+        {"ok": 4} if idle else {"ok": 3, "failed": 1}
+    )
 
 
 def test_one_operation_at_a_time_for_one_device(bench: Bench) -> None:

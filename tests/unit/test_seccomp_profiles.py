@@ -101,7 +101,7 @@ def test_it_is_an_oci_profile_that_refuses_by_default(process: str) -> None:
     assert (profile.default_action, profile.default_errno_ret) == ("SCMP_ACT_ERRNO", 1)
     allowed = calls(serving(profile)) - ({"prctl"} if process == "server" else set())
     assert allowed.isdisjoint(NEVER)
-    assert "wait4" not in allowed or process == "helper"
+    assert "wait4" not in allowed
 
 
 @pytest.mark.skipif(find_library("seccomp") is None, reason="libseccomp.so.2 (Debian: libseccomp2) is not installed")

@@ -1,4 +1,4 @@
-"""The programs that write to the emulated kernel, from `spawn` to `end`, and their writes: each in a thread of its own.
+"""The programs that write to the emulated kernel, from `spawn` to `end`, and their writes: a thread for each of them.
 
 A write that waits holds up nobody else; one that goes wrong in an unforeseen way is a defect, and still gets an answer.
 """
@@ -7,15 +7,17 @@ import errno
 import logging
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qat_server.simulation import interception
 
 log = logging.getLogger(__name__)
+
+AT_ONCE: Final = 1024
+"""Writes that may be under way at a time: more than any program makes. Their threads are made as they are needed."""
 
 
 class Writers:
@@ -29,12 +31,13 @@ class Writers:
         self._write = write
         self._defects = defects
         self._processes: list[tuple[subprocess.Popen[Any], interception.Supervisor]] = []
-        self._threads: set[threading.Thread] = set()
+        self._threads = ThreadPoolExecutor(AT_ONCE, "write")
+        self._under_way: set[Future[int]] = set()
 
     @property
     def idle(self) -> bool:
         """Whether no write is under way."""
-        return not self._threads
+        return not self._under_way
 
     @property
     def gone(self) -> bool:
@@ -53,25 +56,23 @@ class Writers:
         relative = os.path.relpath(path, self._roots[0])
         if relative.startswith(".."):  # a file of a device that was removed while the writer had it open
             return -errno.ENODEV
-        future: Future[int] = Future()
-        thread = threading.Thread(
-            target=self._serve, args=(relative, data, future), name=f"write {relative}", daemon=True
-        )
-        self._threads.add(thread)
-        thread.start()
+        try:
+            future = self._threads.submit(self._serve, relative, data)
+        except RuntimeError:  # this kernel has ended
+            return -errno.ESHUTDOWN
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
         return future
 
-    def _serve(self, path: str, data: bytes, future: "Future[int]") -> None:
+    def _serve(self, path: str, data: bytes) -> int:
         try:
-            result = self._write(path, data)
+            return self._write(path, data)
         except OSError as error:
-            result = -(error.errno or errno.EIO)
+            return -(error.errno or errno.EIO)
         except Exception as error:  # the outermost edge of this thread; the writer must get an answer
             log.exception("the emulated kernel failed in a write", extra={"fields": {"path": path}})
             self._defects.append(f"{path}: {error!r}")
-            result = -errno.EIO
-        future.set_result(result)
-        self._threads.discard(threading.current_thread())
+            return -errno.EIO
 
     def kill(self) -> None:
         """Kill the programs that still run."""
@@ -82,8 +83,7 @@ class Writers:
 
     def end(self) -> None:
         """Return when all writes and all threads have ended. What waits must be woken before."""
-        for thread in tuple(self._threads):
-            thread.join()
+        self._threads.shutdown()
         for _, supervisor in self._processes:
             supervisor.stop()
         self._processes.clear()

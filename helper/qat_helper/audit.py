@@ -50,6 +50,8 @@ _FIRST: Final = "0" * 64
 _LINE_LIMIT: Final = 16 * 1024
 _TAIL: Final = 4 * _LINE_LIMIT  # so a whole line is in it
 _TEXT_LIMIT: Final = 600  # of what a client sent, escaped
+_ATTEMPTS: Final = 100
+"""To lock the file, in 2 s: a child of a helper that was killed has the lock until it has closed what it inherited."""
 
 
 class Sync(StrEnum):
@@ -136,8 +138,6 @@ class AuditLog:
             if head is None and not (whole and all(line.startswith((b"{", b"#torn")) for line in tail.splitlines())):
                 raise AuditError(f"{path} is not an audit log of this helper: move it away")
             self.head = head or self._older()
-        except BlockingIOError:
-            raise AuditError(f"another helper writes the audit log {path}") from None
         except OSError as error:
             hint = f"; make {path.parent}, root's, mode 0700" * isinstance(error, FileNotFoundError)
             raise AuditError(f"the audit log {path} cannot be opened: {os.strerror(error.errno or 0)}{hint}") from error
@@ -170,12 +170,13 @@ class AuditLog:
         """Open the file at the path for us alone. Raises OSError, AuditError."""
         flags |= os.O_DSYNC if self._sync is Sync.LINE else 0
         descriptor = _open(self._path, flags | os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise
-        return descriptor
+        for _ in range(_ATTEMPTS):
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            time.sleep(0.02)
+        os.close(descriptor)
+        raise AuditError(f"another helper writes the audit log {self._path}")
 
     def _older(self) -> AuditHead:
         """The end of the newest full file; the beginning of a chain if there is none. Raises OSError, AuditError."""

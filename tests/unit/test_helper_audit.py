@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -239,6 +240,18 @@ def test_a_log_that_others_may_write_or_that_is_no_file_is_refused(tmp_path: Pat
     ):
         with pytest.raises(AuditError, match=str(path)):
             AuditLog(path)
+
+
+def test_a_killed_helpers_child_may_have_the_lock_a_moment_longer(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.append(entry())
+    held = os.dup(log._descriptor)  # the lock is of what was opened, as a fork has it
+    log.close()
+    end = threading.Timer(0.2, os.close, [held])
+    end.start()
+    assert AuditLog(path).append(entry()) == 2
+    end.join()
 
 
 def test_only_one_helper_writes_it(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ class Readiness:
     def _hindrances(self) -> Iterator[str]:
         if reason := self._directory.waits_for or self.look:
             yield reason
-        if not self._helper.connected:
+        if not self._helper.connected and self._helper.error not in reason:
             yield self._helper.error
         if self._configuration is not None and self._configuration.current is None:
             yield f"no provisioning configuration: {self._configuration.error or 'not read yet'}"

@@ -78,8 +78,8 @@ class Booted:
 
 
 @asynccontextmanager
-async def booted(place: str = "") -> AsyncIterator[Booted]:
-    async with running_node(AS_BOOTED) as node:
+async def booted(place: str = "", described: Node = AS_BOOTED) -> AsyncIterator[Booted]:
+    async with running_node(described) as node:
         await node.kubelet.stop()
         (node.directory / "config").mkdir()
         (node.directory / "config/qat.conf").write_text("ServicesEnabled=sym;asym\n")
@@ -190,6 +190,16 @@ async def test_what_is_denied_or_refused_for_good_is_not_waited_for(monkeypatch:
         at.start_server(monkeypatch)
         assert await at.told() == f"{READY}started with 3 {CY}\n"
         assert at.bound() == list(VFS[:3])
+
+
+async def test_what_only_the_kubelet_can_tell_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether pods have VFs that would be taken away: the kubelet waits for this start itself."""
+    async with booted(described=Node(pfs=(Pf(address=PFS[0], services="dc", total_vfs=4, num_vfs=4),))) as at:
+        at.node.start_helper()
+        at.start_server(monkeypatch)
+        assert await at.told() == f"{READY}started with no devices\n"
+        await at.node.kubelet.start()
+        await at.node.until("provisioned then", lambda: at.node.kubelet.allocatable().get(CY) == 4)
 
 
 async def test_without_a_service_manager_nothing_is_different(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def _race(node: KubeletNode) -> None:
     listed = next(line for line in last if "Processed device updates for resource" in line)
     took = next(line for line in last if "SyncLoop ADD" in line and "default/bare-node" in line)
     known, asked = (_seconds(line) - _seconds(last[0]) for line in (listed, took))
-    installation.lines.append(f"... the kubelet listens, has the list {known:.3f} s later, takes pods {asked:.3f} s later")
+    installation.lines.append(f"... the kubelet listens, has the list in {known:.3f} s, takes pods in {asked:.3f} s")
 
 
 def _seconds(line: str) -> float:

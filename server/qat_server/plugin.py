@@ -213,6 +213,7 @@ class Plugin:
         """A look; a defect in it must not end what is served already."""
         try:
             await self._look(changed, work)
+            self.on_look()
         except Exception as error:
             log.exception("the devices could not be looked at")
             self.readiness.look = f"a defect kept the devices from being looked at: {error!r}"
@@ -220,7 +221,6 @@ class Plugin:
             self.changes.mark()
         finally:
             self._facts.settle()
-            self.on_look()
 
     async def _look(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
         """See what there is, have done what is missing, tell the kubelet what it may have."""

@@ -47,14 +47,20 @@ class Start:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._patience):
                 await self._complete.wait()
-        if not self._complete.is_set():
-            text = _sentence(self._missing())
+        if not self._complete.is_set() and (text := self._what_is_missing()):
             log.warning("start is done, though not all is there", seconds=self._patience, missing=text)
             await self._manager.ready(f"waited {self._patience:g} s, and went on without: {text}")
             await self._complete.wait()
         text = _devices(self._listing())
         log.info("start is done", devices=text)
         await self._manager.ready(f"started with {text}")
+
+    def _what_is_missing(self) -> str:
+        try:
+            return _sentence(self._missing())
+        except Exception as error:  # whoever waits must not wait for ever because of a defect
+            log.exception("what is missing could not be told")
+            return f"something that a defect keeps from being told: {error!r}"
 
 
 def _sentence(missing: Sequence[str]) -> str:

@@ -68,6 +68,25 @@ async def test_it_is_done_once_nothing_is_missing_and_said_once() -> None:
         assert bench.asked == asked, "the start is over: what comes later is no part of it"
 
 
+async def test_what_has_come_since_the_last_look_is_not_called_missing() -> None:
+    async with started(0.0) as bench:
+        bench.missing, bench.listing = (), LISTING
+        await until(lambda: bench.manager.heard)
+        assert bench.manager.heard == ["started with 2 qat.intel.com/cy, 0 qat.intel.com/dc"]
+
+
+async def test_a_defect_holds_nobody_up() -> None:
+    def defect() -> Sequence[str]:
+        raise ZeroDivisionError
+
+    manager = Manager()
+    task = asyncio.create_task(Start(cast(ServiceManager, manager), defect, dict, 0.0).run())
+    await until(lambda: manager.heard)
+    assert "ZeroDivisionError" in manager.heard[0]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_what_is_missing_holds_nobody_up_for_ever_and_is_told_when_it_has_come() -> None:
     async with started(0.0) as bench:
         bench.missing = tuple(f"VF 0000:6b:00.{number} is not bound: busy" for number in range(5))

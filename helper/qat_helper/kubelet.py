@@ -34,7 +34,7 @@ _PARENTS: Final = {
 }
 _FOLDERS: Final = {KubeletService.REGISTRATION: "device-plugins", KubeletService.POD_RESOURCES: "pod-resources"}
 _SOCKET: Final = "kubelet.sock"
-_RETRY: Final = 0.05
+_RETRY: Final = 0.005  # the kubelet admits pods from before a reboot some milliseconds after it has begun to listen
 _NOT_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ECONNREFUSED, errno.EAGAIN})
 
 

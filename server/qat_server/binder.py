@@ -44,6 +44,8 @@ class Binder:
         self._ended: set[PciAddress] = set()
         self._attempts = Attempts()
         self._timer: asyncio.TimerHandle | None = None
+        self._wanted: set[PciAddress] = set()
+        self._denied: set[PciAddress] = set()
         self.failures: dict[PciAddress, str] = {}
 
     def discovery_begins(self) -> None:
@@ -52,7 +54,8 @@ class Binder:
 
     def wanted(self, addresses: Iterable[PciAddress], work: asyncio.TaskGroup) -> None:
         """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of all others."""
-        wanted = set(addresses)
+        wanted = self._wanted = set(addresses)
+        self._denied &= wanted
         self._attempts = self._attempts.keep(wanted)
         self.failures = {address: why for address, why in self.failures.items() if address in wanted}
         if not self._helper.connected:
@@ -63,6 +66,11 @@ class Binder:
                 self._running.add(address)
                 work.create_task(self._bind(address))
         self._wake_at(self._attempts.next_due(now))
+
+    def missing(self) -> list[str]:
+        """The VFs that are to be bound yet, in words: without those that the helper's policy keeps from it."""
+        unbound = sorted(self._wanted - self._denied)
+        return [f"VF {address} is not bound: {self.failures.get(address, 'under way')}" for address in unbound]
 
     async def _bind(self, address: PciAddress) -> None:
         try:
@@ -95,6 +103,8 @@ class Binder:
 
     def _failed(self, address: PciAddress, error: HelperError) -> None:
         self._attempts = self._attempts.failed(address, self._clock())
+        if error.code is ErrorCode.DENIED:
+            self._denied.add(address)
         if self.failures.get(address) != error.message:
             advice = apparmor.look(self._sysfs_root).advice(error.errno)
             more = {"advice": advice} if advice else {}

@@ -126,9 +126,9 @@ class Endpoint:
             except CannotRegisterError as error:
                 self._failed(str(error))
                 patience = min(patience * 2, timing.stream_last)
-                # An attempt that waited for the kubelet was pause enough.
+                # An attempt that waited for the kubelet was pause enough: it may be there in this very moment.
                 waited = loop.time() - began >= timing.after_failure
-                pause = timing.first if waited else self._longer(pause, timing.after_failure)
+                pause = 0.0 if waited else self._longer(pause, timing.after_failure)
                 continue
             patience = timing.stream_first
             if await self._watched(ended):

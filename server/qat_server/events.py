@@ -63,6 +63,11 @@ class Changes:
         self._everything = False
         self._looked_at: float | None = None
 
+    @property
+    def pending(self) -> bool:
+        """Whether there is something that `wait` has not taken yet."""
+        return self._event.is_set()
+
     def mark(self, address: PciAddress | None = None) -> None:
         """Ask for a look at one device, or at everything."""
         if address is None:

@@ -31,11 +31,12 @@ from qat_server.pages import Pages
 from qat_server.pod_resources import Answer, held_devices
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
+from qat_server.readiness import Readiness
 from qat_server.services import Services
 from qat_server.settings import Registration, Settings
 from qat_server.status import State
 from qat_server.usage import Usage
-from qat_shared import NAMESPACE, VERSION
+from qat_shared import VERSION
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError
 
@@ -52,7 +53,10 @@ _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
 
 class Plugin:
-    """One server. `run` until cancelled; `state` at any time. `sockets` listen for who asks after it."""
+    """One server. `run` until cancelled; `state` at any time. `sockets` listen for who asks after it.
+
+    `on_look` is called after each look at the devices.
+    """
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class Plugin:
         sandbox_state: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.on_look: Callable[[], None] = lambda: None
         self.settings = settings
         self._sockets = sockets
         self._sandbox = dict(sandbox_state or {})
@@ -103,8 +108,20 @@ class Plugin:
         self.names: dict[PciAddress, str] = {}
         self.foreign: dict[PciAddress, str] = {}
         self.endpoints = Endpoints(settings, self.helper, self.directory, self.usage, self.counters, clock)
-        self._not_ready = "starting"
-        self._pages = Pages(settings.sysfs_root, lambda: self.inventory, self.state, self.not_ready, clock)
+        self.readiness = Readiness(
+            settings,
+            self.changes,
+            self.directory,
+            self.helper,
+            self.configuration,
+            self.provisioner,
+            self.services,
+            self.binder,
+            self.health,
+            self.usage,
+            self.endpoints,
+        )
+        self._pages = Pages(settings.sysfs_root, lambda: self.inventory, self.state, self.readiness.not_ready, clock)
         self._facts = Facts()
         self._again = Again(self.changes)
         self._clock = clock
@@ -125,27 +142,10 @@ class Plugin:
             held=self.usage.by_device(),
             provisioning=self.provisioner.progress,
             provisioning_error=self.configuration.error if self.configuration else "",
-            not_ready=self.not_ready(),
+            not_ready=self.readiness.not_ready(),
             uevents=self.listener.received,
             uevent_overruns=self.listener.overruns,
         )
-
-    def not_ready(self) -> tuple[str, ...]:
-        """The reasons why the server does not do all of its work, none when it does."""
-        reasons = [reason] if (reason := self.directory.waits_for or self._not_ready) else []
-        if not self.usage.asked and not reasons:
-            reasons.append(f"what pods hold is not known yet: {self.usage.error}")
-        if not self.helper.connected:
-            reasons.append(self.helper.error)
-        if self.configuration is not None and self.configuration.current is None:
-            reasons.append(f"no provisioning configuration: {self.configuration.error or 'not read yet'}")
-        reasons += [f"PF {address} is being provisioned" for address in self.provisioner.working]
-        reasons += [
-            f"{NAMESPACE}/{name} is not registered with the kubelet: {state.error or 'under way'}"
-            for name, state in self.endpoints.states.items()
-            if not state.registered
-        ]
-        return tuple(reasons)
 
     async def run(self) -> None:
         """Work until cancelled. Raises an ExceptionGroup of OSError for what no new attempt would mend."""
@@ -173,7 +173,7 @@ class Plugin:
 
     async def _work(self) -> None:
         """Serve in the directory; return when it has gone."""
-        self._not_ready = "the first look at the devices is not done"
+        self.readiness.look = "the first look at the devices is not done"
         self.changes.mark()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -190,7 +190,7 @@ class Plugin:
                         await self._look_safely(await self.changes.wait(), work)
         except* DirectoryGoneError:
             self.endpoints.forget()
-            self._not_ready = "the socket directory has gone"
+            self.readiness.look = "the socket directory has gone"
 
     async def _query_holders(self) -> Answer:
         return await held_devices(self.helper, self.settings.socket_directory, wait_ms=_KUBELET_WAIT_MS)
@@ -213,9 +213,10 @@ class Plugin:
         """A look; a defect in it must not end what is served already."""
         try:
             await self._look(changed, work)
+            self.on_look()
         except Exception as error:
             log.exception("the devices could not be looked at")
-            self._not_ready = f"a defect kept the devices from being looked at: {error!r}"
+            self.readiness.look = f"a defect kept the devices from being looked at: {error!r}"
             await asyncio.sleep(1)
             self.changes.mark()
         finally:
@@ -228,7 +229,7 @@ class Plugin:
             try:
                 self.inventory = await self._discover(changed)
             except SysfsError as error:
-                self._not_ready = str(error)
+                self.readiness.look = str(error)
                 self._facts.say("the PCI bus cannot be read", why=str(error))
                 self._again.look([None])
                 return
@@ -261,11 +262,11 @@ class Plugin:
         )
         self.usage.observe(self.listing)
         if not self.usage.asked:  # the first list must have what pods hold, even if it has gone
-            self._not_ready = ""
+            self.readiness.look = ""
             return  # the answer leads to a new look
         self.endpoints.publish(self.listing, work)
         self.provisioner.published()
-        self._not_ready = ""
+        self.readiness.look = ""
 
     async def _discover(self, changed: frozenset[PciAddress] | None) -> Inventory:
         """Raises SysfsError."""

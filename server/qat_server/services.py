@@ -32,6 +32,7 @@ class Services:
         self._helper = helper
         self._on_change = on_change
         self._clock = clock
+        self._needed: set[PciAddress] = set()
         self._configs: dict[PciAddress, str] = {}
         self._failures: dict[PciAddress, str] = {}
         self._reading: set[PciAddress] = set()
@@ -40,7 +41,7 @@ class Services:
 
     def look(self, inventory: Inventory, facts: Facts, work: asyncio.TaskGroup) -> None:
         """Read, in tasks of `work`, what is needed for names and not known; forget what is not needed any more."""
-        needed = {pf.address for pf in inventory.pfs if naming.needs_config(pf)}
+        needed = self._needed = {pf.address for pf in inventory.pfs if naming.needs_config(pf)}
         self._configs = {address: text for address, text in self._configs.items() if address in needed}
         self._failures = {address: why for address, why in self._failures.items() if address in needed}
         self._attempts = self._attempts.keep(needed)
@@ -65,6 +66,11 @@ class Services:
             if config is not None or pf is None or not naming.needs_config(pf):
                 names[vf.address] = naming.resource_name(vf, pf, config)
         return names
+
+    def missing(self) -> list[str]:
+        """The PFs whose services are to be read yet, in words."""
+        unread = sorted(self._needed - self._configs.keys())
+        return [f"PF {address}: {self._failures.get(address, 'its services are being read')}" for address in unread]
 
     async def _read(self, address: PciAddress) -> None:
         try:

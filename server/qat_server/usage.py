@@ -86,6 +86,7 @@ class Usage:
         self._due = asyncio.Event()
         self._due_at = 0.0
         self._pause = _RETRY_FIRST
+        self._asked_at = _NEVER
         self._failing_since: tuple[type[PodResourcesError], float] | None = None
         self.holders: Holders | None = None
         self.error = "the kubelet has not answered yet"
@@ -182,6 +183,7 @@ class Usage:
     async def question(self) -> None:
         """Ask once."""
         asked_at, watched_at = self._clock(), self._watched_at
+        self._asked_at = asked_at
         told, self._told = self._told, True
         asked = self.asked
         try:
@@ -218,7 +220,8 @@ class Usage:
         self.asked = self.asked or (patience is not None and now >= since + patience)
         if self.asked and not self._unhealthy_since and not isinstance(error, KubeletAwayError):
             return
-        retry = now + self._pause
+        # One that has waited for the kubelet all that time was pause enough: it may be there in this very moment.
+        retry = max(now, self._asked_at + self._pause) if isinstance(error, KubeletAwayError) else now + self._pause
         self._ask_at(retry if self.asked or patience is None else min(retry, since + patience))
         if not isinstance(error, KubeletAwayError):  # which has waited for the kubelet to be there
             self._pause = min(self._pause * 2, _RETRY_LAST)

@@ -19,6 +19,7 @@ from deployments.rendered import DEPLOYMENTS
 from qat_helper.main import _parse as helper_options
 from qat_server import settings
 from qat_server.simulation.node import demo_node
+from qat_server.start import PATIENCE
 
 UNITS: Final = DEPLOYMENTS / "systemd"
 SERVICES: Final = {"qat-helper.service": 1.0, "qat-plugin.service": 1.5}
@@ -107,6 +108,32 @@ def test_the_way_to_the_servers_directories_is_open() -> None:
     server = settings_of("qat-plugin.service")
     made = {path.partition(":")[0] for line in server["TemporaryFileSystem"] for path in line.split()}
     assert {str(Path(path.removeprefix("-")).parent) for path in server["BindPaths"]} <= made
+
+
+def test_the_kubelet_waits_for_the_servers_start_and_never_for_ever() -> None:
+    server = settings_of("qat-plugin.service")
+    assert server["Before"] == ["kubelet.service"]
+    assert (server["Type"], server["NotifyAccess"]) == (["notify"], ["main"])
+    (limit,) = server["TimeoutStartSec"]
+    # Until its loop runs, a server loads its libraries: a second, and many on a busy machine that boots.
+    assert int(limit.removesuffix("s")) >= PATIENCE + 30
+    assert server["Restart"] == ["on-failure"]
+    # Nothing that the server waits for may wait for the kubelet.
+    for unit in ("qat-helper.service", "qat-helper.socket", "qat-plugin.service"):
+        for name in ("After", "Requires", "Wants", "BindsTo", "Requisite"):
+            assert "kubelet" not in " ".join(settings_of(unit).get(name, []))
+
+
+def test_the_socket_of_systemd_is_open_to_the_server() -> None:
+    """No setting of the unit takes it out of sight, and the server may make a datagram socket."""
+    server = settings_of("qat-plugin.service")
+    assert "AF_UNIX" in server["RestrictAddressFamilies"][0].split()
+    hidden = [path for line in server["InaccessiblePaths"] for path in line.split()]
+    hidden += [path.partition(":")[0] for line in server["TemporaryFileSystem"] for path in line.split()]
+    assert not [path for path in hidden if "/run/systemd/notify".startswith(path.removeprefix("-"))]
+    assert "PrivateNetwork" not in server, "NOTIFY_SOCKET may be an abstract name"
+    profile = (DEPLOYMENTS.parent / "apparmor/qat-server").read_text()
+    assert "/{,var/}run/systemd/notify w," in profile
 
 
 def test_the_services_have_no_capability_and_only_the_helper_is_root() -> None:

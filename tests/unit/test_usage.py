@@ -208,6 +208,25 @@ async def test_a_kubelet_that_is_away_is_asked_again_soon() -> None:
     await with_usage(kubelet, 3600, scenario)
 
 
+async def test_a_kubelet_that_was_waited_for_is_asked_again_at_once() -> None:
+    """The helper waits for it for ten seconds: it may come just after them, and admits pods milliseconds later."""
+    told, asked = Told(), 0
+
+    async def waited() -> Answer:
+        nonlocal asked
+        asked += 1
+        told.now += 10.0
+        await asyncio.sleep(0)
+        raise KubeletAwayError("the kubelet does not listen")
+
+    task = asyncio.create_task(Usage(waited, lambda: None, 3600, clock=lambda: told.now).run())
+    for _ in range(100):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert asked > 10
+
+
 HELD: Holders = {"cy": {VF: Holder("default/pod/main")}}
 
 

@@ -87,6 +87,11 @@ class Provisioner:
         """The PFs that are not being changed: the others cannot be judged."""
         return [pf for pf in pfs if pf.address not in self._running]
 
+    @property
+    def given_up(self) -> set[PciAddress]:
+        """The PFs that stay as they are until the kubelet, the configuration or the helper's policy says otherwise."""
+        return self._undecided | self._denied.keys() | self._refused.keys()
+
     def may_be_bound(self, inventory: Inventory, vfs: Iterable[PciAddress]) -> list[PciAddress]:
         """These VFs without those that are about to be taken away."""
         changing = self._running | self._closing | self._closed.keys() | self._undecided
@@ -122,9 +127,8 @@ class Provisioner:
             address = one.pf.address
             if address in self._running or address not in states:
                 continue
-            if not self._usage.asked and one.pf.vfs:  # whether pods have some will soon be known
-                if one.steps or one.later:
-                    self._undecided.add(address)
+            if not self._usage.asked and one.pf.vfs and (one.steps or one.later):
+                self._undecided.add(address)  # whether pods have some will soon be known
                 continue
             progress = self._judge(one, work)
             before, self.progress[address] = self.progress.get(address), progress

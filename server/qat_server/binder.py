@@ -5,7 +5,7 @@ One operation for one VF at a time, a bounded number in all; each failure is tha
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Final
 
@@ -50,11 +50,18 @@ class Binder:
         """What ends from now on, the inventory that is being made may not know yet."""
         self._ended.clear()
 
+    @property
+    def unsettled(self) -> Set[PciAddress]:
+        """Those whose driver, as the inventory has it, means nothing yet: their binding is under way, or had not ended
+        when discovery began. (The kernel shows a driver's link before it asks the driver, which may then refuse.)"""
+        return self._running | self._ended
+
     def wanted(self, addresses: Iterable[PciAddress], work: asyncio.TaskGroup) -> None:
-        """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of all others."""
+        """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of settled others."""
         wanted = set(addresses)
-        self._attempts = self._attempts.keep(wanted)
-        self.failures = {address: why for address, why in self.failures.items() if address in wanted}
+        kept = wanted | self.unsettled
+        self._attempts = self._attempts.keep(kept)
+        self.failures = {address: why for address, why in self.failures.items() if address in kept}
         if not self._helper.connected:
             return  # a look is asked for when it is back
         now = self._clock()
@@ -83,6 +90,7 @@ class Binder:
                     self._failed(address, HelperError(ErrorCode.INTERNAL, f"a defect of this server: {error!r}"))
                 else:
                     outcome = "ok"
+                    self._attempts = self._attempts.keep(self._attempts.failures.keys() - {address})
                     self.failures.pop(address, None)
                     log.info("VF bound", address=address, driver=bound.driver)
                 finally:

@@ -6,8 +6,8 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,24 +50,31 @@ def traced(node: RealNode, log: Path) -> Iterator[Callable[[], list[str]]]:
         tracer.stderr.close()
 
 
-async def test_a_vf_in_use_is_refused_without_a_write_and_released_afterwards(tmp_path: Path) -> None:
+@asynccontextmanager
+async def traced_helper(log: Path) -> AsyncIterator[tuple[RealNode, Client, Callable[[], list[str]]]]:
+    """A node whose VFs are bound and whose server has ended, a connection to its helper, and what that writes to."""
     async with real_node(SMALL) as node:
         await node.start({CY: 4})
         await node.until_bound()
         await node.stop_server()
-        with node.ask() as client, traced(node, tmp_path / "trace") as writes:
-            with node.real.open_vfio(VF):
-                reply = release(client, VF)
-                assert isinstance(reply, Failure), reply
-                assert reply.code is ErrorCode.BUSY
-                assert "held open" in reply.message
-                assert [line for line in writes() if VF in line or "unbind" in line or "driver_override" in line] == []
-                # Its neighbour is nobody's: there the writes are seen.
-                assert isinstance(release(client, VF2), Bound)
-                assert any("unbind" in line for line in writes())
-            assert node.real.driver(VF) == "vfio-pci"
-            assert isinstance(release(client, VF), Bound)
-            assert node.real.driver(VF) == "4xxxvf"
+        with node.ask() as client, traced(node, log) as writes:
+            yield node, client, writes
+
+
+async def test_a_vf_in_use_is_refused_without_a_write_and_released_afterwards(tmp_path: Path) -> None:
+    async with traced_helper(tmp_path / "trace") as (node, client, writes):
+        with node.real.open_vfio(VF):
+            reply = release(client, VF)
+            assert isinstance(reply, Failure), reply
+            assert reply.code is ErrorCode.BUSY
+            assert "held open" in reply.message
+            assert [line for line in writes() if VF in line or "unbind" in line or "driver_override" in line] == []
+            # Its neighbour is nobody's: there the writes are seen.
+            assert isinstance(release(client, VF2), Bound)
+            assert any("unbind" in line for line in writes())
+        assert node.real.driver(VF) == "vfio-pci"
+        assert isinstance(release(client, VF), Bound)
+        assert node.real.driver(VF) == "4xxxvf"
 
 
 def blocked_children(node: RealNode) -> list[int]:

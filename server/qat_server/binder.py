@@ -45,6 +45,9 @@ class Binder:
         self._attempts = Attempts()
         self._timer: asyncio.TimerHandle | None = None
         self.failures: dict[PciAddress, str] = {}
+        self.late: set[PciAddress] = set()
+        """Whose binding has outlasted the helper's patience and may still be under way: to be asked for again, wherever
+        they seem to be bound."""
 
     def discovery_begins(self) -> None:
         """What ends from now on, the inventory that is being made may not know yet."""
@@ -54,7 +57,7 @@ class Binder:
     def unsettled(self) -> Set[PciAddress]:
         """Those whose driver, as the inventory has it, means nothing yet: their binding is under way, or had not ended
         when discovery began. (The kernel shows a driver's link before it asks the driver, which may then refuse.)"""
-        return self._running | self._ended
+        return self._running | self._ended | self.late
 
     def wanted(self, addresses: Iterable[PciAddress], work: asyncio.TaskGroup) -> None:
         """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of settled others."""
@@ -92,6 +95,7 @@ class Binder:
                     outcome = "ok"
                     self._attempts = self._attempts.keep(self._attempts.failures.keys() - {address})
                     self.failures.pop(address, None)
+                    self.late.discard(address)
                     log.info("VF bound", address=address, driver=bound.driver)
                 finally:
                     if outcome:  # not cancelled
@@ -103,6 +107,10 @@ class Binder:
 
     def _failed(self, address: PciAddress, error: HelperError) -> None:
         self._attempts = self._attempts.failed(address, self._clock())
+        if error.code == ErrorCode.TIMED_OUT:
+            self.late.add(address)
+        elif error.code != ErrorCode.BUSY:  # as the helper answers while an earlier operation goes on
+            self.late.discard(address)
         if self.failures.get(address) != error.message:
             advice = apparmor.look(self._sysfs_root).advice(error.errno)
             more = {"advice": advice} if advice else {}

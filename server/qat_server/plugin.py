@@ -248,7 +248,8 @@ class Plugin:
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
             self._facts.say("VF left alone: somebody bound it to another driver", address=address, driver=driver)
-        self.binder.wanted(self.provisioner.may_be_bound(inventory, plan.bind), work)
+        bind = self.provisioner.may_be_bound(inventory, (*plan.bind, *self.binder.late))
+        self.binder.wanted(bind, work)
         self.listing = listing.advance(
             self.listing,
             inventory,

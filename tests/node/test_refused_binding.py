@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 import grpc.aio
 import pytest
 
+from qat_helper.operations import DEADLINE
 from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
 from qat_server.simulation.node import Node, Pf
@@ -82,6 +83,23 @@ async def test_it_is_listed_when_it_is_bound_and_not_before() -> None:
             assert lists == [others, {**others, REFUSED: "Healthy"}]
         assert refusals(node) == {REFUSED: ATTEMPTS}
         assert node.log("server").count("VF not bound") == 1
+
+
+async def test_nor_while_a_binding_goes_on_that_the_helper_waits_for_no_longer() -> None:
+    async with running_node(Node(pfs=(GEN4,)), LOOKING) as node:
+        node.kernel.delay("probe", DEADLINE + 1, REFUSED)
+        node.kernel.fail_next(REFUSED, "probe", errno.EINVAL, 2)
+        node.start_helper()
+        node.start_server()
+        await node.until("the others are served", lambda: node.kubelet.allocatable() == {CY: 3})
+        async with watched(node, "cy") as lists:
+            await node.until("the helper has given up", lambda: "VF not bound" in node.log("server"))
+            assert node.kernel.driver(REFUSED) == "vfio-pci", "so it seems"
+            node.kernel.delay("probe", PROBE, REFUSED)
+            bound = f'"VF bound" address="{REFUSED}"'
+            await node.until("it is bound, and listed", lambda: bound in node.log("server") and REFUSED in lists[-1])
+            assert [each.get(REFUSED) for each in lists] == [None, "Healthy"]
+        assert b'"late"' in node.audit_log.read_bytes(), "it ended, as a refusal, when nobody waited for it any more"
 
 
 async def test_it_stays_unhealthy_while_a_pod_has_it() -> None:

@@ -53,9 +53,11 @@ def why_not() -> str:
 
 
 def room_for(guests: int) -> bool:
-    """Whether so many can run beside each other: each is busy with one thing at a time, and fills its memory slowly."""
+    """Whether so many can run beside each other: there is memory for all, and nobody else keeps the processors busy."""
     free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
-    return (os.cpu_count() or 1) > 1 and int(free.split()[1]) // 1024 > guests * (MEMORY + 512)
+    processors = os.cpu_count() or 1
+    idle = processors > 1 and os.getloadavg()[0] < 2 * processors
+    return idle and int(free.split()[1]) // 1024 > guests * (MEMORY + 512)
 
 
 def qemu(directory: Path, iommu: bool = True, memory: int = MEMORY, words: Sequence[str] = ()) -> list[str]:

@@ -25,7 +25,7 @@ from qat_server.simulation.running_node import SimulationError
 from qat_server.simulation.topology import TopologyPolicy
 from qat_server.status import Status
 
-PATIENCE: Final = 150.0
+PATIENCE: Final = 300.0
 """Seconds to wait for what takes a few: the guest's processors are emulated, and the host's are shared."""
 
 _T = TypeVar("_T")

@@ -5,7 +5,7 @@ One operation for one VF at a time, a bounded number in all; each failure is tha
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Final
 
@@ -47,17 +47,27 @@ class Binder:
         self._wanted: set[PciAddress] = set()
         self._denied: set[PciAddress] = set()
         self.failures: dict[PciAddress, str] = {}
+        self.late: set[PciAddress] = set()
+        """Whose binding has outlasted the helper's patience and may still be under way: to be asked for again, wherever
+        they seem to be bound."""
 
     def discovery_begins(self) -> None:
         """What ends from now on, the inventory that is being made may not know yet."""
         self._ended.clear()
 
+    @property
+    def unsettled(self) -> Set[PciAddress]:
+        """Those whose driver, as the inventory has it, means nothing yet: their binding is under way, or had not ended
+        when discovery began. (The kernel shows a driver's link before it asks the driver, which may then refuse.)"""
+        return self._running | self._ended | self.late
+
     def wanted(self, addresses: Iterable[PciAddress], work: asyncio.TaskGroup) -> None:
-        """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of all others."""
+        """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of settled others."""
         wanted = self._wanted = set(addresses)
-        self._denied &= wanted
-        self._attempts = self._attempts.keep(wanted)
-        self.failures = {address: why for address, why in self.failures.items() if address in wanted}
+        kept = wanted | self.unsettled
+        self._denied &= kept
+        self._attempts = self._attempts.keep(kept)
+        self.failures = {address: why for address, why in self.failures.items() if address in kept}
         if not self._helper.connected:
             return  # a look is asked for when it is back
         now = self._clock()
@@ -69,7 +79,7 @@ class Binder:
 
     def missing(self) -> list[str]:
         """The VFs that are to be bound yet, in words: without those that the helper's policy keeps from it."""
-        unbound = sorted(self._wanted - self._denied)
+        unbound = sorted((self._wanted | self.unsettled) - self._denied)
         return [f"VF {address} is not bound: {self.failures.get(address, 'under way')}" for address in unbound]
 
     async def _bind(self, address: PciAddress) -> None:
@@ -91,7 +101,9 @@ class Binder:
                     self._failed(address, HelperError(ErrorCode.INTERNAL, f"a defect of this server: {error!r}"))
                 else:
                     outcome = "ok"
+                    self._attempts = self._attempts.keep(self._attempts.failures.keys() - {address})
                     self.failures.pop(address, None)
+                    self.late.discard(address)
                     log.info("VF bound", address=address, driver=bound.driver)
                 finally:
                     if outcome:  # not cancelled
@@ -105,6 +117,10 @@ class Binder:
         self._attempts = self._attempts.failed(address, self._clock())
         if error.code is ErrorCode.DENIED:
             self._denied.add(address)
+        if error.code == ErrorCode.TIMED_OUT:
+            self.late.add(address)
+        elif error.code != ErrorCode.BUSY:  # as the helper answers while an earlier operation goes on
+            self.late.discard(address)
         if self.failures.get(address) != error.message:
             advice = apparmor.look(self._sysfs_root).advice(error.errno)
             more = {"advice": advice} if advice else {}

@@ -249,12 +249,15 @@ class Plugin:
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
             self._facts.say("VF left alone: somebody bound it to another driver", address=address, driver=driver)
-        self.binder.wanted(self.provisioner.may_be_bound(inventory, plan.bind), work)
+        bind = self.provisioner.may_be_bound(inventory, (*plan.bind, *self.binder.late))
+        self.binder.wanted(bind, work)
         self.listing = listing.advance(
             self.listing,
             inventory,
             self._offered(inventory),
-            self.health.unhealthy() | self.provisioner.withheld,
+            dict.fromkeys(self.binder.unsettled, "it is being bound")
+            | self.health.unhealthy()
+            | self.provisioner.withheld,
             settings.dpdk_driver,
             self.endpoints.releasable,
             self.endpoints.held,
@@ -286,10 +289,10 @@ class Plugin:
         return self.usage.holders_of(self.listing, self.endpoints.held)
 
     def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
-        """The names, without VFs that are new and whose PF has not shown yet that it is alive."""
-        pending = self.health.pending()
-        if not pending:
+        """The names, without VFs that are new and being bound, or whose PF has not shown yet that it is alive."""
+        pending, unsettled = self.health.pending(), self.binder.unsettled
+        if not pending and not unsettled:
             return self.names
         listed = {device.address for devices in self.listing.values() for device in devices}
-        unknown = {vf.address for vf in inventory.vfs if vf.pf in pending} - listed
+        unknown = {vf.address for vf in inventory.vfs if vf.pf in pending or vf.address in unsettled} - listed
         return {address: name for address, name in self.names.items() if address not in unknown}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kernel.foretold import FILE, runs
-from kernel.machine import Guest, GuestError, why_not
+from kernel.machine import Guest, GuestError, room_for, why_not
 
 _IN_GUEST = os.environ.get("QAT_GUEST")
 _HERE = Path(__file__).parent
@@ -37,18 +37,22 @@ def _guest_of(item: pytest.Item) -> tuple[str, str]:
 
 
 class _OnHost:
-    """Boots a guest for each kind when its first test comes, and stands in for running the tests."""
+    """Boots a guest for each kind, and stands in for running the tests.
+
+    The guests run beside each other where there is memory for them, since each is busy with one thing at a time.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._tests: dict[tuple[str, str], list[str]] = {}
-        self._guest: Guest | None = None
+        self._guests: dict[tuple[str, str], Guest] = {}
         self._key: tuple[str, str] | None = None
         self._dead = ""
         self._why_not = why_not()
         self._lines: list[str] = []
-        self._foretelling: subprocess.Popen[bytes] | None = None
+        self._foretelling: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
 
+    @pytest.hookimpl(trylast=True)  # after -k, -m and --deselect
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         ours = [item for item in items if _HERE in item.path.parents]
         if not ours:
@@ -75,16 +79,17 @@ class _OnHost:
             return
         key = _guest_of(item)
         if key != self._key:
+            everything = self._key is None and room_for(len(self._tests))
             self._end()
             self._key = key
-            self._guest = Guest(key[0], self._tests[key])
-            self._foretell(self._guest, self._tests[key])
-        assert self._guest is not None
+            for each in self._tests if everything else [key]:
+                self._begin(each)
+        guest = self._guests[key]
         if self._dead:
             yield self._report(item, "failed", self._dead)
             return
         try:
-            for data in self._guest.reports(item.nodeid):
+            for data in guest.reports(item.nodeid, [each for each in self._guests.values() if each is not guest]):
                 report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
                 if report.skipped and isinstance(report.longrepr, list):  # JSON has no tuples, and pytest wants one
                     report.longrepr = tuple(report.longrepr)
@@ -95,16 +100,25 @@ class _OnHost:
             self._dead = f"not run: the guest had ended or hung in {item.nodeid}"
             yield self._report(item, "failed", str(error))
 
-    def _foretell(self, guest: Guest, tests: list[str]) -> None:
+    def _begin(self, key: tuple[str, str]) -> None:
+        """Boot this guest, unless it has been."""
+        if key not in self._guests:
+            self._guests[key] = Guest(key[0], self._tests[key])
+            self._foretell(key)
+
+    def _foretell(self, key: tuple[str, str]) -> None:
         """Have what the guest is to compare with made on the host, at the same time."""
-        names = [name for test in tests if "test_same_scenarios" in test if (name := test.partition("[")[2][:-1])]
+        guest = self._guests[key]
+        names = [
+            name for test in self._tests[key] if "test_same_scenarios" in test if (name := test.partition("[")[2][:-1])
+        ]
         if names := [name for name in names if runs(name)]:
             command = [sys.executable, "-m", "kernel.foretold", str(guest.directory / FILE), *names]
             environment = os.environ | {"PYTHONPATH": str(_HERE.parent)}
             log = guest.directory / f"{FILE}.log"
             with log.open("wb") as out:
                 script = '"$@" || touch "$0"'
-                self._foretelling = subprocess.Popen(
+                self._foretelling[key] = subprocess.Popen(
                     ["sh", "-c", script, f"{guest.directory / FILE}.failed", *command],
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -116,20 +130,24 @@ class _OnHost:
         return pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), outcome, text, "call")
 
     def _end(self) -> None:
-        if self._foretelling is not None:
-            self._foretelling.wait()
-            self._foretelling = None
-        if self._guest is not None:
-            if self._dead:
-                self._guest.end(0)
-            seconds = getattr(self._guest, "boot_seconds", None)
-            if seconds is not None:
-                self._lines.append(f"guest ({self._guest.kind}) from QEMU's start to the first test: {seconds:.1f} s")
-            self._guest.close()
-        self._guest, self._dead = None, ""
+        """End the guest whose tests were the last."""
+        if self._key not in self._guests:
+            return
+        guest = self._guests.pop(self._key)
+        if self._key in self._foretelling:
+            self._foretelling.pop(self._key).wait()
+        if self._dead:
+            guest.end(0)
+        seconds = getattr(guest, "boot_seconds", None)
+        if seconds is not None:
+            self._lines.append(f"guest ({guest.kind}) from QEMU's start to the first test: {seconds:.1f} s")
+        guest.close()
+        self._dead = ""
 
     def pytest_sessionfinish(self) -> None:
-        self._end()
+        while self._key is not None:
+            self._end()
+            self._key = next(iter(self._guests), None)  # one whose turn has not come: it ends now
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._lines:

@@ -215,6 +215,24 @@ def modprobe(*words: str) -> None:
         time.sleep(0.05)
 
 
+@contextmanager
+def vfio_unloaded() -> Iterator[None]:
+    """Without vfio and its drivers, for a block that loads them as it wants them; as they were after it."""
+    _unload_vfio()
+    try:
+        yield
+    finally:
+        _unload_vfio()
+        modprobe("vfio-pci", "disable_denylist=1")  # as the script guest/run
+        modprobe("vfio_iommu_type1")
+
+
+def _unload_vfio() -> None:
+    for name in ("vfio_pci", "vfio_pci_core", "vfio_iommu_type1", "vfio_virqfd", "vfio"):
+        if Path(f"/sys/module/{name}").exists():
+            subprocess.run(["rmmod", name], check=True)
+
+
 def _device(address: str, vendor: str, device: str, vfs: int, numa_node: int | None) -> str:
     domain, bus, _ = address.split(":")
     return f"{domain}:{bus}:{vendor}:{device}:{vfs}:{-1 if numa_node is None else numa_node}"

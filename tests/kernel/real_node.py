@@ -25,7 +25,7 @@ from qat_server.simulation.running_node import SimulationError
 from qat_server.simulation.topology import TopologyPolicy
 from qat_server.status import Status
 
-PATIENCE: Final = 150.0
+PATIENCE: Final = 300.0
 """Seconds to wait for what takes a few: the guest's processors are emulated, and the host's are shared."""
 
 _T = TypeVar("_T")
@@ -38,6 +38,8 @@ class RealNode(ProductionNode[RealKubelet]):
     helper_wrapper: Sequence[str] = ()
     """What the helper is started by: a mount namespace in which something is changed, for one."""
     server_wrapper: Sequence[str] = ()
+    pauses = (0.05, 0.25)
+    """Each look takes the emulated processors from those who are looked at."""
 
     def helper_command(self) -> list[str]:
         # Root, which the tests run as, may ask too: they are not the server, and need not become it.

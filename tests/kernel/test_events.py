@@ -56,17 +56,6 @@ async def test_an_administrators_echo_reaches_the_list(record_property: Callable
         node.start_helper()
 
 
-async def test_a_vf_unbound_by_hand_is_bound_again() -> None:
-    async with real_node(SMALL) as node:
-        await node.start({CY: 4})
-        await node.until_bound()
-        node.real.unbind(VF)
-        node.real.set_driver_override(VF, None)
-        node.real.probe(VF)
-        await node.until("it is back on vfio-pci", lambda: node.real.driver(VF) == "vfio-pci")
-        await node.wait({CY: 4})
-
-
 async def all_alive(node: RealNode) -> None:
     node.check_alive()
     assert node.kubelet.alive

@@ -6,8 +6,8 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,24 +50,42 @@ def traced(node: RealNode, log: Path) -> Iterator[Callable[[], list[str]]]:
         tracer.stderr.close()
 
 
-async def test_a_vf_in_use_is_refused_without_a_write_and_released_afterwards(tmp_path: Path) -> None:
+@asynccontextmanager
+async def helper_alone(*wrapper: str) -> AsyncIterator[tuple[RealNode, Client]]:
+    """A node where only the helper runs, started by `wrapper`, and has bound two VFs; and a connection to it."""
     async with real_node(SMALL) as node:
-        await node.start({CY: 4})
-        await node.until_bound()
-        await node.stop_server()
-        with node.ask() as client, traced(node, tmp_path / "trace") as writes:
-            with node.real.open_vfio(VF):
-                reply = release(client, VF)
-                assert isinstance(reply, Failure), reply
-                assert reply.code is ErrorCode.BUSY
-                assert "held open" in reply.message
-                assert [line for line in writes() if VF in line or "unbind" in line or "driver_override" in line] == []
-                # Its neighbour is nobody's: there the writes are seen.
-                assert isinstance(release(client, VF2), Bound)
-                assert any("unbind" in line for line in writes())
-            assert node.real.driver(VF) == "vfio-pci"
-            assert isinstance(release(client, VF), Bound)
-            assert node.real.driver(VF) == "4xxxvf"
+        node.helper_wrapper = wrapper
+        node.start_helper()
+        await node.until("the helper listens", node.helper_socket.exists)
+        with node.ask() as client:
+            for vf in (VF, VF2):
+                bind = BindDriver(id=1, address=PciAddress.parse(vf), driver=DpdkDriver.VFIO_PCI)
+                assert isinstance(client.ask(bind), Bound)
+            yield node, client
+
+
+@asynccontextmanager
+async def traced_helper(log: Path) -> AsyncIterator[tuple[RealNode, Client, Callable[[], list[str]]]]:
+    """As `helper_alone`, and what it writes to."""
+    async with helper_alone() as (node, client):
+        with traced(node, log) as writes:
+            yield node, client, writes
+
+
+async def test_a_vf_in_use_is_refused_without_a_write_and_released_afterwards(tmp_path: Path) -> None:
+    async with traced_helper(tmp_path / "trace") as (node, client, writes):
+        with node.real.open_vfio(VF):
+            reply = release(client, VF)
+            assert isinstance(reply, Failure), reply
+            assert reply.code is ErrorCode.BUSY
+            assert "held open" in reply.message
+            assert [line for line in writes() if VF in line or "unbind" in line or "driver_override" in line] == []
+            # Its neighbour is nobody's: there the writes are seen.
+            assert isinstance(release(client, VF2), Bound)
+            assert any("unbind" in line for line in writes())
+        assert node.real.driver(VF) == "vfio-pci"
+        assert isinstance(release(client, VF), Bound)
+        assert node.real.driver(VF) == "4xxxvf"
 
 
 def blocked_children(node: RealNode) -> list[int]:
@@ -112,12 +130,8 @@ def blind_to_use(directory: Path, vf: str) -> tuple[str, ...]:
 async def test_in_the_race_left_over_others_are_answered(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    async with real_node(SMALL) as node:
-        node.helper_wrapper = blind_to_use(tmp_path, VF)
-        await node.start({CY: 4})
-        await node.until_bound()
-        await node.stop_server()
-        with node.ask() as client, node.ask() as other:
+    async with helper_alone(*blind_to_use(tmp_path, VF)) as (node, client):
+        with node.ask() as other:
             before = heartbeats(other)
             with node.real.open_vfio(VF):
                 client.sock.settimeout(PATIENCE)
@@ -151,21 +165,16 @@ async def test_in_the_race_left_over_others_are_answered(
 
 @pytest.mark.guest("iommu", fresh=True)  # a child that cannot be killed: should it stay, nobody else has it
 async def test_a_waiting_child_cannot_even_be_killed_and_the_server_mends_what_it_leaves(tmp_path: Path) -> None:
-    async with real_node(SMALL) as node:
-        node.helper_wrapper = blind_to_use(tmp_path, VF)
-        await node.start({CY: 4})
-        await node.until_bound()
-        await node.stop_server()
-        with node.ask() as client:
-            with node.real.open_vfio(VF):
-                client.send(ReleaseDriver(id=1, address=PciAddress.parse(VF)))
-                await node.until("the child waits inside the kernel", lambda: blocked_children(node))
-                (child,) = blocked_children(node)
-                os.kill(child, signal.SIGKILL)
-                await node.until("the signal is there", lambda: state_of(child) == "D")
-                assert isinstance(release(client, VF2), Bound), "its neighbour is not held up"
-                assert state_of(child) == "D"
-            await node.until("it has ended", lambda: not blocked_children(node))
+    async with helper_alone(*blind_to_use(tmp_path, VF)) as (node, client):
+        with node.real.open_vfio(VF):
+            client.send(ReleaseDriver(id=1, address=PciAddress.parse(VF)))
+            await node.until("the child waits inside the kernel", lambda: blocked_children(node))
+            (child,) = blocked_children(node)
+            os.kill(child, signal.SIGKILL)
+            await node.until("the signal is there", lambda: state_of(child) == "D")
+            assert isinstance(release(client, VF2), Bound), "its neighbour is not held up"
+            assert state_of(child) == "D"
+        await node.until("it has ended", lambda: not blocked_children(node))
         assert node.real.driver(VF) is None, "killed before it could offer it to the drivers"
         await node.start_again({CY: 4})
         assert node.real.driver(VF) == "vfio-pci"

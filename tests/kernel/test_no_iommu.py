@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from emulated import emulated
 from kernel.cases import bind_by_hand
 from kernel.nodes import PF, VF
-from kernel.real_kernel import modprobe, real_kernel
+from kernel.real_kernel import modprobe, vfio_unloaded
 from kernel.real_node import InContainer, group_of, real_node
-from kernel.steps import Case, Close, Open, Seen, Write, differences, emulated_uevents, kernel_uevents, observe
+from kernel.steps import Case, Close, Open, Write
 from kernel.test_main_job import CLIENT
+from kernel.test_same_kernel import compare
 from kubelet.nodes import CY, DC, GENERIC
 from qat_server.simulation.node import LoneVf, Node, Pf
 
@@ -33,17 +33,6 @@ TWO_DOMAINS = Node(
 )
 
 
-def compare(case: Case) -> Seen:
-    """Both kernels do the same; what the real one showed."""
-    with emulated(case.node) as kernel, emulated_uevents(kernel, case.watched[0]) as uevents:
-        ours = observe(kernel, case, uevents)
-    with kernel_uevents() as uevents, real_kernel(case.node) as real:
-        theirs = observe(real, case, uevents)
-    if found := differences(ours, theirs):
-        pytest.fail("\n".join(found), pytrace=False)
-    return theirs
-
-
 def test_the_kernel_refuses_as_the_emulated_one_does() -> None:
     assert compare(NOTHING_WORKS).steps[0][1] == "EINVAL"
 
@@ -61,21 +50,10 @@ async def test_the_server_says_that_no_vf_can_be_bound() -> None:
 def unsafe() -> Iterator[None]:
     """vfio with its unsafe mode on. Debian builds it without: here it is of the same source, with."""
     ours = Path(__file__).parent / "build/noiommu/vfio.ko"
-    unload_vfio()
-    subprocess.run(["insmod", os.fspath(ours), "enable_unsafe_noiommu_mode=1"], check=True)
-    modprobe("vfio-pci")
-    try:
+    with vfio_unloaded():
+        subprocess.run(["insmod", os.fspath(ours), "enable_unsafe_noiommu_mode=1"], check=True)
+        modprobe("vfio-pci")
         yield
-    finally:
-        unload_vfio()
-        modprobe("vfio-pci", "disable_denylist=1")
-        modprobe("vfio_iommu_type1")
-
-
-def unload_vfio() -> None:
-    for name in ("vfio_pci", "vfio_pci_core", "vfio_iommu_type1", "vfio_virqfd", "vfio"):
-        if Path(f"/sys/module/{name}").exists():
-            subprocess.run(["rmmod", name], check=True)
 
 
 UNSAFE = Case(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kernel.nodes import PF, SMALL, TWO_PFS, VF
 from kernel.real_node import PATIENCE, RealNode, real_node
-from kernel.test_in_use import traced
+from kernel.test_in_use import traced_helper
 from kubelet.nodes import CY, DC
 from qat_server.simulation.config_map import ConfigMap
 from qat_server.simulation.node import Node, Pf
@@ -69,25 +69,19 @@ async def test_nothing_is_written_to_a_pf_in_use(tmp_path: Path) -> None:
         SetNumVfs(id=1, address=ADDRESS, count=0),
         SetServices(id=2, address=ADDRESS, services=(Service.DC,)),
     )
-    async with real_node(SMALL) as node:
-        await node.start({CY: 4})
-        await node.until_bound()
-        await node.stop_server()
-        with node.ask() as client, traced(node, tmp_path / "trace") as writes:
-            with node.real.open_vfio(VF):
-                for request in refused:
-                    reply = client.ask(request)
-                    assert isinstance(reply, Failure), reply
-                    assert reply.code is ErrorCode.BUSY
-                assert [line for line in writes() if "qat/" in line or "sriov" in line] == []
-                assert isinstance(client.ask(SetAutoReset(id=3, address=ADDRESS, on=True)), Provisioned), (
-                    "takes nothing"
-                )
-            began = time.monotonic()
-            reply = await asyncio.to_thread(client.ask, refused[0])
-            assert isinstance(reply, Provisioned), (reply, time.monotonic() - began)
-            assert shown(PF, "sriov_numvfs") == "0"
-            assert any("sriov_numvfs" in line for line in writes())
+    async with traced_helper(tmp_path / "trace") as (node, client, writes):
+        with node.real.open_vfio(VF):
+            for request in refused:
+                reply = client.ask(request)
+                assert isinstance(reply, Failure), reply
+                assert reply.code is ErrorCode.BUSY
+            assert [line for line in writes() if "qat/" in line or "sriov" in line] == []
+            assert isinstance(client.ask(SetAutoReset(id=3, address=ADDRESS, on=True)), Provisioned), "takes nothing"
+        began = time.monotonic()
+        reply = await asyncio.to_thread(client.ask, refused[0])
+        assert isinstance(reply, Provisioned), (reply, time.monotonic() - began)
+        assert shown(PF, "sriov_numvfs") == "0"
+        assert any("sriov_numvfs" in line for line in writes())
 
 
 async def test_services_that_the_kernel_refuses_are_undone() -> None:

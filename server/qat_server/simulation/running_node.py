@@ -57,6 +57,9 @@ class Processes:
     as others changes the commands, and what they say of the server.
     """
 
+    pauses: tuple[float, float] = (0.005, 0.02)
+    """Seconds between two looks at a condition, and between two questions for the server's status."""
+
     def __init__(self, directory: Path, kernel: Kernel, kubelet_directory: Path, server_options: Sequence[str]) -> None:
         self.directory = directory
         self.kernel = kernel
@@ -199,7 +202,7 @@ class Processes:
             self.check_alive()
             if time.monotonic() > deadline:
                 raise SimulationError(f"{what}: not within {seconds:g} s\n{self.tails()}")
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(self.pauses[0])
         return value
 
     async def until_status(
@@ -215,7 +218,7 @@ class Processes:
             self.check_alive()
             if time.monotonic() > deadline:
                 raise SimulationError(f"{what}: not within {seconds:g} s\n{self.tails()}")
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(self.pauses[1])
 
     def check_alive(self) -> None:
         """Raises SimulationError when one of the processes has ended by itself."""

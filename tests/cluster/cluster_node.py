@@ -1,0 +1,181 @@
+"""A cluster of one node, in one guest: the control plane beside the kubelet, and kubectl as a user has it."""
+
+import contextlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from cluster import installation
+from cluster.control_plane import LIMIT, ControlPlane
+from cluster.machine import CommandError, Machine
+from cluster.node import HOST_NAME, KubeletNode
+from cluster.readme import install_commands
+from deployments.rendered import Manifest
+from kernel.machine import PROJECT
+from qat_server.simulation.node import Node
+
+_T = TypeVar("_T")
+_PLANE: Final = Path("/run/layer/plane")
+_PROGRAMS: Final = Path("/run/layer/bin")
+_ADDRESS: Final = "10.99.0.1"
+_SHELL: Final = f"export KUBECONFIG={_PLANE}/admin.conf PATH={_PROGRAMS}:$PATH; cd {PROJECT}\n"
+"""What a user's shell has."""
+_BASE: Final = "deployments/base"
+
+
+@contextlib.contextmanager
+def step(name: str) -> Iterator[None]:
+    """Show at the end how long this took."""
+    began = time.monotonic()
+    yield
+    installation.lines.append(f"{name}: {time.monotonic() - began:.1f} s")
+
+
+class Cluster:
+    """The guest's cluster; `node` has the means for its node."""
+
+    def __init__(self, guest: Machine) -> None:
+        self.guest = guest
+        self.node = KubeletNode(guest)
+        self._installed: tuple[Node, str] | None = None
+
+    def start(self) -> None:
+        """Start all, until the node is Ready."""
+        plane = ControlPlane(_PLANE, _PROGRAMS, _ADDRESS)
+        target = self.guest.share / "plane"
+        target.mkdir()
+        plane.write(target)
+        # An address of the node's own, as every node has one.
+        self.guest.run(
+            f"set -e; cp -r /run/host/plane {_PLANE}; ip link add node type dummy\n"
+            f"ip address add {_ADDRESS}/24 dev node; ip link set node up; ip route add default via 10.99.0.254 dev node"
+        )
+        with step("etcd and the API server started, until it says that it is ready"):
+            for name, command in plane.commands().items():
+                log = f"append:/run/host/{name}.log"
+                unit = f"--unit={name} --property=Restart=on-failure --property=StandardOutput={log}"
+                self.guest.run(f"systemd-run {unit} --property=StandardError=inherit {shlex.join(command)} 2>&1")
+            self.until("the API server is ready", "kubectl get --raw=/readyz")
+        options = f"--kubeconfig={_PLANE}/node.conf --node-ip={_ADDRESS}"
+        drop_in = "/etc/systemd/system/kubelet.service.d"
+        with step("containerd and the kubelet started, until the node is Ready"):
+            self.guest.run(
+                # The API server asks the kubelet for logs and exec, at the node's address.
+                "set -e; sed -i 's/^address: .*/address: 0.0.0.0/' /etc/kubernetes/kubelet.yaml\n"
+                f"mkdir -p {drop_in}; printf '[Service]\\nEnvironment=\"KUBELET_OPTIONS={options}\"\\n' "
+                f">{drop_in}/cluster.conf; systemctl daemon-reload; systemctl enable --now containerd kubelet 2>&1"
+            )
+            self.until("the node is Ready", f"kubectl wait --for=condition=Ready --timeout=5s node/{HOST_NAME}")
+            self.until("accounts are made", "kubectl get serviceaccount default")
+
+    def run(self, script: str, check: bool = True) -> str:
+        """A user's commands, in the project's folder."""
+        return self.guest.run(_SHELL + script, check=check, seconds=LIMIT)
+
+    def until(self, what: str, script: str) -> str:
+        """A user's commands, again and again until they succeed."""
+        return self.guest.until(what, _SHELL + script, LIMIT)
+
+    def wait(self, what: str, condition: Callable[[], _T]) -> _T:
+        """Wait until a condition, which asks the cluster and may fail at that, is true: what it returned."""
+
+        def asked() -> _T | None:
+            with contextlib.suppress(CommandError, json.JSONDecodeError):
+                return condition()
+            return None
+
+        found = self.guest.wait(what, asked, LIMIT)
+        assert found is not None
+        return found
+
+    def get(self, what: str) -> Any:
+        """An object, or a list of objects, as the API server has it."""
+        # Standard error apart: kubectl warns there.
+        return json.loads(self.run(f"kubectl get {what} -o json 2>/dev/null"))
+
+    def apply(self, *manifests: Manifest) -> None:
+        """Apply manifests."""
+        path = self.guest.share / "manifests.json"
+        path.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests}))
+        self.run("kubectl apply -f /run/host/manifests.json")
+
+    def install(self, devices: Node, directory: str = _BASE) -> str:
+        """Put in these devices, and the plugin by the README's commands, with this folder in place of the base: what
+        the last command, which shows the node, printed once it has rolled out. The very same are left as they are.
+
+        The README's first command is not for here: images are on the node (disk.py has built them, by what that command
+        runs), and there is no registry to push them to."""
+        images, *commands, describe = (command.replace("NODE", HOST_NAME) for command in install_commands())
+        assert images == "make images"
+        if self._installed != (devices, directory):
+            self.clear()
+            self.node.devices(devices)
+            assert any(_BASE in command for command in commands)
+            for command in commands:
+                self.run(command.replace(_BASE, directory))
+            self.until_rolled_out()
+            self._installed = (devices, directory)
+        return self.run(describe)
+
+    def clear(self) -> None:
+        """No plugin and no workloads."""
+        self.delete("--all")
+        if self._installed is not None:
+            _, directory = self._installed
+            self._installed = None
+            # With the namespace, so until its pods are gone.
+            self.run(f"kubectl delete --wait --timeout=500s -k {directory}")
+
+    def plugin(self) -> str:
+        """The one plugin pod that is not being ended: its name; "" while there is none."""
+        pods = self.get("pods -n qat-plugin")["items"]
+        names = [each["metadata"]["name"] for each in pods if "deletionTimestamp" not in each["metadata"]]
+        return str(names[0]) if len(names) == 1 else ""
+
+    def until_rolled_out(self) -> str:
+        """Wait until the DaemonSet's pod is there, is the newest, and is ready: its name."""
+        self.until("the DaemonSet is rolled out", "kubectl -n qat-plugin rollout status ds/qat-plugin --timeout=10s")
+
+        def ready() -> str:
+            name = self.plugin()
+            if name:
+                self.run(f"kubectl -n qat-plugin wait --for=condition=Ready --timeout=10s pod/{name}")
+            return name
+
+        return self.wait("the plugin's pod is ready", ready)
+
+    def until_allocatable(self, **wanted: int) -> None:
+        """Wait until the node's status says so, of our resources and of no other of ours."""
+
+        def reached() -> bool:
+            found = self.get(f"node {HOST_NAME}")["status"]["allocatable"]
+            ours = {name.partition("/")[2]: int(number) for name, number in found.items() if name.startswith("qat.")}
+            return {name: number for name, number in ours.items() if number} == wanted
+
+        self.wait(f"allocatable is {wanted}", reached)
+
+    def client(self, pod: str) -> dict[str, Any]:
+        """What vfio_client.py has printed in a pod, which holds its VFs open by now."""
+        self.until(f"{pod} is ready", f"kubectl wait --for=condition=Ready --timeout=10s pod/{pod}")
+
+        def printed() -> dict[str, Any] | None:
+            said = self.run(f"kubectl logs {pod}")
+            return dict(json.loads(said)) if said.endswith("}\n") else None
+
+        return self.wait(f"{pod} holds its VFs", printed) or {}
+
+    def unscheduled(self, pod: str) -> str:
+        """Wait until the scheduler has found no place for a pod: why."""
+
+        def reason() -> str:
+            conditions = self.get(f"pod {pod}")["status"].get("conditions", ())
+            return next((str(each["message"]) for each in conditions if each.get("reason") == "Unschedulable"), "")
+
+        return self.wait(f"the scheduler has looked at {pod}", reason)
+
+    def delete(self, *names: str) -> None:
+        """Delete pods of the default namespace, and wait until they are gone."""
+        self.run(f"kubectl delete --now --wait --timeout=300s pod {' '.join(names)}")

@@ -24,6 +24,8 @@ _ADDRESS: Final = "10.99.0.1"
 _SHELL: Final = f"export KUBECONFIG={_PLANE}/admin.conf PATH={_PROGRAMS}:$PATH; cd {PROJECT}\n"
 """What a user's shell has."""
 _BASE: Final = "deployments/base"
+_PAUSE: Final = 1.0
+"""Between two questions: kubectl is a large program, and what is waited for needs the processors, too."""
 
 
 @contextlib.contextmanager
@@ -40,6 +42,7 @@ class Cluster:
     def __init__(self, guest: Machine) -> None:
         self.guest = guest
         self.node = KubeletNode(guest)
+        self._applied = ""
         self._installed: tuple[Node, str] | None = None
 
     def start(self) -> None:
@@ -68,7 +71,7 @@ class Cluster:
                 f"mkdir -p {drop_in}; printf '[Service]\\nEnvironment=\"KUBELET_OPTIONS={options}\"\\n' "
                 f">{drop_in}/cluster.conf; systemctl daemon-reload; systemctl enable --now containerd kubelet 2>&1"
             )
-            self.until("the node is Ready", f"kubectl wait --for=condition=Ready --timeout=5s node/{HOST_NAME}")
+            self.until_is("the node is Ready", f"--for=condition=Ready node/{HOST_NAME}")
             self.until("accounts are made", "kubectl get serviceaccount default")
 
     def run(self, script: str, check: bool = True) -> str:
@@ -79,12 +82,18 @@ class Cluster:
         """A user's commands, again and again until they succeed."""
         return self.guest.until(what, _SHELL + script, LIMIT)
 
+    def until_is(self, what: str, words: str) -> None:
+        """`kubectl wait`, which looks without asking again and again, until it succeeds."""
+        self.until(what, f"kubectl wait --timeout=60s {words}")
+
     def wait(self, what: str, condition: Callable[[], _T]) -> _T:
         """Wait until a condition, which asks the cluster and may fail at that, is true: what it returned."""
 
         def asked() -> _T | None:
             with contextlib.suppress(CommandError, json.JSONDecodeError):
-                return condition()
+                if found := condition():
+                    return found
+            time.sleep(_PAUSE)
             return None
 
         found = self.guest.wait(what, asked, LIMIT)
@@ -114,6 +123,7 @@ class Cluster:
             self.clear()
             self.node.devices(devices)
             assert any(_BASE in command for command in commands)
+            self._applied = directory
             for command in commands:
                 self.run(command.replace(_BASE, directory))
             self.until_rolled_out()
@@ -123,11 +133,11 @@ class Cluster:
     def clear(self) -> None:
         """No plugin and no workloads."""
         self.delete("--all")
-        if self._installed is not None:
-            _, directory = self._installed
-            self._installed = None
+        self._installed = None
+        if self._applied:
             # With the namespace, so until its pods are gone.
-            self.run(f"kubectl delete --wait --timeout=500s -k {directory}")
+            self.run(f"kubectl delete --ignore-not-found --wait --timeout=500s -k {self._applied}")
+            self._applied = ""
 
     def plugin(self) -> str:
         """The one plugin pod that is not being ended: its name; "" while there is none."""
@@ -137,18 +147,22 @@ class Cluster:
 
     def until_rolled_out(self) -> str:
         """Wait until the DaemonSet's pod is there, is the newest, and is ready: its name."""
-        self.until("the DaemonSet is rolled out", "kubectl -n qat-plugin rollout status ds/qat-plugin --timeout=10s")
+        self.until("the DaemonSet is rolled out", "kubectl -n qat-plugin rollout status ds/qat-plugin --timeout=60s")
+        name = self.wait("the plugin's pod is there", self.plugin)
+        self.until_is("the plugin's pod is ready", f"-n qat-plugin --for=condition=Ready pod/{name}")
+        return name
 
-        def ready() -> str:
-            name = self.plugin()
-            if name:
-                self.run(f"kubectl -n qat-plugin wait --for=condition=Ready --timeout=10s pod/{name}")
-            return name
-
-        return self.wait("the plugin's pod is ready", ready)
+    def until_replaced(self, old: str) -> str:
+        """Wait until a plugin pod is gone, and another is ready: its name."""
+        self.until_is(f"{old} is gone", f"-n qat-plugin --for=delete pod/{old}")
+        return self.until_rolled_out()
 
     def until_allocatable(self, **wanted: int) -> None:
         """Wait until the node's status says so, of our resources and of no other of ours."""
+
+        for name, number in wanted.items():
+            value = f"{{.status.allocatable.qat\\.intel\\.com/{name}}}={number}"
+            self.until_is(f"{number} of {name} are allocatable", f"--for=jsonpath='{value}' node/{HOST_NAME}")
 
         def reached() -> bool:
             found = self.get(f"node {HOST_NAME}")["status"]["allocatable"]
@@ -159,7 +173,7 @@ class Cluster:
 
     def client(self, pod: str) -> dict[str, Any]:
         """What vfio_client.py has printed in a pod, which holds its VFs open by now."""
-        self.until(f"{pod} is ready", f"kubectl wait --for=condition=Ready --timeout=10s pod/{pod}")
+        self.until_is(f"{pod} is ready", f"--for=condition=Ready pod/{pod}")
 
         def printed() -> dict[str, Any] | None:
             said = self.run(f"kubectl logs {pod}")
@@ -169,12 +183,11 @@ class Cluster:
 
     def unscheduled(self, pod: str) -> str:
         """Wait until the scheduler has found no place for a pod: why."""
-
-        def reason() -> str:
-            conditions = self.get(f"pod {pod}")["status"].get("conditions", ())
-            return next((str(each["message"]) for each in conditions if each.get("reason") == "Unschedulable"), "")
-
-        return self.wait(f"the scheduler has looked at {pod}", reason)
+        self.until_is(f"the scheduler has looked at {pod}", f"--for=condition=PodScheduled=False pod/{pod}")
+        (condition,) = (
+            each for each in self.get(f"pod {pod}")["status"]["conditions"] if each["type"] == "PodScheduled"
+        )
+        return f"{condition['reason']}: {condition['message']}"
 
     def delete(self, *names: str) -> None:
         """Delete pods of the default namespace, and wait until they are gone."""

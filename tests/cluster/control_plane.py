@@ -104,6 +104,9 @@ class ControlPlane(Struct, frozen=True):
                 *(f"--tls-cert-file={own / 'api.crt'}", f"--tls-private-key-file={own / 'api.key'}"),
                 *(f"--client-ca-file={own / 'ca.crt'}", f"--token-auth-file={own / 'tokens.csv'}"),
                 *("--service-account-issuer=https://kubernetes.default.svc", "--profiling=false"),
+                # What large clusters need, and a guest's two slow processors had better be spared.
+                "--enable-priority-and-fairness=false",
+                "--feature-gates=SizeBasedListCostEstimate=false,DetectCacheInconsistency=false",
                 f"--service-account-key-file={own / 'accounts.pub'}",
                 f"--service-account-signing-key-file={own / 'accounts.key'}",
                 *("--enable-admission-plugins=NodeRestriction", "--kubelet-preferred-address-types=InternalIP"),

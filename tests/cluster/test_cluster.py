@@ -34,7 +34,7 @@ def test_pods_get_what_they_ask_for_and_wait_while_there_is_too_little(cluster: 
 
     cluster.apply(workload("nine", {CY: 9}), workload("seven", {CY: 7}))
     for name in ("nine", "seven"):
-        assert f"Insufficient {CY}" in cluster.unscheduled(name)
+        assert f"Unschedulable: 0/1 nodes are available: 1 Insufficient {CY}." in cluster.unscheduled(name)
         assert cluster.get(f"pod {name}")["status"]["phase"] == "Pending"
     with step("a pod deleted, until one that has waited for its VFs holds them open"):
         cluster.delete("two")
@@ -43,7 +43,8 @@ def test_pods_get_what_they_ask_for_and_wait_while_there_is_too_little(cluster: 
     assert (nine["status"]["phase"], nine["spec"].get("nodeName")) == ("Pending", None)
 
 
-def test_doctor_and_status_by_the_readmes_commands(cluster: Cluster) -> None:
+def test_doctor_status_and_metrics(cluster: Cluster) -> None:
+    """By the README's commands; scraped from another pod, as Prometheus does, and through the API server."""
     cluster.install(EIGHT)
     cluster.until_allocatable(cy=8)
     cluster.apply(workload("one", {CY: 1}))
@@ -54,3 +55,13 @@ def test_doctor_and_status_by_the_readmes_commands(cluster: Cluster) -> None:
     assert "ready" in status.splitlines()[0]
     (line,) = [line for line in status.splitlines() if "default/one/main" in line]
     assert line.startswith(holder)
+    plugin = cluster.plugin()
+    address = cluster.get(f"pod -n qat-plugin {plugin}")["status"]["podIP"]
+    program = f"import urllib.request as u; print(u.urlopen('http://{address}:9090/metrics').read().decode())"
+    for metrics in (
+        cluster.run(f'kubectl exec one -- python3 -c "{program}"'),
+        cluster.run(f"kubectl get --raw /api/v1/namespaces/qat-plugin/pods/{plugin}:9090/proxy/metrics"),
+    ):
+        assert 'qat_plugin_devices{health="healthy",resource="cy"} 8.0' in metrics
+        assert 'qat_plugin_registered{resource="cy"} 1.0' in metrics
+        assert "qat_plugin_helper_up 1.0" in metrics

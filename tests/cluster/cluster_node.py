@@ -51,8 +51,9 @@ class Cluster:
         target = self.guest.share / "plane"
         target.mkdir()
         plane.write(target)
-        # An address of the node's own, as every node has one.
+        # An address of the node's own, as every node has one; what the examples' README says that DPDK needs of it.
         self.guest.run(
+            "sysctl -q vm.nr_hugepages=512\n"
             f"set -e; cp -r /run/host/plane {_PLANE}; ip link add node type dummy\n"
             f"ip address add {_ADDRESS}/24 dev node; ip link set node up; ip route add default via 10.99.0.254 dev node"
         )

@@ -13,7 +13,7 @@ from deployments import rendered
 from deployments.software_driver import software_driver
 
 _PFS: Final = {"crypto": BOTH.pfs[0], "compress": BOTH.pfs[1]}
-_TABLE: Final = re.compile(r"^\s*\d+\s+\d+(\s+[\d.]+){5}", re.MULTILINE)
+_TABLE: Final = re.compile(r"^\s*\d+\s+\d+(\s+[\d.]+){4}", re.MULTILINE)
 
 
 def _ended(cluster: Cluster, pod: str) -> tuple[str, str]:

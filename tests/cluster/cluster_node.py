@@ -137,7 +137,7 @@ class Cluster:
         self._installed = None
         if self._applied:
             # With the namespace, so until its pods are gone.
-            self.run(f"kubectl delete --ignore-not-found --wait --timeout=500s -k {self._applied}")
+            self.run(f"kubectl delete --ignore-not-found --wait --timeout=600s -k {self._applied}")
             self._applied = ""
 
     def plugin(self) -> str:
@@ -192,4 +192,4 @@ class Cluster:
 
     def delete(self, *names: str) -> None:
         """Delete pods of the default namespace, and wait until they are gone."""
-        self.run(f"kubectl delete --now --wait --timeout=300s pod {' '.join(names)}")
+        self.run(f"kubectl delete --now --wait --timeout=600s pod {' '.join(names)}")

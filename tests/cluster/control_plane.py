@@ -24,7 +24,7 @@ from cluster.disk import BINARIES
 from kernel.machine import PROJECT
 
 PROGRAMS: Final = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
-LIMIT: Final = 600.0
+LIMIT: Final = 1200.0
 _LOOK: Final = 0.3
 _CONTROLLERS: Final = (
     *("namespace-controller", "serviceaccount-controller", "root-ca-certificate-publisher-controller"),

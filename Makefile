@@ -54,11 +54,11 @@ test-node: .venv/.deployments ## run the images and manifests in pods on a node 
 	@$(BIN)/pytest -q $(foreach each,base confined lifecycle reboot,tests/cluster/test_$(each).py)
 
 .PHONY: test-cluster
-test-cluster: .venv/.deployments ## apply all manifests to a real API server (builds it; needs Go, Debian's etcd)
-	@echo "==> test-cluster: etcd, kube-apiserver, controllers, scheduler: all manifests, on this machine, without a node"
+test-cluster: .venv/.deployments ## a whole cluster, in QEMU: kubectl, the README's commands (as test-node; builds Kubernetes)
+	@echo "==> test-cluster: etcd, kube-apiserver, controllers, scheduler: without a node first, then with one in the guest"
 	@tests/cluster/prepare
 	@tests/cluster/build etcd kube-apiserver kube-controller-manager kube-scheduler kubectl
-	@$(BIN)/pytest -q tests/cluster/test_accepted.py
+	@$(BIN)/pytest -q tests/cluster/test_accepted.py tests/cluster/test_cluster*.py
 
 .PHONY: test-security
 test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, floods, races, kills (root for all of it)

@@ -83,7 +83,8 @@ def disk(programs: Sequence[str] = ("kubelet",), with_images: Sequence[str] = ("
 def _reference(name: str) -> str:
     """An image's full name, as the container runtime completes that in the manifests."""
     if name == "dpdk":
-        return f"{_LIBRARY}/{images.NAMES[name]}:latest"
+        (pod,) = rendered.render("examples/dpdk/crypto-perf")
+        return f"{_LIBRARY}/{rendered.container(pod['spec'], 'main')['image']}"
     return f"{_LIBRARY}/{rendered.container(rendered.pod_spec(rendered.render('base')), name)['image']}"
 
 

@@ -1,13 +1,11 @@
 """AppArmor on the node: without our settings the cause is named; with the hardened overlay both processes are under the
 project's own profiles. Beside that, what else that overlay and the one for VMs are: pods as users apply them."""
 
-import re
-
 from cluster.installation import Installation
 from cluster.node import KubeletNode
+from cluster.readme import profile_commands
 from cluster.static_pod import workload
 from deployments import rendered
-from deployments.rendered import DEPLOYMENTS
 from kernel.machine import PROJECT
 from kernel.nodes import IN_A_VM, TWO_SMALL
 from kubelet.nodes import CY, GENERIC
@@ -39,17 +37,9 @@ def test_without_our_setting_log_and_doctor_name_apparmor(installed: Installatio
     installed.clear()
 
 
-def _commands(heading: str) -> str:
-    """The commands that deployments/README.md gives after some words."""
-    text = (DEPLOYMENTS / "README.md").read_text()
-    found = re.search(r"```\n(.*?)```", text[text.index(heading) :], re.DOTALL)
-    assert found is not None
-    return found[1]
-
-
 def test_hardened_runs_under_the_projects_own_profiles(installed: Installation, node: KubeletNode) -> None:
     """Also: registration by the plugin watcher, and seccomp profiles from the node, in pods."""
-    commands = _commands("**hardened** needs the profiles")
+    commands = profile_commands()
     assert "apparmor_parser --replace" in commands
     node.guest.run(f"set -e; cd {PROJECT}; dmesg --clear; {commands}")
     installed.plugin(TWO_SMALL, rendered.render("overlays/hardened"))

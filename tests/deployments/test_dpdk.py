@@ -9,7 +9,8 @@ import pytest
 
 from deployments import containers, images, measured, rendered
 from deployments.containers import Container
-from deployments.rendered import BUILT, DEPLOYMENTS
+from deployments.rendered import BUILT
+from deployments.software_driver import software_driver
 
 pytestmark = [
     pytest.mark.usefixtures("kustomize"),
@@ -20,22 +21,13 @@ pytestmark = [
 _EXAMPLES: Final = {"crypto": ("examples/dpdk/crypto-perf", "cy"), "compress": ("examples/dpdk/compress-perf", "dc")}
 
 
-def _variables(kind: str) -> dict[str, str]:
-    """As the examples' README has them."""
-    text = (DEPLOYMENTS / "examples/README.md").read_text()
-    word = {"crypto": "crypto", "compress": "compression"}[kind]
-    found = re.search(rf"^\| {word} \| `(\S+)` \| `([^`]+)` \|$", text, re.MULTILINE)
-    assert found is not None
-    return {"DEVICE_TYPE": found[1], "EAL_OPTIONS": found[2]}
-
-
 def _run(
     kind: str, *, software: bool, given: dict[str, str], name: str | None = None
 ) -> "subprocess.CompletedProcess[str]":
     (pod,) = rendered.render(name or _EXAMPLES[kind][0])
     spec: dict[str, Any] = rendered.container(pod["spec"], "main")
     if software:
-        values = _variables(kind)
+        values = software_driver(kind)
         assert {each["name"] for each in spec["env"]} == set(values)
         spec["env"] = [{"name": key, "value": value} for key, value in values.items()]
         # Memory that would be hugepages is the container's own.

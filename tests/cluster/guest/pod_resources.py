@@ -1,8 +1,10 @@
 """In the guest: ask the kubelet what it may allocate of QAT, and who has what of it, by its PodResources service.
 
 pod_resources.py [RESOURCE=NUMBER]     prints JSON; with a wish, asks until so many are allocatable
+pod_resources.py --watch RESOURCE      a line at each change, until it is ended: seconds, how many are allocatable
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -39,7 +41,22 @@ def _ids(devices: Iterable[Any]) -> dict[str, list[str]]:
     return {name: sorted(ids) for name, ids in sorted(found.items())}
 
 
+def watch(resource: str) -> None:
+    """How many are allocatable, whenever that has changed; 0 while the kubelet does not answer."""
+    last = -1
+    while True:
+        now = 0
+        with contextlib.suppress(grpc.RpcError):
+            now = len(answer()["allocatable"].get(resource, []))
+        if now != last:
+            print(f"{time.monotonic():.1f} {now}", flush=True)
+            last = now
+        time.sleep(0.5)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--watch"]:
+        watch(sys.argv[2])
     resource, _, number = (sys.argv[1] if sys.argv[1:] else "").partition("=")
     deadline = time.monotonic() + LIMIT
     while True:

@@ -1,9 +1,9 @@
 """Short-lived children: each does one request after another, and passes the outcomes back through a socket pair.
 
-A child waits there for its next request, and ends with the pair.
-Whatever may wait inside the kernel happens in a child, so that the serving loop never does. A child is never sent a
-signal, and ignores those that others send to all processes of a service: a signal would make a blocked wait of the
-kernel's an unkillable one. Nor is it waited for: the kernel closes its end of the pair when it ends, however it does.
+A child waits there for its next request, and ends with the pair. Whatever may wait inside the kernel happens in a child,
+so that the serving loop never does. A child is never sent a signal, and ignores those that others send to all processes
+of a service: a signal would make a blocked wait of the kernel's an unkillable one. Nor is it waited for: the kernel
+closes its end of the pair when it ends, however it does.
 """
 
 import os

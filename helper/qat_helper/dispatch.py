@@ -266,7 +266,7 @@ class Dispatcher:
                 why = f"no process could be started for it: {os.strerror(error.errno or 0)}"
                 self._end(job, job.failed(ErrorCode.INTERNAL, why))
                 continue
-            if self._idle.pop(child, None) is None:
+            if self._idle.pop(child, None) is None:  # new: an idle one is watched already
                 self._children[name] += 1
                 self._watch(child.channel.fileno(), partial(self._heard, child, name))
             self._running[child] = job

@@ -117,9 +117,9 @@ class Binder:
         self._attempts = self._attempts.failed(address, self._clock())
         if error.code is ErrorCode.DENIED:
             self._denied.add(address)
-        if error.code == ErrorCode.TIMED_OUT:
+        if error.code is ErrorCode.TIMED_OUT:
             self.late.add(address)
-        elif error.code != ErrorCode.BUSY:  # as the helper answers while an earlier operation goes on
+        elif error.code is not ErrorCode.BUSY:  # as the helper answers while an earlier operation goes on
             self.late.discard(address)
         if self.failures.get(address) != error.message:
             advice = apparmor.look(self._sysfs_root).advice(error.errno)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from qat_server import grpc_socket, listing, logs, reconcile
+from qat_server import grpc_socket, listing, logs, readiness, reconcile
 from qat_server.binder import Binder
 from qat_server.counters import Counters
 from qat_server.discovery import discover
@@ -31,7 +31,6 @@ from qat_server.pages import Pages
 from qat_server.pod_resources import Answer, held_devices
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
-from qat_server.readiness import Readiness
 from qat_server.services import Services
 from qat_server.settings import Registration, Settings
 from qat_server.status import State
@@ -108,20 +107,8 @@ class Plugin:
         self.names: dict[PciAddress, str] = {}
         self.foreign: dict[PciAddress, str] = {}
         self.endpoints = Endpoints(settings, self.helper, self.directory, self.usage, self.counters, clock)
-        self.readiness = Readiness(
-            settings,
-            self.changes,
-            self.directory,
-            self.helper,
-            self.configuration,
-            self.provisioner,
-            self.services,
-            self.binder,
-            self.health,
-            self.usage,
-            self.endpoints,
-        )
-        self._pages = Pages(settings.sysfs_root, lambda: self.inventory, self.state, self.readiness.not_ready, clock)
+        self.look_error = "starting"
+        self._pages = Pages(settings.sysfs_root, lambda: self.inventory, self.state, lambda: readiness.not_ready(self), clock)
         self._facts = Facts()
         self._again = Again(self.changes)
         self._clock = clock
@@ -142,7 +129,7 @@ class Plugin:
             held=self.usage.by_device(),
             provisioning=self.provisioner.progress,
             provisioning_error=self.configuration.error if self.configuration else "",
-            not_ready=self.readiness.not_ready(),
+            not_ready=readiness.not_ready(self),
             uevents=self.listener.received,
             uevent_overruns=self.listener.overruns,
         )
@@ -173,7 +160,7 @@ class Plugin:
 
     async def _work(self) -> None:
         """Serve in the directory; return when it has gone."""
-        self.readiness.look = "the first look at the devices is not done"
+        self.look_error = "the first look at the devices is not done"
         self.changes.mark()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -190,7 +177,7 @@ class Plugin:
                         await self._look_safely(await self.changes.wait(), work)
         except* DirectoryGoneError:
             self.endpoints.forget()
-            self.readiness.look = "the socket directory has gone"
+            self.look_error = "the socket directory has gone"
 
     async def _query_holders(self) -> Answer:
         return await held_devices(self.helper, self.settings.socket_directory, wait_ms=_KUBELET_WAIT_MS)
@@ -216,7 +203,7 @@ class Plugin:
             self.on_look()
         except Exception as error:
             log.exception("the devices could not be looked at")
-            self.readiness.look = f"a defect kept the devices from being looked at: {error!r}"
+            self.look_error = f"a defect kept the devices from being looked at: {error!r}"
             await asyncio.sleep(1)
             self.changes.mark()
         finally:
@@ -229,7 +216,7 @@ class Plugin:
             try:
                 self.inventory = await self._discover(changed)
             except SysfsError as error:
-                self.readiness.look = str(error)
+                self.look_error = str(error)
                 self._facts.say("the PCI bus cannot be read", why=str(error))
                 self._again.look([None])
                 return
@@ -265,11 +252,11 @@ class Plugin:
         )
         self.usage.observe(self.listing)
         if not self.usage.asked:  # the first list must have what pods hold, even if it has gone
-            self.readiness.look = ""
+            self.look_error = ""
             return  # the answer leads to a new look
         self.endpoints.publish(self.listing, work)
         self.provisioner.published()
-        self.readiness.look = ""
+        self.look_error = ""
 
     async def _discover(self, changed: frozenset[PciAddress] | None) -> Inventory:
         """Raises SysfsError."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import uvloop
 
-from qat_server import http_endpoint, logs, sandbox
+from qat_server import http_endpoint, logs, readiness, sandbox
 from qat_server.plugin import Plugin
 from qat_server.service_manager import ServiceManager
 from qat_server.settings import Settings
@@ -35,7 +35,7 @@ def run(settings: Settings, patience: float = PATIENCE) -> int:
 
 async def _serve(plugin: Plugin, manager: ServiceManager | None, patience: float) -> None:
     loop = asyncio.get_running_loop()
-    task = asyncio.ensure_future(plugin.run())
+    task = asyncio.ensure_future(plugin.run() if manager is None else _told(plugin, manager, patience))
 
     def stop() -> None:
         if manager is not None:
@@ -44,16 +44,22 @@ async def _serve(plugin: Plugin, manager: ServiceManager | None, patience: float
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    if manager is not None:
-        start = Start(manager, lambda: plugin.readiness.missing(plugin.inventory), lambda: plugin.listing, patience)
-        plugin.on_look = start.looked
-        starting = asyncio.ensure_future(start.run())
-        task.add_done_callback(lambda _: starting.cancel())
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    log.info("ended")
-    if manager is not None:
-        manager.close()
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        log.info("ended")
+    finally:
+        if manager is not None:
+            manager.close()
+
+
+async def _told(plugin: Plugin, manager: ServiceManager, patience: float) -> None:
+    """Serve, and tell the service manager of the start. Raises what `Plugin.run` does, in a group."""
+    start = Start(manager, lambda: readiness.missing(plugin), lambda: plugin.listing, patience)
+    plugin.on_look = start.looked
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(start.run())
+        await plugin.run()
 
 
 def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[BaseException]:

@@ -6,6 +6,7 @@ for the kubelet, which may be waiting for this start; nor for what only somebody
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from qat_server.binder import Binder
 from qat_server.endpoint_directory import EndpointDirectory
@@ -28,83 +29,75 @@ from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError, open_device
 
 
-class Readiness:
-    """Asks those who do the work. `look` is why the last look at the devices was none, "" when it was one."""
+class Parts(Protocol):
+    """Those who do the work. `look_error` says why the last look at the devices was none, "" when it was one."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        changes: Changes,
-        directory: EndpointDirectory,
-        helper: HelperClient,
-        configuration: ConfigurationWatch | None,
-        provisioner: Provisioner,
-        services: Services,
-        binder: Binder,
-        health: HealthMonitor,
-        usage: Usage,
-        endpoints: Endpoints,
-    ) -> None:
-        self._settings = settings
-        self._changes = changes
-        self._directory = directory
-        self._helper = helper
-        self._configuration = configuration
-        self._provisioner = provisioner
-        self._services = services
-        self._binder = binder
-        self._health = health
-        self._usage = usage
-        self._endpoints = endpoints
-        self.look = "starting"
+    look_error: str
+    inventory: Inventory
+    settings: Settings
+    changes: Changes
+    directory: EndpointDirectory
+    helper: HelperClient
+    configuration: ConfigurationWatch | None
+    provisioner: Provisioner
+    services: Services
+    binder: Binder
+    health: HealthMonitor
+    usage: Usage
+    endpoints: Endpoints
 
-    def not_ready(self) -> tuple[str, ...]:
-        """The reasons why the server does not do all of its work, none when it does."""
-        reasons = list(self._hindrances())
-        if not self._usage.asked and not (self._directory.waits_for or self.look):
-            reasons.append(f"what pods hold is not known yet: {self._usage.error}")
-        reasons += [f"PF {address} is being provisioned" for address in self._provisioner.working]
-        reasons += [
-            f"{NAMESPACE}/{name} is not registered with the kubelet: {state.error or 'under way'}"
-            for name, state in self._endpoints.states.items()
-            if not state.registered
-        ]
-        return tuple(reasons)
 
-    def missing(self, inventory: Inventory) -> tuple[str, ...]:
-        """What a start is to wait for; `inventory` is the last look's."""
-        reasons = list(self._hindrances())
-        if self._changes.pending:
-            reasons.append("devices have changed, and are looked at again")
-        reasons += [f"{problem.address or 'PCI bus'}: {problem.text}" for problem in inventory.problems]
-        if self._configuration is not None:
-            reasons += filter(None, map(self._unprovisioned, inventory.pfs))
-        reasons += self._services.missing()
-        reasons += self._binder.missing()
-        reasons += [f"PF {address} has not answered its heartbeat query" for address in sorted(self._health.pending())]
-        if self._configuration is not None and not reasons:  # last, since it reads the whole bus
-            drivers = frozenset(map(pf_driver_of, self._settings.kernel_vf_drivers))
-            waiting = _without_driver(self._settings.sysfs_root, drivers)
-            reasons += [f"PF {address} has no driver" for address in waiting]
-        return tuple(reasons)
+def not_ready(at: Parts) -> tuple[str, ...]:
+    """The reasons why the server does not do all of its work, none when it does."""
+    reasons = list(_hindrances(at))
+    if not at.usage.asked and not (at.directory.waits_for or at.look_error):
+        reasons.append(f"what pods hold is not known yet: {at.usage.error}")
+    reasons += [f"PF {address} is being provisioned" for address in at.provisioner.working]
+    reasons += [
+        f"{NAMESPACE}/{name} is not registered with the kubelet: {state.error or 'under way'}"
+        for name, state in at.endpoints.states.items()
+        if not state.registered
+    ]
+    return tuple(reasons)
 
-    def _unprovisioned(self, pf: PhysicalFunction) -> str:
-        """What is to be made of a PF yet, "" for nothing that a moment may bring."""
-        one = self._provisioner.progress.get(pf.address)
-        if one is None or pf.address in self._provisioner.given_up or one.stage in (Stage.DONE, Stage.WAITING):
-            return ""
-        # A driver has its device before it has shown what that can do.
-        if one.stage is Stage.IMPOSSIBLE and pf.services is not None:
-            return ""
-        return f"PF {pf.address} is not provisioned: {one.reason or one.stage}"
 
-    def _hindrances(self) -> Iterator[str]:
-        if reason := self._directory.waits_for or self.look:
-            yield reason
-        if not self._helper.connected and self._helper.error not in reason:
-            yield self._helper.error
-        if self._configuration is not None and self._configuration.current is None:
-            yield f"no provisioning configuration: {self._configuration.error or 'not read yet'}"
+def missing(at: Parts) -> tuple[str, ...]:
+    """What a start is to wait for."""
+    reasons = list(_hindrances(at))
+    if at.changes.pending:
+        reasons.append("devices have changed, and are looked at again")
+    reasons += [f"{problem.address or 'PCI bus'}: {problem.text}" for problem in at.inventory.problems]
+    if at.configuration is not None:
+        reasons += filter(None, (_unprovisioned(at, pf) for pf in at.inventory.pfs))
+    reasons += at.services.missing()
+    reasons += at.binder.missing()
+    reasons += [f"PF {address} has not answered its heartbeat query" for address in sorted(at.health.pending())]
+    if at.configuration is not None and not reasons:  # last, since it reads the whole bus
+        drivers = frozenset(map(pf_driver_of, at.settings.kernel_vf_drivers))
+        waiting = _without_driver(at.settings.sysfs_root, drivers)
+        reasons += [f"PF {address} has no driver" for address in waiting]
+    return tuple(reasons)
+
+
+def _unprovisioned(at: Parts, pf: PhysicalFunction) -> str:
+    """What is to be made of a PF yet, "" for nothing that a moment may bring."""
+    one = at.provisioner.progress.get(pf.address)
+    if one is None or pf.address in at.provisioner.given_up or one.stage in (Stage.DONE, Stage.WAITING):
+        return ""
+    # Attributes come after the driver's link: until then it only seems impossible.
+    if one.stage is Stage.IMPOSSIBLE and pf.services is not None:
+        return ""
+    return f"PF {pf.address} is not provisioned: {one.reason or one.stage}"
+
+
+def _hindrances(at: Parts) -> Iterator[str]:
+    if reason := at.directory.waits_for or at.look_error:
+        yield reason
+    # A directory that waits for the helper has said this already.
+    if not at.helper.connected and at.helper.error not in reason:
+        yield at.helper.error
+    if at.configuration is not None and at.configuration.current is None:
+        yield f"no provisioning configuration: {at.configuration.error or 'not read yet'}"
 
 
 def _without_driver(root: Path, drivers: frozenset[str]) -> Sequence[PciAddress]:
@@ -113,7 +106,7 @@ def _without_driver(root: Path, drivers: frozenset[str]) -> Sequence[PciAddress]
     try:
         addresses = pci_addresses(root)
     except OSError:
-        return ()
+        return ()  # look_error says so
     for address in addresses:
         try:
             with open_device(root, address) as device:

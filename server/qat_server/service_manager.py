@@ -33,12 +33,14 @@ class ServiceManager:
             return None
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            if not place.startswith(("/", "@")):
-                raise OSError(0, "neither a path nor an abstract name")
             sock.connect(f"\0{place[1:]}" if place.startswith("@") else place)
         except OSError as error:
             sock.close()
-            log.warning("service manager cannot be reached", socket=place, why=error.strerror or str(error))
+            log.warning(
+                "service manager cannot be reached: it will end this process when its TimeoutStartSec= is over",
+                socket=place,
+                why=error.strerror or str(error),
+            )
             return None
         return cls(sock)
 

@@ -39,7 +39,7 @@ class Start:
 
     def looked(self) -> None:
         """The devices were looked at."""
-        if not self._complete.is_set() and not self._missing():
+        if not self._complete.is_set() and not self._what_is_missing():
             self._complete.set()
 
     async def run(self) -> None:

@@ -1,9 +1,9 @@
 """Short-lived children: each does one request after another, and passes the outcomes back through a socket pair.
 
-A child waits there for its next request, and ends with the pair. Whatever may wait inside the kernel happens in a child,
-so that the serving loop never does. A child is never sent a signal, and ignores those that others send to all processes
-of a service: a signal would make a blocked wait of the kernel's an unkillable one. Nor is it waited for: the kernel
-closes its end of the pair when it ends, however it does.
+A child waits there for its next request, and ends with the pair. Whatever may wait inside the kernel happens in a
+child, so that the serving loop never does. A child is never sent a signal, and ignores those that others send to all
+processes of a service: a signal would make a blocked wait of the kernel's an unkillable one. Nor is it waited for: the
+kernel closes its end of the pair when it ends, however it does.
 """
 
 import os
@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NoReturn
 
 from qat_helper.errors import OperationError
@@ -31,12 +30,16 @@ class Child:
         with theirs:
             if os.fork() == 0:
                 _run(work, theirs)
+        # Not before it has closed what it inherited: the last close of a peer's descriptor, which may wait, is not its.
+        self.channel.recv(1)
         self.channel.setblocking(False)
 
     def begin(self, request: AnyRequest) -> None:
         """Have it do that. Only while it has nothing else to do."""
-        with suppress(OSError):  # it was killed: the channel's end says so
+        try:
             self.channel.send(encode(request))
+        except OSError:  # it was killed, or there is no memory: the channel's end says so
+            self.dismiss()
 
     def outcome(self) -> Outcome | None:
         """What it has passed back, None when it has ended. Only when the channel is readable."""
@@ -62,6 +65,7 @@ def _run(work: Callable[[AnyRequest], Outcome], channel: socket.socket) -> NoRet
         # The listener, the peers, the audit log: nothing of the parent's is to live on in here.
         os.closerange(3, channel.fileno())
         os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        channel.send(b"-")
         while packet := channel.recv(MAX_MESSAGE):
             reply, descriptor = work(decode_request(packet))
             try:

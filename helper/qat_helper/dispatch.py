@@ -29,6 +29,8 @@ from qat_shared.sysfs import MissingError, SysfsError
 
 MAX_WAITING: Final = 128
 """Requests for one operation that wait for a child."""
+MAX_IDLE: Final = 8
+"""Children of all operations together that wait for more to do: each has a megabyte or two of its own."""
 _STRANGERS: Final = -1
 """The uid that all those have in common, in the rate limits, that are not admitted: they may be many."""
 _SHOWN: Final = 32
@@ -286,14 +288,14 @@ class Dispatcher:
         elif job is not None:
             self._idle[child] = job.kind
         self._start()
-        if not any(other.operation.name == name for other in self._running.values()):
-            self._dismiss(name)
+        self._dismiss("" if any(other.operation.name == name for other in self._running.values()) else name)
 
     def _dismiss(self, name: str) -> None:
-        """Have the idle children of an operation end."""
-        for child in [child for child, kind in self._idle.items() if kind[0] == name]:
-            del self._idle[child]
-            child.dismiss()
+        """Have the idle children of an operation end, and those that have been idle longest, but for a few."""
+        for number, (child, kind) in enumerate(reversed(list(self._idle.items()))):
+            if kind[0] == name or number >= MAX_IDLE:
+                del self._idle[child]
+                child.dismiss()
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         self._at_work -= Counter(job.holds)

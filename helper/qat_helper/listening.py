@@ -69,6 +69,7 @@ def _inherited() -> socket.socket | None:
 
 def _prepare(listener: socket.socket) -> None:
     listener.setblocking(False)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # shows that there is a packet, if only an empty one
     with suppress(OSError):  # before Linux 6.16; serve.py does without it
         listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 

@@ -6,6 +6,7 @@ read from. Answers that do not fit into its socket wait in a short queue; a peer
 dropped. Without requests in flight there is no time-out, so an idle helper does not wake up.
 """
 
+import errno
 import fcntl
 import os
 import select
@@ -15,6 +16,7 @@ import struct
 import termios
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -84,17 +86,20 @@ class Server:
             say(f"serving on {os.fsdecode(self._listener.getsockname())}")
             while not self._stopping:
                 # One at a time: what is handled may close descriptors that others in the same batch are about.
-                for descriptor, events in self._epoll.poll(self._dispatcher.timeout(), 1):
+                for descriptor, events in self._epoll.poll(1 if self._undisposed else self._dispatcher.timeout(), 1):
                     self._calls[descriptor](events)
                 self._dispatcher.expire()
+                self._dispose()
             signal.set_wakeup_fd(-1)
             for peer in list(self._peers):
                 self._drop(peer)
+            self._dispose()
         self._dispatcher.stop()
 
     def _listen(self) -> None:
-        self._watch(self._listener.fileno(), select.EPOLLIN, self._accept)
-        self._listening = True
+        if not self._listening and not self._stopping:
+            self._watch(self._listener.fileno(), select.EPOLLIN, self._accept)
+            self._listening = True
 
     def _stop(self, _: int) -> None:
         self._stopping = True
@@ -112,6 +117,8 @@ class Server:
 
     def _accept(self, _: int) -> None:
         try:
+            if len(self._undisposed) >= MAX_PEERS:  # they must not use up what it takes to be rid of them
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
@@ -148,8 +155,9 @@ class Server:
     def _receive(self, peer: Peer, events: int) -> None:
         try:
             # A look first: to receive descriptors that nobody asked for is to close them, and the last close of one may
-            # wait for as long as its maker likes (a socket that lingers).
-            if peer.sock.recvmsg(1, 0, socket.MSG_PEEK)[2] & socket.MSG_CTRUNC:
+            # wait for as long as its maker likes (a socket that lingers). There is room for credentials only.
+            room = socket.CMSG_SPACE(_CREDENTIALS.size)
+            if peer.sock.recvmsg(1, room, socket.MSG_PEEK)[2] & socket.MSG_CTRUNC:
                 self._drop(peer)
                 return
             packet, _, flags, _ = peer.sock.recvmsg(MAX_MESSAGE + 1)
@@ -246,44 +254,46 @@ class Server:
         self._peers.remove(peer)
         self._unwatch(peer.sock.fileno())
         self._dispatcher.forget(peer)
-        undisposed, self._undisposed = [*self._undisposed, peer.sock], []
-        for sock in undisposed:
-            try:
-                _dispose(sock)
-            except OSError:  # no process or descriptor to be had, which a peer may have brought about: at the next drop
-                self._undisposed.append(sock)
+        if _unread(peer.sock):
+            self._undisposed.append(peer.sock)
+        else:
+            peer.sock.close()
         for _, descriptor in peer.queue:
             _close(descriptor)
         peer.queue.clear()
-        if not self._listening and not self._stopping:
+        self._listen()
+
+    def _dispose(self) -> None:
+        """Close the sockets of peers that have gone and left something unread.
+
+        What was sent may hold descriptors, and the last close of one may wait. A process that exits does not wait for a
+        lingering socket (the kernel's PF_EXITING), and if it waits for something else, it is not we who do. When there
+        can be no such process, which a peer may have brought about, they stay as they are until the next attempt.
+        """
+        if not self._undisposed:
+            return
+        with suppress(OSError):
+            end, ours = os.pipe()
+            try:
+                if os.fork() == 0:
+                    os.close(ours)
+                    os.read(end, 1)  # until the parent has closed its own
+                    os._exit(0)
+                for sock in self._undisposed:
+                    sock.close()
+                self._undisposed.clear()
+            finally:
+                os.close(end)
+                os.close(ours)
             self._listen()
 
 
-def _dispose(sock: socket.socket) -> None:
-    """Close a peer's socket; what was sent there and not read is closed by a process of its own.
-
-    What was sent may hold descriptors, and the last close of one may wait. A process that exits does not wait for a
-    lingering socket (the kernel's PF_EXITING), and if it waits for something else, it is not we who do. Raises OSError
-    when there can be no such process; the socket is as it was.
-    """
-    try:
+def _unread(sock: socket.socket) -> bool:
+    """End it both ways: whether something is left there. Each packet, if only an empty one, comes with credentials."""
+    with suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
-        data, _, flags, _ = sock.recvmsg(1, 0, socket.MSG_PEEK)
-    except OSError:
-        data, flags = b"", 0
-    if not data and not flags & socket.MSG_CTRUNC:
-        sock.close()
-        return
-    end, ours = os.pipe()
-    try:
-        if os.fork() == 0:
-            os.close(ours)
-            os.read(end, 1)  # until the parent has closed its own
-            os._exit(0)
-        sock.close()
-    finally:
-        os.close(end)
-        os.close(ours)
+        return bool(sock.recvmsg(1, 0, socket.MSG_PEEK)[2] & socket.MSG_CTRUNC)
+    return False
 
 
 def _close(descriptor: int | None) -> None:

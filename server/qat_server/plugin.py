@@ -108,7 +108,9 @@ class Plugin:
         self.foreign: dict[PciAddress, str] = {}
         self.endpoints = Endpoints(settings, self.helper, self.directory, self.usage, self.counters, clock)
         self.look_error = "starting"
-        self._pages = Pages(settings.sysfs_root, lambda: self.inventory, self.state, lambda: readiness.not_ready(self), clock)
+        self._pages = Pages(
+            settings.sysfs_root, lambda: self.inventory, self.state, lambda: readiness.not_ready(self), clock
+        )
         self._facts = Facts()
         self._again = Again(self.changes)
         self._clock = clock

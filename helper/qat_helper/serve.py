@@ -31,6 +31,8 @@ from qat_shared.codec import ProtocolError, decode_request, encode
 from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, OpenKubeletSocket, Welcome
 
 MAX_PEERS: Final = 16
+MAX_UNDISPOSED: Final = 32
+"""Connections that have ended and cannot be closed, for want of a process to do it."""
 MAX_IN_FLIGHT: Final = 64
 """Requests of one peer that are not answered yet."""
 MAX_QUEUE: Final = 32
@@ -117,7 +119,7 @@ class Server:
 
     def _accept(self, _: int) -> None:
         try:
-            if len(self._undisposed) >= MAX_PEERS:  # they must not use up what it takes to be rid of them
+            if len(self._undisposed) >= MAX_UNDISPOSED:  # they must not use up what it takes to be rid of them
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):

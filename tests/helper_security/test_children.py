@@ -1,6 +1,7 @@
 """The helper's own processes when the system is against it: killed at once, or not to be had at all."""
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -121,3 +122,29 @@ def test_without_processes_it_goes_on() -> None:
             assert isinstance(heartbeat(witness), Heartbeat)
         assert running.stop() == 0
         tried("connections that end while no process can be started", 20)
+
+
+def test_it_hears_again_once_there_are_processes() -> None:
+    """Though no peer is left whose end could bring the next attempt, and descriptors are as short as processes."""
+    with helper(start=False) as running:
+        limit = running.directory / "limit"
+        running.command = [sys.executable, "-c", NO_PROCESSES, str(limit)]
+        running.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+        before = running.open_files()
+        limit.touch()
+
+        def come_and_go() -> bool:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with sock, suppress(BlockingIOError, BrokenPipeError):
+                sock.setblocking(False)
+                sock.connect(os.fspath(running.socket))
+                for _ in range(40):
+                    sock.send(b"nonsense")
+            return "no connection can be taken" in running.said()
+
+        wait_until(come_and_go)
+        limit.unlink()
+        wait_until(lambda: running.open_files() == before)
+        with running.connect() as client:
+            assert isinstance(heartbeat(client), Heartbeat)
+        assert running.stop() == 0

@@ -6,6 +6,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 import msgspec
@@ -43,7 +44,7 @@ def lingering(seconds: int) -> socket.socket:
     return sock
 
 
-def pass_on(through: socket.socket, descriptor: socket.socket, packets_before: int) -> None:
+def pass_on(through: socket.socket, descriptor: socket.socket, before: Sequence[bytes]) -> None:
     """Pass it from a process that ends at once, so that no close of ours is the last one, and waits.
 
     With packets before it, the helper has not read it when we are gone.
@@ -54,8 +55,8 @@ def pass_on(through: socket.socket, descriptor: socket.socket, packets_before: i
         try:
             os.close(go)
             os.read(go_end, 1)  # the other has closed its own
-            for _ in range(packets_before):
-                through.send(b"nonsense")
+            for packet in before:
+                through.send(packet)
             socket.send_fds(through, [b"nonsense"], [descriptor.fileno()])
         finally:
             os._exit(0)
@@ -66,11 +67,12 @@ def pass_on(through: socket.socket, descriptor: socket.socket, packets_before: i
 
 
 LINGERING: list[socket.socket] = []
+BEFORE = ("read", "left unread", "behind empty packets", "behind more of them")
 
 
 @pytest.mark.parametrize("old_kernel", [False, True], ids=["this kernel", "an old kernel"])
-@pytest.mark.parametrize("busy", [False, True], ids=["read", "left unread"])
-def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool, busy: bool) -> None:
+@pytest.mark.parametrize("before_it", [[], [b"nonsense"] * 5, [b""] * 2, [b""] * 5], ids=BEFORE)
+def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool, before_it: list[bytes]) -> None:
     with helper(start=False) as running:
         if old_kernel:
             running.command = [sys.executable, "-c", OLD_KERNEL]
@@ -82,8 +84,8 @@ def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool
             assert running.process is not None
             with running.connect() as client:
                 running.process.send_signal(signal.SIGSTOP)  # it has the last one, when it goes on
-                pass_on(client.sock, slow, 5 if busy else 0)
-                if busy:
+                pass_on(client.sock, slow, before_it)
+                if before_it:
                     client.close()
                 running.process.send_signal(signal.SIGCONT)
             began = time.monotonic()
@@ -117,6 +119,27 @@ def test_passed_descriptors_do_not_stay_open(old_kernel: bool) -> None:
             assert os.read(pipe_end, 1) == b"", "nobody else has it"
             os.close(pipe_end)
             assert isinstance(heartbeat(watcher), Heartbeat)
+
+
+def test_a_new_child_is_not_the_last_to_close_a_descriptor() -> None:
+    """As when a peer asks something, passes a descriptor that closes slowly, and goes, all at once."""
+    with helper(start=False) as running:
+        running.command = [sys.executable, "-c", OLD_KERNEL]
+        running.start()
+        assert running.process is not None
+        with running.connect() as victim:
+            assert isinstance(heartbeat(victim), Heartbeat)
+            for _ in range(20):
+                slow = lingering(300)
+                with running.connect() as client:
+                    running.process.send_signal(signal.SIGSTOP)
+                    pass_on(client.sock, slow, [msgspec.msgpack.encode(GOOD)])
+                    client.close()
+                    running.process.send_signal(signal.SIGCONT)
+                wait_until(lambda: isinstance(heartbeat(victim), Heartbeat))  # not busy for as long as that lingers
+        wait_until(lambda: not running.children())
+    while LINGERING:
+        LINGERING.pop().close()
 
 
 def test_connections_that_a_peer_does_not_take_are_bounded(running: Helper) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import select
 import signal
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -228,6 +229,23 @@ def test_a_child_is_one_peers_and_makes_room_for_anothers(bench: Bench) -> None:
     assert len(bench.replies) == 4
 
 
+def test_few_children_are_idle(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have been so longest end, whatever else of their kind is at work: they have memory."""
+    monkeypatch.setattr(dispatch, "MAX_IDLE", 2)
+    gate = Gate(bench, who)
+    bench.operation(BindDriver, lambda node, request: gate(node, request) if request.id == 1 else who(node, request), 8)
+    for number in range(1, 9):
+        bench.ask(bind_other(number))
+    assert len(bench.calls) == 8
+    bench.run(lambda: len(bench.replies) == 7 and len(bench.calls) == 1 + 2)
+    bench.ask(bind_other(9))
+    bench.run(lambda: len(bench.replies) == 8)
+    *before, last = (reply.driver for reply in bench.replies if isinstance(reply, Bound))
+    assert last in before, "those that are left are of use"
+    gate.open()
+    bench.run(lambda: not bench.calls)
+
+
 def test_a_peer_that_goes_while_no_process_can_be_had(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer is not taken, so that it is dropped: what else it has asked for is not begun, none is ended twice."""
     gate, peer = Gate(bench), object()
@@ -325,6 +343,31 @@ def test_one_operation_at_a_time_for_one_device(bench: Bench) -> None:
         ("refused", "busy"),
         ("refused", "busy"),
     ]
+
+
+def test_what_a_child_cannot_be_told_has_failed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when there is no memory for a packet."""
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "Child", Untold)
+        bench.ask(bind(1))
+    bench.run(lambda: bench.replies)
+    assert failure(bench.replies[0]).code is ErrorCode.INTERNAL
+    bench.operation(BindDriver, done)
+    bench.ask(bind(2))
+    bench.run(lambda: len(bench.replies) == 2)
+    assert isinstance(bench.replies[1], Bound), "its device is free"
+
+
+class Untold(Child):
+    def __init__(self, work: Callable[[AnyRequest], Outcome]) -> None:
+        super().__init__(work)
+        self.channel = Full(fileno=self.channel.detach())
+        self.channel.setblocking(False)
+
+
+class Full(socket.socket):
+    def send(self, *_: Any) -> int:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
 
 def test_what_outlasts_its_deadline_is_answered_left_alone_and_audited_late(bench: Bench) -> None:

@@ -31,8 +31,9 @@ class Running:
         return BindDriver(id=number, address=PciAddress.parse(address), driver=DpdkDriver.VFIO_PCI, reason="a test")
 
     def story(self) -> list[tuple[str, str, Any]]:
-        """The audit log's lines about operations: event, verdict, address."""
-        lines = map(json.loads, self.audit.read_bytes().splitlines())
+        """The audit log's lines about operations, but for one that is just being written: event, verdict, address."""
+        whole, _, _ = self.audit.read_bytes().rpartition(b"\n")
+        lines = map(json.loads, whole.splitlines())
         return [
             (line["event"], line.get("verdict", ""), line["arguments"]["address"])
             for line in lines

@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -121,7 +121,12 @@ async def test_a_helper_that_is_missing_holds_nothing_up_for_ever(monkeypatch: p
         at.start_server(monkeypatch, SOON)
         said = await at.told()
         assert said.startswith(f"{READY}waited {SOON:g} s, and went on without: "), said
-        assert said.count("cannot reach the helper") == 1, said
+        assert "the helper" in said, said
+        # Where the machine is slow, it may not even have tried to reach it by then.
+        status = await at.node.until_status(
+            "it says why", lambda status: "cannot reach the helper" in " ".join(status.not_ready)
+        )
+        assert " ".join(status.not_ready).count("cannot reach the helper") == 1, status.not_ready
         at.node.start_helper()
         assert await at.told() == f"{READY}started with {len(VFS)} {CY}\n"
         assert at.bound() == list(VFS)
@@ -181,11 +186,11 @@ async def test_a_pf_whose_driver_is_not_done_yet_is_waited_for(monkeypatch: pyte
         assert await at.told() == f"{READY}started with {len(VFS)} {CY}\n"
 
 
-async def test_what_is_denied_or_refused_for_good_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_denied_or_refused_for_good_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, helper_policy: Callable[[str], None]
+) -> None:
+    helper_policy(f"addresses = [{', '.join(repr(each) for each in (PFS[0], *VFS[:3]))}]\n")
     async with booted() as at:
-        policy = at.node.directory / "policy.toml"
-        policy.write_text(f"addresses = [{', '.join(repr(each) for each in (PFS[0], *VFS[:3]))}]\n")
-        at.node.helper_options = (f"--policy={policy}",)
         at.node.start_helper()
         at.start_server(monkeypatch)
         assert await at.told() == f"{READY}started with 3 {CY}\n"

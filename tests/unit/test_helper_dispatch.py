@@ -44,6 +44,10 @@ CALLER = Caller(pid=10, uid=20, gid=30)
 Function = Callable[[Node, Any], Outcome]
 
 
+UNREAPED: set[int] = set()
+"""The children that have been started. The helper has the kernel reap its own, for all processes that it starts."""
+
+
 class Bench:
     """A dispatcher whose clock and operations are the test's; children are real."""
 
@@ -56,6 +60,7 @@ class Bench:
         self.calls: dict[int, Callable[[], None]] = {}
         self._table = dict(OPERATIONS)
         monkeypatch.setattr(dispatch, "OPERATIONS", self._table)
+        monkeypatch.setattr(os, "fork", noted(os.fork))
         node = Node(sysfs_root=directory, kubelet_dir=directory, server_gid=0, policy=policy)
         self.dispatcher = Dispatcher(node, self.audit, self.calls.__setitem__, self.calls.__delitem__, lambda: self.now)
 
@@ -85,9 +90,7 @@ class Bench:
         for call in self.calls.values():
             assert isinstance(call, functools.partial)
             call.args[0].channel.close()
-        with suppress(ChildProcessError):  # the helper has the kernel do this, for all processes that it starts
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+        UNREAPED.difference_update([pid for pid in UNREAPED if os.waitpid(pid, os.WNOHANG)[0]])
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_bytes().splitlines()]
@@ -95,6 +98,17 @@ class Bench:
     def story(self) -> list[tuple[str, str, int]]:
         """Each line's event, verdict, and the line that it refers to."""
         return [(line["event"], line.get("verdict", ""), line.get("asked", 0)) for line in self.lines()]
+
+
+def noted(fork: Callable[[], int]) -> Callable[[], int]:
+    """As fork; the children's process ids go to UNREAPED."""
+
+    def forked() -> int:
+        pid = fork()
+        UNREAPED.update([pid] if pid else [])
+        return pid
+
+    return forked
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What waits in the emulated kernel, for whom, and what faults make of a write. No process is involved."""
 
 import errno
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -68,7 +69,7 @@ def test_release_waits_until_the_device_is_closed(vfio: Kernel, path: str, data:
     assert other.is_alive()
     handle.close()
     for thread in (writer, other):
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive()
 
 
@@ -85,7 +86,7 @@ def test_writes_that_wait_end_with_the_kernel() -> None:
 
         thread = background(write)
         wait_until(lambda: kernel.driver(VF) is None)
-    thread.join(10)
+    thread.join(120)
     assert errors == [errno.ESHUTDOWN]
 
 
@@ -129,15 +130,15 @@ def test_hanging_write_holds_up_nobody_else(kernel: Kernel) -> None:
     assert writer.is_alive()
     assert kernel.driver(VF) == "4xxxvf"
     kernel.release("unbind", VF)
-    writer.join(10)
+    writer.join(120)
     assert kernel.driver(VF) is None
 
 
 def test_slow_write_takes_its_time(kernel: Kernel) -> None:
     kernel.delay("unbind", 0.05)
-    writer = background(lambda: kernel.write(*OFF))
-    assert kernel.driver(VF) == "4xxxvf"
-    writer.join(10)
+    began = time.monotonic()
+    kernel.write(*OFF)
+    assert time.monotonic() - began >= 0.05
     assert kernel.driver(VF) is None
     kernel.delay("unbind", 0)
     assert kernel._faults._faults == []

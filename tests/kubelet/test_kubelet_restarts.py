@@ -17,7 +17,7 @@ from qat_server.settings import Registration
 from qat_server.simulation.topology import TopologyPolicy
 
 RESTARTS = 200
-GROWTH = 4 << 10
+GROWTH = 6 << 10
 """Bytes of memory for each restart of the second half. Seen: 1 to 2 KiB, from the 200th on less than 1 KiB, from the
 500th on less than 0.5 KiB: the heap fills, nothing leaks (docs/kubelet.md). Of the helper none at all."""
 PATIENCE = 60.0

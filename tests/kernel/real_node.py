@@ -57,7 +57,7 @@ class RealNode(ProductionNode[RealKubelet]):
 
     def audited(self, operation: str) -> list[dict[str, Any]]:
         """The lines about an operation in the audit log."""
-        lines = map(json.loads, self.audit_log.read_bytes().splitlines())
+        lines = map(json.loads, self.audit_lines())
         return [line for line in lines if line.get("operation") == operation]
 
     def server_command(self) -> list[str]:

@@ -22,8 +22,10 @@ def tell(what: str, answer: object) -> None:
 
 
 def serves(server: serve.Server) -> None:
+    listens = server._listening
     begins(server)
-    tell("forbidden", attempts(directory, helper=True))
+    if not listens:
+        tell("forbidden", attempts(directory, helper=True))
 
 
 def performs(node: Node, request: AnyRequest) -> Outcome:

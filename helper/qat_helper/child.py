@@ -75,6 +75,8 @@ def _run(work: Callable[[AnyRequest], Outcome], channel: socket.socket) -> NoRet
                 channel.send(encode(OperationError(ErrorCode.BUSY, why).reply(reply.id)))
             if descriptor is not None:  # a Unix socket: that this was the last one of it keeps nobody waiting
                 os.close(descriptor)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the helper was killed: nobody asks any more
     except BaseException:  # noqa: BLE001  the outermost edge of this process, which must not go on as a second helper
         sys.excepthook(*sys.exc_info())
     finally:

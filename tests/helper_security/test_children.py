@@ -5,6 +5,7 @@ import resource
 import select
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,6 +44,26 @@ def test_a_child_that_is_killed_has_no_outcome(monkeypatch: pytest.MonkeyPatch, 
     killed.dismiss()
     killed.channel.close()
     assert len(os.listdir("/proc/self/fd")) == len(before), "nothing of it is left"
+
+
+KILLED = """
+import os, signal
+from qat_helper.child import Child
+fork = os.fork
+def killed():
+    if fork():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+os.fork = killed
+Child(print)
+"""
+
+
+def test_a_child_whose_helper_was_killed_ends_without_a_word() -> None:
+    """Nor does it look for its own source to tell where it was, which it may not read."""
+    for _ in range(5):
+        ended = subprocess.run([sys.executable, "-c", KILLED], stderr=subprocess.PIPE, timeout=120, check=False)
+        assert (ended.returncode, ended.stderr) == (-signal.SIGKILL, b"")
 
 
 def noted(fork: Callable[[], int], pids: list[int]) -> Callable[[], int]:

@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 
+from forks import noted
 from helper_process import PF, VF, failure, heartbeat, helper, wait_until
 from helper_security.figures import tried
 from qat_helper.child import Child
@@ -64,16 +64,6 @@ def test_a_child_whose_helper_was_killed_ends_without_a_word() -> None:
     for _ in range(5):
         ended = subprocess.run([sys.executable, "-c", KILLED], stderr=subprocess.PIPE, timeout=120, check=False)
         assert (ended.returncode, ended.stderr) == (-signal.SIGKILL, b"")
-
-
-def noted(fork: Callable[[], int], pids: list[int]) -> Callable[[], int]:
-    """As fork; the children's process ids go to `pids`."""
-
-    def forked() -> int:
-        pids.append(fork())
-        return pids[-1]
-
-    return forked
 
 
 def test_a_child_that_is_killed_is_that_operations_failure() -> None:

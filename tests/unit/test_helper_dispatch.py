@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from forks import noted
 from qat_helper import dispatch
 from qat_helper.audit import AuditLog, Caller
 from qat_helper.child import Child
@@ -45,7 +46,7 @@ CALLER = Caller(pid=10, uid=20, gid=30)
 Function = Callable[[Node, Any], Outcome]
 
 
-UNREAPED: set[int] = set()
+UNREAPED: list[int] = []
 """The children that have been started. The helper has the kernel reap its own, for all processes that it starts."""
 
 
@@ -61,7 +62,7 @@ class Bench:
         self.calls: dict[int, Callable[[], None]] = {}
         self._table = dict(OPERATIONS)
         monkeypatch.setattr(dispatch, "OPERATIONS", self._table)
-        monkeypatch.setattr(os, "fork", noted(os.fork))
+        monkeypatch.setattr(os, "fork", noted(os.fork, UNREAPED))
         node = Node(sysfs_root=directory, kubelet_dir=directory, server_gid=0, policy=policy)
         self.dispatcher = Dispatcher(node, self.audit, self.calls.__setitem__, self.calls.__delitem__, lambda: self.now)
 
@@ -91,7 +92,7 @@ class Bench:
         for call in self.calls.values():
             assert isinstance(call, functools.partial)
             call.args[0].channel.close()
-        UNREAPED.difference_update([pid for pid in UNREAPED if os.waitpid(pid, os.WNOHANG)[0]])
+        UNREAPED[:] = [pid for pid in UNREAPED if not os.waitpid(pid, os.WNOHANG)[0]]
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_bytes().splitlines()]
@@ -99,17 +100,6 @@ class Bench:
     def story(self) -> list[tuple[str, str, int]]:
         """Each line's event, verdict, and the line that it refers to."""
         return [(line["event"], line.get("verdict", ""), line.get("asked", 0)) for line in self.lines()]
-
-
-def noted(fork: Callable[[], int]) -> Callable[[], int]:
-    """As fork; the children's process ids go to UNREAPED."""
-
-    def forked() -> int:
-        pid = fork()
-        UNREAPED.update([pid] if pid else [])
-        return pid
-
-    return forked
 
 
 @pytest.fixture

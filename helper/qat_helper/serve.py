@@ -3,7 +3,8 @@
 Theory of operation: each readiness is handled alone (one packet, one new peer, one ended child), so that no peer holds
 up the others. A peer says Hello, then may ask; while as many of its requests are in flight as are allowed, it is not
 read from. Answers that do not fit into its socket wait in a short queue; a peer that lets that queue run full is
-dropped. Without requests in flight there is no time-out, so an idle helper does not wake up.
+dropped. Without requests in flight, or connections that wait to be closed, there is no time-out: an idle
+helper does not wake up.
 """
 
 import errno

@@ -101,7 +101,7 @@ class Binder:
                     self._failed(address, HelperError(ErrorCode.INTERNAL, f"a defect of this server: {error!r}"))
                 else:
                     outcome = "ok"
-                    self._attempts = self._attempts.keep(self._attempts.failures.keys() - {address})
+                    self._attempts = self._attempts.without(address)
                     self.failures.pop(address, None)
                     self.late.discard(address)
                     log.info("VF bound", address=address, driver=bound.driver)

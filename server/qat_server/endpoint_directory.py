@@ -85,10 +85,10 @@ class EndpointDirectory:
             try:
                 one = only_server(self.path, self._node_directory, self._wait)
                 self._lock = await stack.enter_async_context(one)
-                if not self._usable():
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             except OSError as error:
-                raise self._unusable(error) from error
+                raise self._unusable(error.errno or 0) from error
+            if not self._usable():
+                raise self._unusable(errno.EACCES)
             self.waits_for = ""
             self._missed.clear()
             yield
@@ -117,8 +117,7 @@ class EndpointDirectory:
     def _usable(self) -> bool:
         return os.access(self.path, os.W_OK | os.X_OK)
 
-    def _unusable(self, error: OSError) -> DirectoryUnusableError:
-        number = error.errno or 0
+    def _unusable(self, number: int) -> DirectoryUnusableError:
         there = number not in (errno.ENOENT, errno.ENOTDIR)
         what = f"is not open to this server ({os.strerror(number)})" if there else "is not there"
         tree = "/".join(self.path.parts[-2:])

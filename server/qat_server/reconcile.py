@@ -66,6 +66,12 @@ class Attempts(Struct, frozen=True):
             return self
         return Attempts({address: failures for address, failures in self.failures.items() if address in wanted})
 
+    def without(self, address: PciAddress) -> "Attempts":
+        """After a success, or when it is to be tried anew: nothing of it is known."""
+        if address not in self.failures:
+            return self
+        return Attempts({other: failures for other, failures in self.failures.items() if other != address})
+
     def due(self, address: PciAddress, now: float) -> bool:
         """Whether it may be tried now."""
         failures = self.failures.get(address)

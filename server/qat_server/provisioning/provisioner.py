@@ -162,7 +162,7 @@ class Provisioner:
             self._say_once(address, "PF cannot be what is wanted", one.impossible)
             return Progress(Stage.IMPOSSIBLE, wanted, reason=one.impossible)
         if not steps:
-            self._attempts = self._attempts.keep(self._attempts.failures.keys() - {address})
+            self._attempts = self._attempts.without(address)
             self._failures.pop(address, None)
             return Progress(Stage.FAILED if one.refused else Stage.DONE, wanted, reason=one.refused)
         if not one.steps:
@@ -198,7 +198,7 @@ class Provisioner:
                 try:
                     done = await carry_out(self._helper, step)
                 except HelperUnavailableError:
-                    self._attempts = self._attempts.keep(self._attempts.failures.keys() - {address})
+                    self._attempts = self._attempts.without(address)
                     return  # a look is asked for when it is back
                 except HelperError as error:
                     self._failed(step, error)
@@ -219,7 +219,7 @@ class Provisioner:
         address, text = step.address, why(step, error)
         if is_refused(step, error):
             self._refused[address] = getattr(step, "services", ())
-            self._attempts = self._attempts.keep(self._attempts.failures.keys() - {address})
+            self._attempts = self._attempts.without(address)
         if error.code == ErrorCode.DENIED:  # nothing that another attempt would change
             self._denied[address] = text
         busy = error.code in (ErrorCode.BUSY, ErrorCode.TIMED_OUT)
@@ -282,7 +282,7 @@ class Provisioner:
             del self.progress[gone]
             for table in (self._failures, self._refused, self._denied, self._closed, self._waits):
                 table.pop(gone, None)
-        self._attempts = self._attempts.keep(self._attempts.failures.keys() & known)
+        self._attempts = self._attempts.keep(known)
 
 
 def _names(one: PfPlan) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 To audit the helper, read this table, then the functions that it names (each module says what it touches), then
 policy.py. dispatch.py takes every request through the same steps: operation allowed, the row's rule, no earlier
-operation on the same device, the audit log, the function (in a short-lived child), the audit log.
+operation on the same device, the audit log, the function (in a child process), the audit log.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,11 +1,25 @@
-"""What tests of logging stand on: that the next test finds it as it was."""
+"""What several test modules stand on: a dispatcher of their own; logging as it was before."""
 
 import logging
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from dispatching import Bench
+from qat_helper.operations import NAMES
+from qat_helper.policy import Policy
 from qat_server import logs
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """The helper's dispatcher, with a policy that allows all."""
+    bench = Bench(tmp_path, monkeypatch, Policy(uids=frozenset(), operations=NAMES))
+    with closing(bench.audit):
+        yield bench
+        bench.close()
 
 
 @pytest.fixture

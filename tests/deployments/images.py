@@ -125,7 +125,8 @@ def base(release: str) -> None:
         return
     root = _STORE / "base"
     shutil.rmtree(root, ignore_errors=True)
-    _run(["debootstrap", *_BASES[release], release, root], environment)
+    # What it mounts there ends with it, however it ends: a mount that is left is in the way of every later run.
+    _run(["unshare", "--mount", "debootstrap", *_BASES[release], release, root], environment)
     shutil.rmtree(root / "var/cache/apt")
     (root / "var/cache/apt/archives/partial").mkdir(parents=True)
     containerfile = _STORE / "base.Containerfile"

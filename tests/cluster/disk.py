@@ -28,6 +28,7 @@ _LIBRARY: Final = "docker.io/library"
 _CLIENT: Final = ROOT / "tests/kernel/vfio_client.py"
 _SIZE: Final = "8G"  # what it may become; the file has holes
 _LIMIT: Final = 60.0
+_EXAMPLES: Final = {"dpdk": "examples/dpdk/crypto-perf", "openssl": "examples/openssl"}
 
 PAUSE: Final = "registry.k8s.io/pause:3.10"
 WORKLOAD: Final = f"{_LIBRARY}/qat-workload:test"
@@ -58,7 +59,7 @@ def committed() -> str:
 
 def disk(programs: Sequence[str] = ("kubelet",), with_images: Sequence[str] = ("helper", "server")) -> Path:
     """Make the disk, unless it is there. `programs` of tests/cluster/build are at /run/layer/bin in the guest,
-    `with_images` (helper, server, dpdk) in its containerd, beside those named above; /opt/qat-plugin is as
+    `with_images` (helper, server, dpdk, openssl) in its containerd, beside those named above; /opt/qat-plugin is as
     docs/by-hand.md installs it."""
     subprocess.run([ROOT / "tests/cluster/build", *programs, "pause"], check=True)
     names = {name: _reference(name) for name in with_images}
@@ -82,8 +83,8 @@ def disk(programs: Sequence[str] = ("kubelet",), with_images: Sequence[str] = ("
 
 def _reference(name: str) -> str:
     """An image's full name, as the container runtime completes that in the manifests."""
-    if name == "dpdk":
-        (pod,) = rendered.render("examples/dpdk/crypto-perf")
+    if example := _EXAMPLES.get(name):
+        (pod,) = rendered.render(example)
         return f"{_LIBRARY}/{rendered.container(pod['spec'], 'main')['image']}"
     return f"{_LIBRARY}/{rendered.container(rendered.pod_spec(rendered.render('base')), name)['image']}"
 

@@ -1,6 +1,6 @@
 """The examples in a cluster, as far as fake devices carry them: DPDK opens the VFs that its pod was given by VFIO, with
 hugepages and all that the manifest asks of the node; the work itself is done by its software drivers, named as in the
-examples' README, since the fake devices have no engine."""
+examples' README, since the fake devices have no engine. QATlib opens and resets its two, and OpenSSL computes alone."""
 
 import re
 from typing import Any, Final
@@ -63,3 +63,27 @@ def test_dpdk_opens_its_vfs_and_works_on_the_software_driver(cluster: Cluster, k
     # The work, by the software driver, which the output names.
     assert driver in said
     assert _TABLE.search(said), said[-4000:]
+
+
+def test_qatlib_opens_both_of_its_vfs_and_openssl_works_without(cluster: Cluster) -> None:
+    cluster.install(BOTH)
+    cluster.until_allocatable(cy=4, dc=4)
+    (pod,) = rendered.render("examples/openssl")
+    container: dict[str, Any] = pod["spec"]["containers"][0]
+    (measured,) = [each for each in container["env"] if each["name"] == "SPEED"]
+    measured["value"] = "-testmode rsa1024"  # each operation once, and keys that are quickly made
+    container["resources"]["limits"]["cpu"] = "1"
+    # Before all, a VF more than it has: QATlib says how many it found.
+    container["command"][-1] = f"QAT_POLICY=3 openssl engine -pre INIT_ENGINE qatengine; {container['command'][-1]}"
+    with step("OpenSSL's example applied, until it has ended"):
+        cluster.apply(pod)
+        phase, said = _ended(cluster, pod["metadata"]["name"])
+    assert phase == "Failed", said[-4000:]  # as it must where all was computed in software
+    assert said.count("Policy 3 is incompatible with the number of available devices 2") == 1, said[-4000:]
+    # By VFIO, through group, container and reset (nothing of that fails), up to the rings in a BAR that is not there:
+    # each VF, by the check and by the second measurement.
+    assert "VFIO" not in said, said[-4000:]
+    assert said.count("Failed to initialise all service instances") == 4, said[-4000:]
+    assert "[Failure]: SET_INSTANCE_FOR_THREAD:0" in said, said[-4000:]
+    assert len(re.findall(r"\d 1024 bits private RSA sign ops in ", said)) == 2, said[-4000:]
+    assert "both in software: QATlib has no VF" in said, said[-4000:]

@@ -1,6 +1,6 @@
-"""The images, built by deployments/images/build without a registry: their base is debootstrap's.
+"""The images, built by deployments/images/build without a registry: their bases are debootstrap's.
 
-All is kept in build/deployments: the base for as long as its recipe is the same, an image for as long as what it is
+All is kept in build/deployments: a base for as long as its recipe is the same, an image for as long as what it is
 made of is. Storage is buildah's plainest (vfs), and build steps are isolated by chroot alone: that works anywhere.
 """
 
@@ -21,15 +21,27 @@ from deployments.rendered import BUILT, ROOT
 
 _STORE: Final = BUILT / "images"
 _BASE: Final = "localhost/qat-test-base"
-_RELEASE: Final = "bookworm"
+_BASES: Final = {
+    "bookworm": ("--variant=minbase", "--include=python3-venv,libseccomp2,ca-certificates"),
+    "trixie": ("--variant=minbase",),
+}
+"""By the release of Debian, debootstrap's options."""
+_RELEASES: Final = {"openssl": "trixie"}
+"""Of images that need another base than bookworm's."""
 _HOW: Final = ("deployments/images/build", "deployments/images/closure.py")
 _PYTHON: Final = (*_HOW, "deployments/images/assemble.py", "requirements/images.txt", "seccomp", "shared")
 _SOURCES: Final = {
     "helper": (*_PYTHON, "deployments/images/helper", "helper", "requirements/helper.txt"),
     "server": (*_PYTHON, "deployments/images/server", "server", "requirements/server.txt"),
     "dpdk": (*_HOW, "deployments/examples/dpdk/image"),
+    "openssl": (*_HOW, "deployments/examples/openssl/image"),
 }
-NAMES: Final = {"helper": "qat-plugin-helper", "server": "qat-plugin-server", "dpdk": "qat-dpdk"}
+NAMES: Final = {
+    "helper": "qat-plugin-helper",
+    "server": "qat-plugin-server",
+    "dpdk": "qat-dpdk",
+    "openssl": "qat-openssl",
+}
 
 
 class Image(Struct, frozen=True):
@@ -70,10 +82,10 @@ def why_not() -> str:
 
 @functools.cache
 def image(name: str) -> Image:
-    """Build an image, unless it is there. `name`: helper, server, dpdk."""
+    """Build an image, unless it is there. `name`: one of NAMES."""
     directory = _STORE / f"{name}-{_fingerprint(name)}"
     if not (directory / "image.json").exists():
-        base()
+        base(_release(name))
         began = time.monotonic()
         for old in _STORE.glob(f"{name}-*"):
             shutil.rmtree(old)
@@ -89,7 +101,7 @@ def build(name: str, tag: str, directory: Path) -> None:
     options = [f"--volume={pip}:/root/.cache/pip", "--volume=/etc/ssl/certs:/etc/ssl/certs:ro"]
     environment = {
         **_environment(),
-        "BASE": f"{_BASE}:{_fingerprint('base')}",
+        "BASE": _base_name(_release(name)),
         "TAG": tag,
         "OPTIONS": " ".join(options),
     }
@@ -104,16 +116,17 @@ def build(name: str, tag: str, directory: Path) -> None:
     (directory / "image.json").write_bytes(_blob(layout, manifest["config"]["digest"]).read_bytes())
 
 
-def base() -> None:
-    """The image that build stages start from: Debian's smallest, Python, libseccomp."""
+def base(release: str) -> None:
+    """An image that build stages start from: Debian's smallest and, of bookworm, Python and libseccomp."""
     environment = _environment()
-    name = f"{_BASE}:{_fingerprint('base')}"
+    name = _base_name(release)
     inspect = ["buildah", "inspect", "--type=image", name]
     if subprocess.run(inspect, env=environment, capture_output=True, check=False).returncode == 0:
         return
     root = _STORE / "base"
     shutil.rmtree(root, ignore_errors=True)
-    _run(["debootstrap", *_debootstrap_options(), _RELEASE, root], environment)
+    # What it mounts there ends with it, however it ends: a mount that is left is in the way of every later run.
+    _run(["unshare", "--mount", "debootstrap", *_BASES[release], release, root], environment)
     shutil.rmtree(root / "var/cache/apt")
     (root / "var/cache/apt/archives/partial").mkdir(parents=True)
     containerfile = _STORE / "base.Containerfile"
@@ -123,14 +136,22 @@ def base() -> None:
 
 
 def push_base(layout: Path) -> None:
-    """Write the base as an OCI layout, its layer as it is (not compressed)."""
-    base()
-    name = f"{_BASE}:{_fingerprint('base')}"
+    """Write bookworm's base as an OCI layout, its layer as it is (not compressed)."""
+    base("bookworm")
+    name = _base_name("bookworm")
     _run(["buildah", "push", "-q", "--disable-compression", name, f"oci:{layout}:base"], _environment())
 
 
-def _debootstrap_options() -> tuple[str, ...]:
-    return ("--variant=minbase", "--include=python3-venv,libseccomp2,ca-certificates")
+def _release(name: str) -> str:
+    return _RELEASES.get(name, "bookworm")
+
+
+def _base_name(release: str) -> str:
+    return f"{_BASE}:{hashlib.sha256(_made_of(release)).hexdigest()[:16]}"
+
+
+def _made_of(release: str) -> bytes:
+    return repr((release, _BASES[release])).encode()
 
 
 def _environment() -> dict[str, str]:
@@ -154,14 +175,13 @@ def _run(command: list[str | Path], environment: dict[str, str]) -> None:
 
 def _fingerprint(name: str) -> str:
     """Of all that an image is made of."""
-    found = hashlib.sha256(repr((_RELEASE, _debootstrap_options())).encode())
-    if name != "base":
-        for source in _SOURCES[name]:
-            path = ROOT / source
-            files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-            for file in files:
-                if "__pycache__" not in file.parts and not any(part.endswith(".egg-info") for part in file.parts):
-                    found.update(f"{file.relative_to(ROOT)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    found = hashlib.sha256(_made_of(_release(name)))
+    for source in _SOURCES[name]:
+        path = ROOT / source
+        files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+        for file in files:
+            if "__pycache__" not in file.parts and not any(part.endswith(".egg-info") for part in file.parts):
+                found.update(f"{file.relative_to(ROOT)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return found.hexdigest()[:16]
 
 

@@ -1,0 +1,73 @@
+"""The overlay for Node Feature Discovery, with the real one: its worker looks at the node's devices and modules, its
+master evaluates our rule, and by the label that it sets the DaemonSet's pod comes and goes."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.cluster_node import Cluster, step
+from cluster.cluster_nodes import EIGHT
+from cluster.nfd import HARDWARE, FeatureDiscovery
+from cluster.node import HOST_NAME
+from kernel.nodes import IN_A_VM
+from qat_server.simulation.node import Node
+
+_OVERLAY = "deployments/overlays/nfd"
+_RULE = f"{_OVERLAY}/node-feature-rule.yaml"
+_NO_QAT = Node(others=IN_A_VM.others)
+"""A device of Intel's that is none of ours."""
+
+
+@pytest.fixture
+def discovery(cluster: Cluster) -> Iterator[FeatureDiscovery]:
+    """Set up, on a node without the plugin and without the hardware label."""
+    cluster.clear()
+    cluster.run(f"kubectl label node {HOST_NAME} {HARDWARE}-")
+    found = FeatureDiscovery(cluster)
+    try:
+        found.start()
+        yield found
+    finally:
+        cluster.run(f"kubectl delete --ignore-not-found --wait --timeout=600s -k {_OVERLAY}", check=False)
+        found.remove()
+
+
+def _pods_wanted(cluster: Cluster) -> int:
+    """How many the DaemonSet's controller wants, by the newest that it has seen."""
+    cluster.until_is(
+        "the controller has seen the DaemonSet",
+        "-n qat-plugin --for=jsonpath='{.status.observedGeneration}'=1 daemonset/qat-plugin",
+    )
+    return int(cluster.get("daemonset -n qat-plugin qat-plugin")["status"]["desiredNumberScheduled"])
+
+
+def test_the_rule_sets_the_label_where_there_is_qat_and_vfio_pci(cluster: Cluster, discovery: FeatureDiscovery) -> None:
+    cluster.run(f"kubectl apply -f {_RULE}")
+    cluster.node.devices(_NO_QAT)
+    assert not discovery.look()
+    cluster.node.devices(EIGHT)
+    assert discovery.look()
+    assert HARDWARE in discovery.owned()
+    cluster.guest.run("modprobe -r vfio-pci")
+    assert not discovery.look()
+    cluster.node.devices(IN_A_VM)
+    assert discovery.look()
+    cluster.run(f"kubectl delete -f {_RULE}")
+    discovery.until_not_labelled()
+
+
+def test_the_overlay_installs_the_plugin_where_the_label_says_so(cluster: Cluster, discovery: FeatureDiscovery) -> None:
+    cluster.node.devices(EIGHT)
+    cluster.run(f"kubectl apply -k {_OVERLAY}")
+    assert _pods_wanted(cluster) == 0
+    assert cluster.get("pods -n qat-plugin")["items"] == []
+    with step("Node Feature Discovery's worker started, until the node is labelled; until eight VFs are allocatable"):
+        discovery.watch()
+        discovery.until_labelled()
+        pod = cluster.until_rolled_out()
+        cluster.until_allocatable(cy=8)
+    with step("QAT taken out, until its label is gone, and the plugin's pod"):
+        cluster.node.devices(_NO_QAT)
+        discovery.until_not_labelled()
+        cluster.until_is(f"{pod} is gone", f"-n qat-plugin --for=delete pod/{pod}")
+    assert _pods_wanted(cluster) == 0

@@ -101,7 +101,8 @@ class FeatureDiscovery:
 
     def _spawn(self, name: str, *options: str) -> None:
         log = f"--property=StandardOutput=append:/run/host/nfd-{name}.log --property=StandardError=inherit"
-        unit = f"--unit=nfd-{name} --property=Restart=on-failure {log}"
+        # Ended when it cannot reach the API server, and started again, as a pod is.
+        unit = f"--unit=nfd-{name} --collect --property=Restart=on-failure --property=RestartSec=3 {log}"
         self.cluster.guest.run(f"systemd-run {unit} {self._command(name, *options)} 2>&1")
 
 

@@ -2,6 +2,7 @@
 master evaluates our rule, and by the label that it sets the DaemonSet's pod comes and goes."""
 
 from collections.abc import Iterator
+from typing import Final
 
 import pytest
 
@@ -9,12 +10,14 @@ from cluster.cluster_node import Cluster, step
 from cluster.cluster_nodes import EIGHT
 from cluster.nfd import HARDWARE, FeatureDiscovery
 from cluster.node import HOST_NAME
+from cluster.static_pod import workload
 from kernel.nodes import IN_A_VM
+from kubelet.nodes import CY
 from qat_server.simulation.node import Node
 
-_OVERLAY = "deployments/overlays/nfd"
-_RULE = f"{_OVERLAY}/node-feature-rule.yaml"
-_NO_QAT = Node(others=IN_A_VM.others)
+_OVERLAY: Final = "deployments/overlays/nfd"
+_RULE: Final = f"{_OVERLAY}/node-feature-rule.yaml"
+_NO_QAT: Final = Node(others=IN_A_VM.others)
 """A device of Intel's that is none of ours."""
 
 
@@ -30,15 +33,6 @@ def discovery(cluster: Cluster) -> Iterator[FeatureDiscovery]:
     finally:
         cluster.run(f"kubectl delete --ignore-not-found --wait --timeout=600s -k {_OVERLAY}", check=False)
         found.remove()
-
-
-def _pods_wanted(cluster: Cluster) -> int:
-    """How many the DaemonSet's controller wants, by the newest that it has seen."""
-    cluster.until_is(
-        "the controller has seen the DaemonSet",
-        "-n qat-plugin --for=jsonpath='{.status.observedGeneration}'=1 daemonset/qat-plugin",
-    )
-    return int(cluster.get("daemonset -n qat-plugin qat-plugin")["status"]["desiredNumberScheduled"])
 
 
 def test_the_rule_sets_the_label_where_there_is_qat_and_vfio_pci(cluster: Cluster, discovery: FeatureDiscovery) -> None:
@@ -59,15 +53,21 @@ def test_the_rule_sets_the_label_where_there_is_qat_and_vfio_pci(cluster: Cluste
 def test_the_overlay_installs_the_plugin_where_the_label_says_so(cluster: Cluster, discovery: FeatureDiscovery) -> None:
     cluster.node.devices(EIGHT)
     cluster.run(f"kubectl apply -k {_OVERLAY}")
-    assert _pods_wanted(cluster) == 0
+    daemon_set = "-n qat-plugin daemonset/qat-plugin"
+    seen = "--for=jsonpath='{.status.observedGeneration}'=1"
+    cluster.until_is("the controller has seen the DaemonSet", f"{seen} {daemon_set}")
+    assert cluster.get(daemon_set)["status"]["desiredNumberScheduled"] == 0
     assert cluster.get("pods -n qat-plugin")["items"] == []
-    with step("Node Feature Discovery's worker started, until the node is labelled; until eight VFs are allocatable"):
+    with step("Node Feature Discovery's worker started, until the node is labelled and eight VFs are allocatable"):
         discovery.watch()
         discovery.until_labelled()
-        pod = cluster.until_rolled_out()
+        plugin = cluster.until_rolled_out()
         cluster.until_allocatable(cy=8)
-    with step("QAT taken out, until its label is gone, and the plugin's pod"):
+    cluster.apply(workload("two", {CY: 2}))
+    assert len(cluster.client("two")["devices"]) == 2
+    cluster.delete("two")
+    with step("QAT taken out, until the worker has seen it, the label is gone, and the plugin's pod"):
         cluster.node.devices(_NO_QAT)
         discovery.until_not_labelled()
-        cluster.until_is(f"{pod} is gone", f"-n qat-plugin --for=delete pod/{pod}")
-    assert _pods_wanted(cluster) == 0
+        cluster.until_is(f"{plugin} is gone", f"-n qat-plugin --for=delete pod/{plugin}")
+    cluster.until_is("no pod is wanted", f"--for=jsonpath='{{.status.desiredNumberScheduled}}'=0 {daemon_set}")

@@ -63,6 +63,10 @@ class FeatureDiscovery:
         self.cluster.until_is(f"the master has acted on look {self._looks}", acted)
         return HARDWARE in self.labels()
 
+    def forget(self) -> None:
+        """Delete what the worker has found, as the cluster does when the worker's DaemonSet is."""
+        self.cluster.run(f"kubectl -n {_NAMESPACE} delete --wait --timeout=600s nodefeature {HOST_NAME}")
+
     def labels(self) -> dict[str, str]:
         """The node's."""
         return dict(self._metadata()["labels"])

@@ -9,7 +9,7 @@ import pytest
 from cluster.cluster_node import Cluster, step
 from cluster.cluster_nodes import EIGHT
 from cluster.nfd import HARDWARE, FeatureDiscovery
-from cluster.node import HOST_NAME
+from cluster.node import HOST_NAME, LABEL
 from cluster.static_pod import workload
 from kernel.nodes import IN_A_VM
 from kubelet.nodes import CY
@@ -47,6 +47,19 @@ def test_the_rule_sets_the_label_where_there_is_qat_and_vfio_pci(cluster: Cluste
     cluster.node.devices(IN_A_VM)
     assert discovery.look()
     cluster.run(f"kubectl delete -f {_RULE}")
+    discovery.until_not_labelled()
+
+
+def test_a_label_set_by_hand_is_the_rules_once_it_has_matched(cluster: Cluster, discovery: FeatureDiscovery) -> None:
+    """As the deployments' README says."""
+    cluster.run(f"set -e; kubectl apply -f {_RULE}; kubectl label node {HOST_NAME} {LABEL}")
+    cluster.node.devices(_NO_QAT)
+    assert discovery.look()
+    assert HARDWARE not in discovery.owned()
+    cluster.node.devices(EIGHT)
+    assert discovery.look()
+    assert HARDWARE in discovery.owned()
+    discovery.forget()
     discovery.until_not_labelled()
 
 

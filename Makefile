@@ -58,7 +58,8 @@ test-cluster: .venv/.deployments ## a whole cluster, in QEMU: kubectl, the READM
 	@echo "==> test-cluster: etcd, kube-apiserver, controllers, scheduler: without a node first, then with one in the guest"
 	@tests/cluster/prepare
 	@tests/cluster/build etcd kube-apiserver kube-controller-manager kube-scheduler kubectl
-	@$(BIN)/pytest -q tests/cluster/test_accepted.py tests/cluster/test_cluster*.py
+	@tests/cluster/build nfd-manifests kubectl-nfd nfd-master nfd-worker
+	@$(BIN)/pytest -q tests/cluster/test_nfd_rule.py tests/cluster/test_accepted.py tests/cluster/test_cluster*.py
 
 .PHONY: test-security
 test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, floods, races, kills (root for all of it)

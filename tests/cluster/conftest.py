@@ -56,7 +56,7 @@ def started_cluster() -> Iterator[Cluster]:
     if reason := machine.why_not() or disk.why_not():
         pytest.skip(reason)
     subprocess.run([PROJECT / "tests/deployments/tools/build"], check=True)
-    programs = (*control_plane.PROGRAMS, "kubelet")
+    programs = (*control_plane.PROGRAMS, "kubelet", "nfd-master", "nfd-worker")
     image = disk.disk(programs, with_images=("helper", "server", "dpdk", "openssl"))
     with Machine(image, memory=6144, words=APPARMOR) as running:
         installation.lines.append(f"QEMU's start to the first command in the guest: {running.booted():.1f} s")

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import yaml
@@ -25,10 +25,27 @@ _FOREIGN: Final = {
     "overlays/monitoring": "PodMonitor",
 }
 """Kinds that others define: without them, the API server refuses that object."""
+_ANY: Final = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+_CONSTRAINTS: Final = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {"name": "securitycontextconstraints.security.openshift.io"},
+    "spec": {
+        "group": "security.openshift.io",
+        "scope": "Cluster",
+        "names": {
+            "kind": "SecurityContextConstraints",
+            "plural": "securitycontextconstraints",
+            "singular": "securitycontextconstraints",
+            "listKind": "SecurityContextConstraintsList",
+        },
+        "versions": [{"name": "v1", "served": True, "storage": True, "schema": _ANY}],
+    },
+}
 
 
 def _plane() -> Iterator[ControlPlane]:
-    for tool in ("etcd", "kube-apiserver"):
+    for tool in ("etcd", "kube-apiserver", "nfd-manifests"):
         if not (disk.BINARIES / tool).exists():
             pytest.skip(f"{tool} has not been built: make test-cluster builds it")
     if shutil.which("openssl") is None:
@@ -47,32 +64,14 @@ new_plane = pytest.fixture(_plane)
 
 @pytest.fixture
 def kinds(plane: ControlPlane, tmp_path: Path) -> None:
-    """The definitions of others' kinds: PodMonitor is its project's own, so its fields are checked; the other two take
-    any fields, so of those only that they come is tried."""
+    """The definitions of others' kinds: PodMonitor and NodeFeatureRule are their projects' own, so their fields are
+    checked; SecurityContextConstraints take any fields, so of those only that they come is tried."""
     plane.kubectl("apply", "--server-side", "-f", BUILT / "podmonitors.yaml")
-    for group, version, kind, plural, scope in (
-        ("nfd.k8s-sigs.io", "v1alpha1", "NodeFeatureRule", "nodefeaturerules", "Cluster"),
-        ("security.openshift.io", "v1", "SecurityContextConstraints", "securitycontextconstraints", "Cluster"),
-    ):
-        path = tmp_path / f"{plural}.yaml"
-        path.write_text(yaml.safe_dump(_definition(group, version, kind, plural, scope)))
-        plane.kubectl("apply", "-f", path)
+    plane.kubectl("apply", "-k", disk.BINARIES / "nfd-manifests/nfd-crds")
+    path = tmp_path / "constraints.yaml"
+    path.write_text(yaml.safe_dump(_CONSTRAINTS))
+    plane.kubectl("apply", "-f", path)
     plane.kubectl("wait", "--for=condition=Established", "--timeout=300s", "crd", "--all")
-
-
-def _definition(group: str, version: str, kind: str, plural: str, scope: str) -> dict[str, Any]:
-    schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{group}"},
-        "spec": {
-            "group": group,
-            "scope": scope,
-            "names": {"kind": kind, "plural": plural, "singular": kind.lower(), "listKind": f"{kind}List"},
-            "versions": [{"name": version, "served": True, "storage": True, "schema": schema}],
-        },
-    }
 
 
 def _apply(plane: ControlPlane, directory: str | Path) -> str:
@@ -106,6 +105,21 @@ def test_an_installation_is_taken(plane: ControlPlane, name: str) -> None:
         "daemonset/qat-plugin",
     )
     _remove(plane, directory)
+
+
+@pytest.mark.usefixtures("kinds")
+def test_the_fields_of_others_kinds_are_checked(plane: ControlPlane, tmp_path: Path) -> None:
+    """Where they are known (above): a wrong one is refused, so those of an installation that is taken are right."""
+    for name, spec, wrong in (
+        ("overlays/nfd", "rules", "matchFeature"),
+        ("overlays/monitoring", "podMetricsEndpoints", "portt"),
+    ):
+        (manifest,) = rendered.of_kind(rendered.render(name), _FOREIGN[name])
+        manifest["spec"][spec][0][wrong] = []
+        path = tmp_path / "wrong.yaml"
+        path.write_text(yaml.safe_dump(manifest))
+        with pytest.raises(KubectlError, match=f'strict decoding error: unknown field "spec.{spec}.*{wrong}"'):
+            plane.kubectl("create", "--validate=strict", "--dry-run=server", "-f", path)
 
 
 @pytest.mark.usefixtures("kinds")

@@ -31,14 +31,9 @@ from qat_shared.messages import (
 from qat_shared.pci import PciAddress
 
 VF = PciAddress(0, 0x6B, 0, 1)
-
-
 CALLER = Caller(pid=10, uid=20, gid=30)
-
-
 Function = Callable[[Node, Any], Outcome]
-
-
+"""What an operation does, as in the table of operations."""
 UNREAPED: list[int] = []
 """The children that have been started. The helper has the kernel reap its own, for all processes that it starts."""
 

@@ -1,6 +1,6 @@
 """Node Feature Discovery on the guest's node, as its own manifests set it up, except that its two programs are no pods:
-its kinds, its accounts with their roles, and a token for each of the programs. All that can be configured is as it is
-by default."""
+its kinds, its accounts with their roles, and a token for each of the programs. What can be configured is as it is by
+default, but for the ports, of which the node has one set for both, and for more words in the logs."""
 
 import shlex
 from pathlib import Path
@@ -52,7 +52,7 @@ class FeatureDiscovery:
 
     def look(self) -> bool:
         """Let the worker look once, and wait until the master has acted on what it found, by every rule that there was
-        before this call: whether the node has the hardware label then."""
+        before the first call: whether the node has the hardware label then."""
         self._looks += 1
         self.cluster.apply(_ECHO)
         self.cluster.guest.run(
@@ -105,11 +105,12 @@ class FeatureDiscovery:
 
     def _spawn(self, name: str, *options: str) -> None:
         log = f"--property=StandardOutput=append:/run/host/nfd-{name}.log --property=StandardError=inherit"
-        # Ended when it cannot reach the API server, and started again, as a pod is.
+        # The program ends when it cannot reach the API server, and is started again, as a pod is.
         unit = f"--unit=nfd-{name} --collect --property=Restart=on-failure --property=RestartSec=3 {log}"
         self.cluster.guest.run(f"systemd-run {unit} {self._command(name, *options)} 2>&1")
 
 
 def _path(label: str) -> str:
     """Where a node's label is, for kubectl."""
-    return f"{{.metadata.labels.{label.replace('.', chr(92) + '.')}}}"
+    escaped = label.replace(".", r"\.")
+    return f"{{.metadata.labels.{escaped}}}"

@@ -110,15 +110,15 @@ def test_an_installation_is_taken(plane: ControlPlane, name: str) -> None:
 @pytest.mark.usefixtures("kinds")
 def test_the_fields_of_others_kinds_are_checked(plane: ControlPlane, tmp_path: Path) -> None:
     """Where they are known (above): a wrong one is refused, so those of an installation that is taken are right."""
-    for name, spec, wrong in (
+    for name, part, wrong in (
         ("overlays/nfd", "rules", "matchFeature"),
         ("overlays/monitoring", "podMetricsEndpoints", "portt"),
     ):
         (manifest,) = rendered.of_kind(rendered.render(name), _FOREIGN[name])
-        manifest["spec"][spec][0][wrong] = []
+        manifest["spec"][part][0][wrong] = []
         path = tmp_path / "wrong.yaml"
         path.write_text(yaml.safe_dump(manifest))
-        with pytest.raises(KubectlError, match=f'strict decoding error: unknown field "spec.{spec}.*{wrong}"'):
+        with pytest.raises(KubectlError, match=f'strict decoding error: unknown field "spec.{part}.*{wrong}"'):
             plane.kubectl("create", "--validate=strict", "--dry-run=server", "-f", path)
 
 

@@ -143,7 +143,6 @@ class Container:
     def peak_memory(self) -> int | None:
         """Bytes, the most that its cgroup has had; None where that cannot be known."""
         group = f"qat-test/{self.name}"
-        group = f"qat-test/{self.name}"
         for path in (f"memory/{group}/memory.max_usage_in_bytes", f"{group}/memory.peak"):
             with contextlib.suppress(OSError):
                 return int(Path("/sys/fs/cgroup", path).read_text())

@@ -74,10 +74,11 @@ def why_not() -> str:
     """Why images cannot be built here, "" if they can."""
     if os.geteuid() != 0:
         return "needs root: debootstrap and buildah's chroot isolation"
-    for tool in ("buildah", "debootstrap"):
+    for tool in ("buildah", "debootstrap", "unshare"):
         if shutil.which(tool) is None:
             return f"needs {tool}"
-    return ""
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True, check=False)
+    return "" if tried.returncode == 0 else f"needs a mount namespace of its own: {tried.stderr.strip()}"
 
 
 @functools.cache

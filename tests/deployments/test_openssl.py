@@ -97,7 +97,15 @@ def test_its_command_says_that_both_were_software() -> None:
     assert re.search(r"^ \[RSA, ", done.stdout, re.MULTILINE), said
     assert said.count('Engine "qatengine" set.') == 1, said
     assert len(_SIGNED.findall(said)) == 2, said
-    assert done.stdout.splitlines()[-1] == "both in software: QATlib has no VF", said
+    assert done.stdout.splitlines()[-1].startswith("both in software: QATlib has no instance that works"), said
+
+
+def test_a_measurement_that_fails_is_the_pods_failure() -> None:
+    done = _run(Path("/sys"), SPEED="-no-such-option")
+    said = _said(done)
+    assert done.returncode == 1, said
+    assert "no-such-option" in said, said
+    assert "both in software" not in said, said
 
 
 def test_its_policy_is_as_many_vfs_as_it_asks_for() -> None:

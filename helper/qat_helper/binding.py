@@ -19,8 +19,7 @@ from qat_helper.errors import UNSIGNED, OperationError
 from qat_helper.node import Node, Outcome
 from qat_helper.policy import check_own_driver
 from qat_helper.writing import write
-from qat_shared.devices import DPDK_DRIVERS
-from qat_shared.messages import BindDriver, Bound, ErrorCode, ReleaseDriver
+from qat_shared.messages import DPDK_DRIVERS, BindDriver, Bound, ErrorCode, ReleaseDriver
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice, open_device
 

@@ -15,8 +15,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qat_helper.errors import denied
-from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
-from qat_shared.messages import DpdkDriver, KubeletService, SocketDirectory
+from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.messages import DPDK_DRIVERS, DpdkDriver, KubeletService, SocketDirectory
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice
 

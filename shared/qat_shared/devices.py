@@ -10,11 +10,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_shared.messages import DpdkDriver
-
 VENDOR_INTEL: Final = 0x8086
-
-DPDK_DRIVERS: Final = tuple(DpdkDriver)
 
 
 class Physical(Struct, frozen=True):

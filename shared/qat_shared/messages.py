@@ -29,6 +29,9 @@ class DpdkDriver(StrEnum):
     IGB_UIO = "igb_uio"
 
 
+DPDK_DRIVERS: Final = tuple(DpdkDriver)
+
+
 class Service(StrEnum):
     """The services of a PF. In this order they are written: kernels before 6.4 know sym;asym, and not asym;sym."""
 

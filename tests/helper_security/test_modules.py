@@ -38,7 +38,7 @@ keyword linecache locale marshal math ntpath numbers opcode operator os pathlib 
 re reprlib select selectors signal site socket stat string struct sys termios textwrap time token
 tokenize types typing urllib uuid warnings zipimport"""
 """Of the standard library, with what its own parts import; names with an underscore in front are those parts."""
-LINES = 2280
+LINES = 2279
 """What there is, so that no more creeps in; the aim is 1,200."""
 
 BUILD = """

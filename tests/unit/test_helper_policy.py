@@ -11,8 +11,9 @@ import pytest
 from qat_helper.errors import OperationError
 from qat_helper.operations import NAMES, OPERATIONS
 from qat_helper.policy import Policy, PolicyError, Rate, check_own_driver, narrow
-from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VIRTUAL
+from qat_shared.devices import PHYSICAL, VIRTUAL
 from qat_shared.messages import (
+    DPDK_DRIVERS,
     AnyRequest,
     BindDriver,
     DpdkDriver,

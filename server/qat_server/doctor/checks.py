@@ -13,8 +13,8 @@ from msgspec import Struct
 
 from qat_server.doctor.facts import DEAD, Facts, Function
 from qat_server.settings import Settings
-from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VIRTUAL
-from qat_shared.messages import DpdkDriver
+from qat_shared.devices import PHYSICAL, VIRTUAL
+from qat_shared.messages import DPDK_DRIVERS, DpdkDriver
 
 # The modules that bring the PF drivers; c4xxx and d15xx are not in the kernel but in Intel's own package.
 _MODULES: Final = {

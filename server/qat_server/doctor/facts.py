@@ -15,7 +15,8 @@ from qat_server.apparmor import AppArmor, look
 from qat_server.kernel_drivers import PF_DRIVERS, VF_DRIVERS
 from qat_server.pci_bus import pci_addresses
 from qat_server.small_file import read_text
-from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.messages import DPDK_DRIVERS
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice, SysfsError, open_device
 

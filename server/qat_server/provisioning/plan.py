@@ -22,7 +22,8 @@ from qat_server.inventory import Inventory, PhysicalFunction, Problem, VirtualFu
 from qat_server.provisioning.configuration import Configuration, Wanted
 from qat_server.provisioning.qat_conf import Services, canonical
 from qat_server.provisioning.state import ProvisionedState
-from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VIRTUAL
+from qat_shared.devices import PHYSICAL, VIRTUAL
+from qat_shared.messages import DPDK_DRIVERS
 from qat_shared.pci import PciAddress
 
 A_PROCESS: Final = "a process"

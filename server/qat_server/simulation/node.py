@@ -12,7 +12,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qat_server.simulation.services import services_allowed, what_is_allowed
-from qat_shared.devices import DPDK_DRIVERS, PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.messages import DPDK_DRIVERS
 from qat_shared.pci import PciAddress
 
 GEN4: Final = frozenset({0x4940, 0x4942, 0x4944, 0x4946, 0x4948})

@@ -153,8 +153,10 @@ class Seen(Struct, frozen=True):
     uevents: list[tuple[str, ...]]
 
 
+_POWER: Final = "power/runtime_status"
+_PATIENCE: Final = 60.0
 TEXTS: Final = (
-    *("driver_override", "enable", "power/runtime_status", "sriov_numvfs", "sriov_drivers_autoprobe"),
+    *("driver_override", "enable", _POWER, "sriov_numvfs", "sriov_drivers_autoprobe"),
     *("qat/state", "qat/cfg_services", "qat/auto_reset", "qat/num_rps"),
 )
 CONSTANTS: Final = (
@@ -199,10 +201,22 @@ def _read(path: Path) -> str:
         return errno.errorcode[error.errno or 0]
 
 
-def observe(kernel: AnyKernel, case: Case, uevents: socket.socket) -> Seen:
-    """Run a case's steps. What is still open at the end is closed."""
+def _settle(kernel: AnyKernel, wanted: dict[str, dict[str, str]]) -> None:
+    """Wait until all these are as suspended as wanted, or long enough."""
+    deadline = time.monotonic() + _PATIENCE
+    for address, seen in wanted.items():
+        path = kernel.sysfs_root / "bus/pci/devices" / address / _POWER
+        while _POWER in seen and _read(path) != seen[_POWER] and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def observe(kernel: AnyKernel, case: Case, uevents: socket.socket, like: Seen | None = None) -> Seen:
+    """Run a case's steps. What is still open at the end is closed. The real kernel suspends devices in a worker, after
+    the write that lets it: so it is looked at when they are as in `like`, or never come to be."""
     held: dict[str, Held] = {}
     drain(uevents)
+    if like is not None:
+        _settle(kernel, like.before)
     before = {address: look(kernel, address, constants=True) for address in case.watched}
     steps: list[tuple[str, object, dict[str, dict[str, str]]]] = []
     try:
@@ -214,6 +228,8 @@ def observe(kernel: AnyKernel, case: Case, uevents: socket.socket) -> Seen:
             waiting = any(isinstance(each, Waiting) for each in held.values())
             # With what it waited for closed, the write goes on, at its own pace.
             watched = () if waiting and isinstance(step, Close) else case.watched
+            if like is not None:
+                _settle(kernel, like.steps[len(steps)][2])
             seen = {address: look(kernel, address, waiting=waiting) for address in watched}
             steps.append((str(step), result, seen))
     finally:

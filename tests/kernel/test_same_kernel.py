@@ -13,7 +13,7 @@ def compare(case: Case) -> Seen:
     with emulated(case.node) as kernel, emulated_uevents(kernel, case.watched[0]) as uevents:
         ours = observe(kernel, case, uevents)
     with kernel_uevents() as uevents, real_kernel(case.node) as real:
-        theirs = observe(real, case, uevents)
+        theirs = observe(real, case, uevents, like=ours)
     if found := differences(ours, theirs):
         pytest.fail("\n".join(found), pytrace=False)
     return theirs

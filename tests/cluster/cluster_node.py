@@ -18,10 +18,10 @@ from kernel.machine import PROJECT
 from qat_server.simulation.node import Node
 
 _T = TypeVar("_T")
-_PLANE: Final = Path("/run/layer/plane")
-_PROGRAMS: Final = Path("/run/layer/bin")
+PLANE: Final = Path("/run/layer/plane")
+PROGRAMS: Final = Path("/run/layer/bin")
 _ADDRESS: Final = "10.99.0.1"
-_SHELL: Final = f"export KUBECONFIG={_PLANE}/admin.conf PATH={_PROGRAMS}:$PATH; cd {PROJECT}\n"
+_SHELL: Final = f"export KUBECONFIG={PLANE}/admin.conf PATH={PROGRAMS}:$PATH; cd {PROJECT}\n"
 """What a user's shell has."""
 _BASE: Final = "deployments/base"
 _PAUSE: Final = 1.0
@@ -47,14 +47,14 @@ class Cluster:
 
     def start(self) -> None:
         """Start all, until the node is Ready."""
-        plane = ControlPlane(_PLANE, _PROGRAMS, _ADDRESS)
+        plane = ControlPlane(PLANE, PROGRAMS, _ADDRESS)
         target = self.guest.share / "plane"
         target.mkdir()
         plane.write(target)
         # An address of the node's own, as every node has one; what the examples' README says that DPDK needs of it.
         self.guest.run(
             "sysctl -q vm.nr_hugepages=512\n"
-            f"set -e; cp -r /run/host/plane {_PLANE}; ip link add node type dummy\n"
+            f"set -e; cp -r /run/host/plane {PLANE}; ip link add node type dummy\n"
             f"ip address add {_ADDRESS}/24 dev node; ip link set node up; ip route add default via 10.99.0.254 dev node"
         )
         with step("etcd and the API server started, until it says that it is ready"):
@@ -63,7 +63,7 @@ class Cluster:
                 unit = f"--unit={name} --property=Restart=on-failure --property=StandardOutput={log}"
                 self.guest.run(f"systemd-run {unit} --property=StandardError=inherit {shlex.join(command)} 2>&1")
             self.until("the API server is ready", "kubectl get --raw=/readyz")
-        options = f"--kubeconfig={_PLANE}/node.conf --node-ip={_ADDRESS}"
+        options = f"--kubeconfig={PLANE}/node.conf --node-ip={_ADDRESS}"
         drop_in = "/etc/systemd/system/kubelet.service.d"
         with step("containerd and the kubelet started, until the node is Ready"):
             self.guest.run(

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.cluster_node import Cluster
+from cluster.cluster_node import PLANE, PROGRAMS, Cluster
 from cluster.disk import BINARIES
 from cluster.node import HOST_NAME, LABEL
 from deployments.rendered import Manifest
@@ -15,7 +15,6 @@ MANIFESTS: Final = BINARIES / "nfd-manifests"
 KINDS: Final = MANIFESTS / "nfd-crds"
 HARDWARE: Final = LABEL.partition("=")[0]
 _NAMESPACE: Final = "node-feature-discovery"
-_PLANE: Final = Path("/run/layer/plane")
 _FEATURES: Final = Path("/etc/kubernetes/node-feature-discovery/features.d")
 _LOOK: Final = "example.feature.node.kubernetes.io/look"
 _ECHO: Final[Manifest] = {
@@ -42,7 +41,7 @@ class FeatureDiscovery:
         )
         for name in ("master", "worker"):
             token = f"kubectl -n {_NAMESPACE} create token nfd-{name} --duration=24h"
-            admin, own = _PLANE / "admin.conf", _PLANE / f"nfd-{name}.conf"
+            admin, own = PLANE / "admin.conf", PLANE / f"nfd-{name}.conf"
             self.cluster.run(f'set -e; token=$({token}); sed "s/token: .*/token: $token/" {admin} >{own}')
         self._spawn("master", "-port=8081")
 
@@ -100,8 +99,8 @@ class FeatureDiscovery:
 
     def _command(self, name: str, *options: str) -> str:
         settings = (f"NODE_NAME={HOST_NAME}", f"KUBERNETES_NAMESPACE={_NAMESPACE}")
-        kubeconfig = f"-kubeconfig={_PLANE / f'nfd-{name}.conf'}"
-        return shlex.join(["env", *settings, f"/run/layer/bin/nfd-{name}", kubeconfig, "-v=2", *options])
+        kubeconfig = f"-kubeconfig={PLANE / f'nfd-{name}.conf'}"
+        return shlex.join(["env", *settings, f"{PROGRAMS}/nfd-{name}", kubeconfig, "-v=2", *options])
 
     def _spawn(self, name: str, *options: str) -> None:
         log = f"--property=StandardOutput=append:/run/host/nfd-{name}.log --property=StandardError=inherit"

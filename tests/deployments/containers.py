@@ -134,6 +134,13 @@ class Container:
         inside = ["runc", "--root", os.fspath(self._state), "exec", self.name, *command]
         return subprocess.run(inside, capture_output=True, text=True, check=False)
 
+    def run_to_its_end(self) -> "subprocess.CompletedProcess[str]":
+        """Run it until it has ended, in five minutes at most, and forget it: its status and outputs."""
+        try:
+            return subprocess.run(self.command, capture_output=True, text=True, check=False, timeout=300)
+        finally:
+            self.remove()
+
     def remove(self) -> None:
         """End it, if it still runs, and forget it."""
         subprocess.run(

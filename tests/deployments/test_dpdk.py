@@ -38,10 +38,7 @@ def _run(
         container = Container(
             directory, image, pod["spec"], spec, shared, {}, Path("/sys"), extra_environment=environment
         )
-        try:
-            return subprocess.run(container.command, capture_output=True, text=True, check=False, timeout=300)
-        finally:
-            container.remove()
+        return container.run_to_its_end()
 
 
 def test_the_image_has_the_programs_and_the_drivers() -> None:

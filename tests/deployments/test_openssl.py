@@ -67,10 +67,7 @@ def _run(
             (directory / name).touch()
             files.append((directory / name, f"/dev/vfio/{name}"))
         container = Container(directory, images.image("openssl"), pod["spec"], spec, shared, {}, sysfs, files)
-        try:
-            return subprocess.run(container.command, capture_output=True, text=True, check=False, timeout=300)
-        finally:
-            container.remove()
+        return container.run_to_its_end()
 
 
 def _said(done: "subprocess.CompletedProcess[str]") -> str:

@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := shared helper server tests docs deployments
+SOURCES := shared helper server simulation tests docs deployments
 
 .PHONY: help
 help: ## list the targets
@@ -15,12 +15,12 @@ help: ## list the targets
 .PHONY: venv
 venv: $(READY) ## make .venv/ with qat-helper and qat-plugin in its bin
 
-$(READY): requirements/dev.txt shared/pyproject.toml helper/pyproject.toml server/pyproject.toml
+$(READY): requirements/dev.txt shared/pyproject.toml helper/pyproject.toml server/pyproject.toml simulation/pyproject.toml
 	@echo "==> .venv: installing the locked requirements (requirements/dev.txt) and the three distributions"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e shared -e helper -e server
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e shared -e helper -e server -e simulation
 	@touch $@
 
 .PHONY: demo
@@ -44,7 +44,7 @@ test-kernel: $(READY) ## run both processes on a real kernel, in QEMU (x86_64, r
 	@echo "==> test-kernel: Debian's kernel in QEMU, without hardware virtualisation, with PCI devices that a test module makes"
 	@tests/kernel/prepare
 	@tests/kubelet/build
-	@$(BIN)/python -m compileall -q shared helper server tests # the guest's processes may not write it down
+	@$(BIN)/python -m compileall -q shared helper server simulation tests # the guest's processes may not write it down
 	@$(BIN)/pytest -q tests/kernel
 
 .PHONY: test-node
@@ -86,7 +86,7 @@ check: $(READY) ## static checks: ruff, mypy strict, import rules, generated cod
 	@$(BIN)/ruff format --check -q $(SOURCES)
 	@$(BIN)/ruff check -q $(SOURCES)
 	@$(BIN)/mypy
-	@PYTHONPATH=shared:helper:server $(BIN)/lint-imports
+	@PYTHONPATH=shared:helper:server:simulation $(BIN)/lint-imports
 	@protos/generate --check
 	@$(BIN)/python docs/reference.py --check
 
@@ -101,7 +101,7 @@ bench: $(READY) ## measure side by side with a plain grpc.aio service (minutes; 
 	@PYTHONPATH=tests $(BIN)/python -m bench
 
 .PHONY: protos
-protos: $(READY) ## generate server/qat_server/generated from protos/
+protos: $(READY) ## generate server/qat_server/kubelet/generated from protos/
 	@protos/generate
 
 .PHONY: docs

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import typer
 
-from qat_server.commands import app
-from qat_server.flags import SERVER_FLAGS, Flag
-from qat_server.simulation.running_node import command
+from qat_server.command_line.application import app
+from qat_server.command_line.flags import SERVER_FLAGS, Flag
+from qat_simulation.running_node import command
 
 PAGE = Path(__file__).with_name("configuration.md")
 WIDTH = "110"

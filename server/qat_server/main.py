@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from qat_server.flags import SERVER_FLAGS, SWITCHES, FlagError, from_environment, is_true, read
-from qat_server.settings import Settings, SettingsError, check_sysfs_root, parse
+from qat_server.command_line.flags import SERVER_FLAGS, SWITCHES, FlagError, from_environment, is_true, read
+from qat_server.command_line.settings import Settings, SettingsError, check_sysfs_root, parse
 from qat_shared import VERSION
 
 PROGRAM: Final = "qat-plugin"
@@ -57,7 +57,7 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         sys.stdout.write(f"{PROGRAM} {VERSION}\n")
         return 0
     if switches or line.rest:
-        from qat_server import commands  # noqa: PLC0415 - 20 MiB that the server does not need
+        from qat_server.command_line import application as commands  # noqa: PLC0415 - 20 MiB that the server does not need
 
         if line.rest and line.rest[0] in ("true", "false", "1", "0", "t", "f"):
             word = line.rest[0]

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 
 import uvloop
 
-from qat_server import http_endpoint, logs, readiness, sandbox
-from qat_server.plugin import Plugin
-from qat_server.service_manager import ServiceManager
-from qat_server.settings import Settings
-from qat_server.start import PATIENCE, Start
+from qat_server import logs
+from qat_server.command_line.settings import Settings
+from qat_server.host import sandbox
+from qat_server.host.service_manager import ServiceManager
+from qat_server.host.startup import PATIENCE, Start
+from qat_server.observability import http_server as http_endpoint
+from qat_server.observability import readiness
+from qat_server.run_loop import Plugin
 
 log = logs.get(__name__)
 

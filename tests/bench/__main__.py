@@ -27,13 +27,13 @@ import grpc.aio
 import uvloop
 
 from bench.real_kubelet_times import kubelet_times
-from qat_server.counters import Counters
-from qat_server.generated import deviceplugin_v1beta1_pb2 as api
-from qat_server.generated import deviceplugin_v1beta1_pb2_grpc as rpc
-from qat_server.helper_client import HelperClient
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import RunningNode, running_node
+from qat_server.helper_client.client import HelperClient
+from qat_server.instrumentation.counters import Counters
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as api
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2_grpc as rpc
 from qat_shared.pci import PciAddress
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import RunningNode, running_node
 
 CALLS: Final = 1500
 IDLE_SECONDS: Final = 15

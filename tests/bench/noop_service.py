@@ -8,8 +8,8 @@ import grpc
 import grpc.aio
 import uvloop
 
-from qat_server.generated import deviceplugin_v1beta1_pb2 as api
-from qat_server.generated import deviceplugin_v1beta1_pb2_grpc as rpc
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as api
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2_grpc as rpc
 
 
 class Noop(rpc.DevicePluginServicer):

@@ -12,8 +12,8 @@ from typing import Final
 from kubelet import harness_process
 from kubelet.nodes import CY, TWO_NODES
 from kubelet.production import production_node, why_one_user
-from qat_server.registration import Timing
-from qat_server.settings import Registration
+from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.registrar import Timing
 
 TIMES: Final = 20
 ALLOCATABLE: Final = {CY: 12}

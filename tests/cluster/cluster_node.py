@@ -15,7 +15,7 @@ from cluster.node import HOST_NAME, KubeletNode
 from cluster.readme import install_commands
 from deployments.rendered import Manifest
 from kernel.machine import PROJECT
-from qat_server.simulation.node import Node
+from qat_simulation.node.description import Node
 
 _T = TypeVar("_T")
 PLANE: Final = Path("/run/layer/plane")

@@ -1,8 +1,8 @@
-"""The nodes that the cluster's tests work with, as simulation/node.py describes them."""
+"""The nodes that the cluster's tests work with, as qat_simulation.node.description describes them."""
 
 from typing import Final
 
-from qat_server.simulation.node import Node, Pf
+from qat_simulation.node.description import Node, Pf
 
 EIGHT: Final = Node(
     pfs=tuple(

@@ -4,7 +4,7 @@ from typing import Final
 
 from cluster.node import KubeletNode
 from deployments.rendered import Manifest
-from qat_server.simulation.node import Node
+from qat_simulation.node.description import Node
 
 lines: Final[list[str]] = []
 """Shown at the end of the run."""

@@ -12,7 +12,7 @@ from cluster.machine import Machine
 from cluster.static_pod import File, static_pod
 from deployments.rendered import Manifest
 from kernel.machine import PROJECT
-from qat_server.simulation.node import Node
+from qat_simulation.node.description import Node
 
 _MANIFESTS: Final = "/etc/kubernetes/manifests"
 _KUBELET: Final = "http://127.0.0.1:10255"

@@ -13,7 +13,7 @@ from cluster.node import HOST_NAME, LABEL
 from cluster.static_pod import workload
 from kernel.nodes import IN_A_VM
 from kubelet.nodes import CY
-from qat_server.simulation.node import Node
+from qat_simulation.node.description import Node
 
 _OVERLAY: Final = "deployments/overlays/nfd"
 _RULE: Final = f"{_OVERLAY}/node-feature-rule.yaml"

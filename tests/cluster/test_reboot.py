@@ -17,7 +17,7 @@ from deployments import rendered
 from deployments.rendered import DEPLOYMENTS, Manifest
 from kernel.machine import PROJECT
 from kubelet.nodes import CY
-from qat_server.simulation.node import Node, Pf
+from qat_simulation.node.description import Node, Pf
 
 AS_BOOTED = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=2, num_vfs=0),))
 _DEVICES = "0000:6b:8086:4940:2:-1"

@@ -16,11 +16,11 @@ from deployments import containers, rendered
 from deployments.containers import Container, Sandbox
 from deployments.images import image
 from deployments.rendered import BUILT, Manifest
-from qat_server.simulation import interception
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.kubelet import Kubelet
-from qat_server.simulation.node import Node
-from qat_server.simulation.running_node import RunningNode, short_tmp
+from qat_simulation.interception import supervisor as interception
+from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.kubelet.kubelet import Kubelet
+from qat_simulation.node.description import Node
+from qat_simulation.running_node import RunningNode, short_tmp
 
 _UEVENTS: Final = "/run/uevents.sock"
 _WRITTEN: Final = ("/sys/bus/pci", "/sys/devices")

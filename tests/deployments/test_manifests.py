@@ -19,8 +19,9 @@ from deployments.rendered import BUILT, COMPONENTS, DEPLOYMENTS, EXAMPLES, INSTA
 from qat_helper.main import _parse as helper_options
 from qat_helper.operations import NAMES
 from qat_helper.policy import Policy, narrow
-from qat_server import flags, metrics, settings
-from qat_server.plugin import Plugin
+from qat_server.command_line import flags, settings
+from qat_server.observability import metrics
+from qat_server.run_loop import Plugin
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
 
 pytestmark = pytest.mark.usefixtures("kustomize")

@@ -18,9 +18,9 @@ import pytest
 from deployments import containers, images, measured, rendered
 from deployments.containers import Container
 from deployments.rendered import BUILT, DEPLOYMENTS
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.node import LoneVf, Node, Pf
 from qat_shared.devices import VIRTUAL
+from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.node.description import LoneVf, Node, Pf
 
 pytestmark = [
     pytest.mark.usefixtures("kustomize"),

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from deployments import containers, images, measured, rendered
 from deployments.pods import PodNode, pod_node
-from qat_server.allocation import AllocationPolicy
-from qat_server.simulation.config_map import ConfigMap
-from qat_server.simulation.demo.audit import show_audit
-from qat_server.simulation.demo.events import heartbeat, restart_kubelet
-from qat_server.simulation.demo.pods import allocate
-from qat_server.simulation.demo.scene import Scene
-from qat_server.simulation.demo.starting import bind, register, start
-from qat_server.simulation.node import Node, demo_node, parse_node
+from qat_server.kubelet.allocation import AllocationPolicy
+from qat_simulation.demo.audit import show_audit
+from qat_simulation.demo.events import heartbeat, restart_kubelet
+from qat_simulation.demo.pods import allocate
+from qat_simulation.demo.scene import Scene
+from qat_simulation.demo.starting import bind, register, start
+from qat_simulation.kubelet.config_map import ConfigMap
+from qat_simulation.node.description import Node, demo_node, parse_node
 
 pytestmark = [
     pytest.mark.usefixtures("kustomize"),

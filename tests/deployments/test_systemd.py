@@ -17,9 +17,9 @@ from deployments import containers, images, measured, rendered
 from deployments.pods import pod_node
 from deployments.rendered import DEPLOYMENTS
 from qat_helper.main import _parse as helper_options
-from qat_server import settings
-from qat_server.simulation.node import demo_node
-from qat_server.start import PATIENCE
+from qat_server.command_line import settings
+from qat_server.host.startup import PATIENCE
+from qat_simulation.node.description import demo_node
 
 UNITS: Final = DEPLOYMENTS / "systemd"
 SERVICES: Final = {"qat-helper.service": 1.0, "qat-plugin.service": 1.5}

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from emulated import PF, VF, emulated
-from helper_process import COMMAND, Client, helper_options, wait_until
 from helper_security.chain import interrupted, verified
 from helper_security.writes import Write, Writes
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.node import Node, OtherDevice, Pf
 from qat_shared.messages import AnyReply, BindDriver, DpdkDriver, ReleaseDriver
 from qat_shared.pci import PciAddress
+from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.node.description import Node, OtherDevice, Pf
+from support.emulated_kernel import PF, VF, emulated
+from support.helper_process import COMMAND, Client, helper_options, wait_until
 
 ADDRESS = PciAddress.parse(VF)
 NIC = "0000:00:07.0"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from helper_security.forbidden import attempts
 from qat_server import main
-from qat_server.plugin import Plugin
+from qat_server.run_loop import Plugin
 from qat_shared.pci import PciAddress
 
 directory = Path(sys.argv.pop(1))

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from helper_process import Helper, helper
 from helper_security import figures
+from support.helper_process import Helper, helper
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from contextlib import suppress
 
 import pytest
 
-from forks import noted
-from helper_process import PF, VF, failure, heartbeat, helper, wait_until
 from helper_security.figures import tried
 from qat_helper.child import Child
 from qat_helper.node import Outcome
 from qat_shared.messages import AnyRequest, BindDriver, DpdkDriver, ErrorCode, Failure, Heartbeat, ReadHeartbeat
-from sysfs_tree import address
+from support.forks import noted
+from support.helper_process import PF, VF, failure, heartbeat, helper, wait_until
+from support.sysfs_tree import address
 
 
 def waits(request: AnyRequest) -> Outcome:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from helper_process import PF, VF, Helper, forked, helper, wait_until
 from helper_security.forbidden import unexpected
 from qat_helper import sandbox
 from qat_shared import confinement
 from qat_shared.messages import PROTOCOL, BindDriver, Bound, DpdkDriver, Heartbeat, Hello, ReadHeartbeat, Welcome
 from qat_shared.seccomp import read_profile
-from sysfs_tree import address
+from support.helper_process import PF, VF, Helper, forked, helper, wait_until
+from support.sysfs_tree import address
 
 HERE = Path(__file__).parent
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, or drop a capability")

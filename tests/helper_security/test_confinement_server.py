@@ -7,8 +7,8 @@ import pytest
 
 from helper_security.forbidden import unexpected
 from helper_security.test_confinement import LACKING, answers, build
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import RunningNode, running_node
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import RunningNode, running_node
 
 CY = "qat.intel.com/cy"
 ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=2),))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helper_process import COMMAND, Helper, helper, wait_until
+from support.helper_process import COMMAND, Helper, helper, wait_until
 
 SECCOMP = Path(__file__).parents[2] / "seccomp"
 NONE: list[str] = []

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from helper_process import PF, VF, Client, Helper, forked, heartbeat, helper, needs_root, served, wait_until
 from helper_security.chain import interrupted, verified
 from helper_security.figures import most, tried
 from qat_helper.serve import MAX_PEERS
@@ -29,7 +28,8 @@ from qat_shared.messages import (
     ReadDeviceConfig,
     ReadHeartbeat,
 )
-from sysfs_tree import address
+from support.helper_process import PF, VF, Client, Helper, forked, heartbeat, helper, needs_root, served, wait_until
+from support.sysfs_tree import address
 
 MEMORY = 24 * 1024
 """KiB that the helper may grow: more than all queues of all peers, full of the longest answers there are."""

@@ -11,13 +11,13 @@ import select
 import typing
 from contextlib import suppress
 
-from helper_process import Helper, heartbeat, helper, served, wait_until
 from helper_security import hostile
 from helper_security.chain import verified
 from helper_security.figures import most, tried, wanted
 from qat_helper.operations import OPERATIONS
 from qat_shared.codec import ProtocolError, decode_request, encode
 from qat_shared.messages import MAX_MESSAGE, AnyRequest, Failure, Heartbeat
+from support.helper_process import Helper, heartbeat, helper, served, wait_until
 
 DECODER = wanted("QAT_FUZZ_DECODER", 100_000)
 SOCKET = wanted("QAT_FUZZ_SOCKET", 20_000)

@@ -10,17 +10,17 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from emulated import PF, VF
-from helper_process import Client
 from helper_security.chain import interrupted, verified
 from helper_security.figures import tried
 from helper_security.writes import Killer, Writes
-from qat_server.simulation.kernel import DeviceState
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import RunningNode, running_node
 from qat_shared.messages import ReleaseDriver
 from qat_shared.pci import PciAddress
-from waiting import until
+from qat_simulation.kernel.kernel import DeviceState
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import RunningNode, running_node
+from support.conditions import until
+from support.emulated_kernel import PF, VF
+from support.helper_process import Client
 
 ONE_PF = Node(pfs=(Pf(address=PF, device="4940", services="dc", total_vfs=2),))
 LEAST = {"bind": 5, "release": 5}

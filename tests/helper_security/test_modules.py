@@ -11,7 +11,6 @@ import pytest
 
 import qat_helper
 import qat_shared
-from helper_process import PF, VF, helper
 from qat_shared.messages import (
     BindDriver,
     DpdkDriver,
@@ -20,7 +19,8 @@ from qat_shared.messages import (
     PrepareSocketDirectory,
     ReadHeartbeat,
 )
-from sysfs_tree import address
+from support.helper_process import PF, VF, helper
+from support.sysfs_tree import address
 
 OURS = {
     "qat_helper": "allowance audit binding child console copies dispatch errors kubelet listening main node operations "

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from helper_process import COMMAND, Helper, failure, forked, heartbeat, helper, needs_root
 from helper_security.chain import verified
 from helper_security.figures import tried
 from qat_shared.messages import Done, ErrorCode, Heartbeat, PrepareSocketDirectory, SocketDirectory
+from support.helper_process import COMMAND, Helper, failure, forked, heartbeat, helper, needs_root
 
 pytestmark = [
     needs_root,

@@ -9,7 +9,6 @@ from contextlib import suppress
 
 import pytest
 
-from helper_process import PF, Helper, failure, forked, heartbeat, needs_root, served, wait_until
 from helper_security.chain import interrupted, verified
 from helper_security.figures import tried
 from qat_shared.codec import encode
@@ -23,7 +22,8 @@ from qat_shared.messages import (
     OpenKubeletSocket,
     ReadHeartbeat,
 )
-from sysfs_tree import address
+from support.helper_process import PF, Helper, failure, forked, heartbeat, needs_root, served, wait_until
+from support.sysfs_tree import address
 
 
 @needs_root

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from emulated import PF, VF
 from helper_security import hostile
 from helper_security.attacked_tree import SWAPS, Attacked, attacked
 from helper_security.figures import tried, wanted
 from helper_security.writes import Write
 from qat_shared.messages import AnyReply, Bound, DpdkDriver, ErrorCode, Failure
+from support.emulated_kernel import PF, VF
 
 OPERATIONS = wanted("QAT_RACE_OPERATIONS", 200)
 REFUSALS = (ErrorCode.KERNEL, ErrorCode.VANISHED, ErrorCode.DENIED, ErrorCode.UNAVAILABLE, ErrorCode.BUSY)

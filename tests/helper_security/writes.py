@@ -1,7 +1,7 @@
 """Every write(2) of a helper and its children, seen before it is made: its path is the kernel's word, not the helper's.
 
 Writes beneath the emulated kernel's tree are answered by it; those into the other folders that are watched happen as
-they are. This is the emulated kernel's own interception (simulation/interception.py), so nothing in the helper differs.
+they are. It is the emulated kernel's own interception (qat_simulation.interception): nothing in the helper differs.
 """
 
 import os
@@ -13,8 +13,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from qat_server.simulation import interception
-from qat_server.simulation.kernel import Kernel
+from qat_simulation.interception import supervisor as interception
+from qat_simulation.kernel.kernel import Kernel
 
 Write = tuple[str, bytes]
 

@@ -6,7 +6,7 @@ Where the two differ, the emulated kernel is wrong; docs/simulation.md lists wha
 from typing import Final
 
 from kernel.steps import Begin, Case, Close, End, Heartbeat, Open, Step, Write
-from qat_server.simulation.node import LoneVf, Node, OtherDevice, Pf
+from qat_simulation.node.description import LoneVf, Node, OtherDevice, Pf
 
 PF: Final = "0000:6b:00.0"
 VF: Final = "0000:6b:00.1"

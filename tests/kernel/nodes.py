@@ -1,8 +1,8 @@
-"""The nodes that the suite works with, beside tests/kubelet's; as simulation/node.py describes them."""
+"""The nodes that the suite works with, beside tests/kubelet's; as qat_simulation.node.description describes them."""
 
 from typing import Final
 
-from qat_server.simulation.node import LoneVf, Node, OtherDevice, Pf
+from qat_simulation.node.description import LoneVf, Node, OtherDevice, Pf
 
 PF: Final = "0000:6b:00.0"
 VF: Final = "0000:6b:00.1"

@@ -1,6 +1,6 @@
 """The real kernel with the methods of the emulated one, so that what runs on one runs on the other.
 
-A node's description (simulation/node.py) becomes the parameter of the module fake_qat; what is done by hand is done as
+A node's description (qat_simulation.node) becomes the parameter of the module fake_qat; what is done by hand is done as
 a person does it, by writing into /sys; what only hardware can do, by the module's switches.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from kernel.vfio_client import VfioUser
-from qat_server.simulation.kernel import DeviceState
-from qat_server.simulation.node import Node, Pf
 from qat_shared.pci import PciAddress
+from qat_simulation.kernel.kernel import DeviceState
+from qat_simulation.node.description import Node, Pf
 
 SYSFS: Final = Path("/sys")
 PCI: Final = SYSFS / "bus/pci"

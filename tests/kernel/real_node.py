@@ -13,17 +13,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from helper_process import Client
 from kernel.real_kernel import RealKernel, real_kernel
 from kubelet.answers import ContainerAllocation
 from kubelet.production import ProductionNode, node_directory
 from kubelet.real_kubelet import RealKubelet
-from qat_server.settings import Registration
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.node import Node
-from qat_server.simulation.running_node import SimulationError
-from qat_server.simulation.topology import TopologyPolicy
-from qat_server.status import Status
+from qat_server.command_line.settings import Registration
+from qat_server.observability.status import Status
+from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.kubelet.topology import TopologyPolicy
+from qat_simulation.node.description import Node
+from qat_simulation.running_node import SimulationError
+from support.helper_process import Client
 
 PATIENCE: Final = 300.0
 """Seconds to wait for what takes a few: the guest's processors are emulated, and the host's are shared."""

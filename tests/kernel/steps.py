@@ -17,8 +17,8 @@ from typing import Any, Final, Protocol
 
 from msgspec import Struct
 
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.node import Node
+from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.node.description import Node
 
 NETLINK_KOBJECT_UEVENT: Final = 15
 KERNEL_GROUP: Final = 1

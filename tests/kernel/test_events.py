@@ -10,9 +10,9 @@ import grpc.aio
 from kernel.nodes import PF, SMALL, TWO_SMALL, VF
 from kernel.real_node import PATIENCE, RealNode, real_node
 from kubelet.nodes import CY, DC
-from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
-from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
-from qat_server.simulation.node import Pf
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
+from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
+from qat_simulation.node.description import Pf
 
 TIMES = 50
 

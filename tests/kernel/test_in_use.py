@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from helper_process import Client
 from kernel.nodes import PF, SMALL, VF, VF2
 from kernel.real_node import PATIENCE, RealNode, real_node
 from kubelet.nodes import CY
@@ -29,6 +28,7 @@ from qat_shared.messages import (
     ReleaseDriver,
 )
 from qat_shared.pci import PciAddress
+from support.helper_process import Client
 
 
 def release(client: Client, address: str) -> AnyReply:

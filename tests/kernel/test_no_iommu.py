@@ -15,7 +15,7 @@ from kernel.steps import Case, Close, Open, Write
 from kernel.test_main_job import CLIENT
 from kernel.test_same_kernel import compare
 from kubelet.nodes import CY, DC, GENERIC
-from qat_server.simulation.node import LoneVf, Node, Pf
+from qat_simulation.node.description import LoneVf, Node, Pf
 
 pytestmark = pytest.mark.guest("no-iommu")
 

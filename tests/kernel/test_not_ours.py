@@ -16,9 +16,9 @@ from kernel.real_node import RealNode, real_node
 from kernel.steps import Case
 from kernel.test_same_kernel import compare
 from kubelet.nodes import CY
-from qat_server.simulation.node import Node, Pf
 from qat_shared.messages import BindDriver, DpdkDriver, Failure, ReleaseDriver
 from qat_shared.pci import PciAddress
+from qat_simulation.node.description import Node, Pf
 
 GEN2 = Pf(address="0000:e8:00.0", device="37c8", total_vfs=4)
 GEN2_VFS = [str(GEN2.vf_address(number)) for number in range(GEN2.total_vfs)]

@@ -9,10 +9,10 @@ from kernel.nodes import PF, SMALL, TWO_PFS, VF
 from kernel.real_node import PATIENCE, RealNode, real_node
 from kernel.test_in_use import traced_helper
 from kubelet.nodes import CY, DC
-from qat_server.simulation.config_map import ConfigMap
-from qat_server.simulation.node import Node, Pf
 from qat_shared.messages import ErrorCode, Failure, Provisioned, Service, SetAutoReset, SetNumVfs, SetServices
 from qat_shared.pci import PciAddress
+from qat_simulation.kubelet.config_map import ConfigMap
+from qat_simulation.node.description import Node, Pf
 
 ADDRESS = PciAddress.parse(PF)
 AS_BOOTED = Node(pfs=tuple(Pf(address=pf.address, numa_node=pf.numa_node, num_vfs=0) for pf in TWO_PFS.pfs))

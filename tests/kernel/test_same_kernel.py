@@ -2,10 +2,10 @@
 
 import pytest
 
-from emulated import emulated
 from kernel.cases import CASES
 from kernel.real_kernel import real_kernel
 from kernel.steps import Case, Seen, differences, emulated_uevents, kernel_uevents, observe
+from support.emulated_kernel import emulated
 
 
 def compare(case: Case) -> Seen:

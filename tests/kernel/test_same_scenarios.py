@@ -12,7 +12,7 @@ import pytest
 from kernel.foretold import ELSEWHERE, EVERY, FILE, OF_THE_KERNEL, seen, told
 from kernel.real_node import PATIENCE, real_node
 from kubelet.scenarios import SCENARIOS, AnyNode
-from waiting import until
+from support.conditions import until
 
 same_for_the_kernel = pytest.mark.skipif(
     not EVERY,

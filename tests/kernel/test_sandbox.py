@@ -22,9 +22,9 @@ from kernel.real_node import RealNode, real_node
 from kernel.refusals import Refusals, refusals
 from kernel.test_provisioning import configured
 from kubelet.nodes import CY, DC
-from qat_server.settings import Registration
-from qat_server.simulation.node import Node
-from qat_server.simulation.running_node import command
+from qat_server.command_line.settings import Registration
+from qat_simulation.node.description import Node
+from qat_simulation.running_node import command
 
 ATTEMPTS = Path(forbidden.__file__).parent
 EXPECTED = {

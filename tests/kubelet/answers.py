@@ -2,8 +2,8 @@
 
 import msgspec
 
-from qat_server.simulation import kubelet as emulated
-from qat_server.simulation.pods import AdmittedPod
+from qat_simulation.kubelet import kubelet as emulated
+from qat_simulation.kubelet.pods import AdmittedPod
 
 
 class Mount(msgspec.Struct, frozen=True):

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from kubelet.answers import Allocation as RealAllocation
 from kubelet.real_kubelet import Damage, damage_checkpoint
-from qat_server.simulation.kubelet import Allocation, Kubelet
-from qat_server.simulation.topology import TopologyPolicy
+from qat_simulation.kubelet.kubelet import Allocation, Kubelet
+from qat_simulation.kubelet.topology import TopologyPolicy
 
 
 class AnyKubelet(Protocol):

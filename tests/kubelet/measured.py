@@ -13,7 +13,7 @@ import types
 from statistics import median
 from typing import Final, Self
 
-from qat_server.settings import Registration
+from qat_server.command_line.settings import Registration
 
 IDLE: Final = 0.2
 """Seconds that the fixed work takes on an idle machine of the kind that the bounds are for."""
@@ -23,7 +23,7 @@ LOOK: Final = 1.0
 """Seconds between two looks of the kubelet's plugin watcher, which a bound does not count."""
 FRESH: Final = 2.0
 """Seconds for which the machine is taken to be as busy as it was."""
-_WORK: Final = (sys.executable, "-c", "import qat_server.plugin, qat_server.metrics")
+_WORK: Final = (sys.executable, "-c", "import qat_server.run_loop, qat_server.observability.metrics")
 
 _TIMES: Final[dict[str, list[float]]] = {}
 _busy: tuple[float, float] = (float("-inf"), 1.0)  # when that was seen, and the factor

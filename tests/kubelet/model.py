@@ -4,7 +4,7 @@ from enum import StrEnum
 from typing import Final
 
 from kubelet.nodes import CY, DC, GENERIC, LONE, SMALL
-from qat_server.simulation.node import Node, Pf
+from qat_simulation.node.description import Node, Pf
 
 OTHER: Final = "other"
 """A pod that has none of our devices."""

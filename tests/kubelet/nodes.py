@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from qat_server.simulation.node import LoneVf, Node, Pf
+from qat_simulation.node.description import LoneVf, Node, Pf
 
 CY: Final = "qat.intel.com/cy"
 DC: Final = "qat.intel.com/dc"

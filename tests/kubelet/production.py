@@ -23,13 +23,13 @@ import qat_shared
 from kubelet.answers import Allocation as RealAllocation
 from kubelet.either import AnyKubelet
 from kubelet.real_kubelet import RealKubelet
-from qat_server.settings import Registration
-from qat_server.simulation import kubelet as emulated
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.node import Node
-from qat_server.simulation.running_node import Processes, short_tmp
-from qat_server.simulation.topology import TopologyPolicy
-from qat_server.status import Status
+from qat_server.command_line.settings import Registration
+from qat_server.observability.status import Status
+from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.kubelet import kubelet as emulated
+from qat_simulation.kubelet.topology import TopologyPolicy
+from qat_simulation.node.description import Node
+from qat_simulation.running_node import Processes, short_tmp
 
 SERVER_ID: Final = 65532
 """The server's uid and gid."""

@@ -30,7 +30,7 @@ from kubelet.answers import (
     Waited,
 )
 from kubelet.harness_process import HARNESS, Harness
-from qat_server.simulation.topology import TopologyPolicy
+from qat_simulation.kubelet.topology import TopologyPolicy
 
 CHECKPOINT: Final = "kubelet_internal_checkpoint"
 

@@ -15,10 +15,10 @@ from kubelet.either import AnyKubelet
 from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, GENERIC, LONE, ONE_PF, TWO_NODES
 from kubelet.production import ProductionNode
 from kubelet.real_kubelet import Damage
-from qat_server.settings import Registration
-from qat_server.simulation.kubelet import AdmissionError
-from qat_server.simulation.node import Node
-from qat_server.simulation.topology import TopologyPolicy
+from qat_server.command_line.settings import Registration
+from qat_simulation.kubelet.kubelet import AdmissionError
+from qat_simulation.kubelet.topology import TopologyPolicy
+from qat_simulation.node.description import Node
 
 AnyNode: TypeAlias = ProductionNode[AnyKubelet]
 Seen: TypeAlias = list[Any]

@@ -12,17 +12,20 @@ import pytest
 
 from kubelet.answers import AdmissionError, KubeletDiedError, KubeletError, KubeletPanicError, TopologyAffinityError
 from kubelet.real_kubelet import Damage, RealKubelet
-from qat_server.generated import deviceplugin_v1beta1_pb2 as api
-from qat_server.generated import pluginregistration_v1_pb2 as watcher
-from qat_server.generated import podresources_v1_pb2 as pod_resources
-from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import (
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as api
+from qat_server.kubelet.generated import pluginregistration_v1_pb2 as watcher
+from qat_server.kubelet.generated import podresources_v1_pb2 as pod_resources
+from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import (
     DevicePluginServicer,
     RegistrationStub,
     add_DevicePluginServicer_to_server,
 )
-from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
-from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
-from qat_server.simulation.topology import TopologyPolicy
+from qat_server.kubelet.generated.pluginregistration_v1_pb2_grpc import (
+    RegistrationServicer,
+    add_RegistrationServicer_to_server,
+)
+from qat_server.kubelet.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
+from qat_simulation.kubelet.topology import TopologyPolicy
 
 CY = "qat.intel.com/cy"
 

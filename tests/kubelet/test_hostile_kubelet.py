@@ -8,7 +8,7 @@ import pytest
 from kubelet.either import EmulatedKubelet
 from kubelet.nodes import CY, ONE_PF
 from kubelet.production import node_directory, on_kubelet
-from qat_server.simulation.kubelet import Hostility
+from qat_simulation.kubelet.kubelet import Hostility
 
 SAID = {
     Hostility.REFUSE: "is not supported by kubelet",

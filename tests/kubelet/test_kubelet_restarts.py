@@ -13,8 +13,8 @@ from kubelet.measured import Timed
 from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, ONE_PF
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import Damage, RealKubelet
-from qat_server.settings import Registration
-from qat_server.simulation.topology import TopologyPolicy
+from qat_server.command_line.settings import Registration
+from qat_simulation.kubelet.topology import TopologyPolicy
 
 RESTARTS = 200
 GROWTH = 6 << 10

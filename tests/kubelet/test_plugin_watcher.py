@@ -9,26 +9,32 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from endpoints import device, running_endpoint
 from kubelet.either import AnyKubelet, EmulatedKubelet
 from kubelet.production import production_node
 from kubelet.real_kubelet import RealKubelet
-from kubelet_sockets import short_directory
-from qat_server import grpc_socket
-from qat_server.allocation import AllocationPolicy
-from qat_server.counters import Counters
-from qat_server.device_plugin import DevicePlugin
-from qat_server.endpoint import Endpoint
-from qat_server.generated import deviceplugin_v1beta1_pb2 as api
-from qat_server.generated import pluginregistration_v1_pb2 as pb
-from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub, add_DevicePluginServicer_to_server
-from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationServicer, add_RegistrationServicer_to_server
-from qat_server.grpc_socket import BoundSocket
-from qat_server.inventory import Device
-from qat_server.registration_watcher import WatcherRegistrar
-from qat_server.settings import Registration
-from qat_server.simulation.node import Node, Pf
-from waiting import until
+from qat_server.command_line.settings import Registration
+from qat_server.devices.inventory import Device
+from qat_server.instrumentation.counters import Counters
+from qat_server.kubelet import sockets as grpc_socket
+from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.device_plugin import DevicePlugin
+from qat_server.kubelet.endpoint import Endpoint
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as api
+from qat_server.kubelet.generated import pluginregistration_v1_pb2 as pb
+from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import (
+    RegistrationStub,
+    add_DevicePluginServicer_to_server,
+)
+from qat_server.kubelet.generated.pluginregistration_v1_pb2_grpc import (
+    RegistrationServicer,
+    add_RegistrationServicer_to_server,
+)
+from qat_server.kubelet.registration.plugin_watcher import WatcherRegistrar
+from qat_server.kubelet.sockets import BoundSocket
+from qat_simulation.node.description import Node, Pf
+from support.conditions import until
+from support.endpoints import device, running_endpoint
+from support.kubelet_sockets import short_directory
 
 CY = "qat.intel.com/cy"
 

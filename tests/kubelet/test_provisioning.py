@@ -13,11 +13,11 @@ from kubelet.measured import Timed
 from kubelet.nodes import CY, DC, SYM_DC
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import RealKubelet
-from qat_server.settings import Registration
-from qat_server.simulation.config_map import ConfigMap
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.topology import TopologyPolicy
-from qat_server.usage import ADMITTED
+from qat_server.command_line.settings import Registration
+from qat_server.kubelet.usage import ADMITTED
+from qat_simulation.kubelet.config_map import ConfigMap
+from qat_simulation.kubelet.topology import TopologyPolicy
+from qat_simulation.node.description import Node, Pf
 
 CRYPTO, COMPRESSION = {"qat.conf": "ServicesEnabled=sym;asym\n"}, {"qat.conf": "ServicesEnabled=dc\n"}
 PF0, PF1 = "0000:6b:00.0", "0001:6b:00.0"

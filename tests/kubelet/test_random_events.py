@@ -24,9 +24,9 @@ from kubelet.answers import AdmissionError
 from kubelet.model import OTHER, Kind, Model
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import RealKubelet
-from qat_server.settings import Registration
-from qat_server.simulation.config_map import ConfigMap
-from qat_server.simulation.topology import TopologyPolicy
+from qat_server.command_line.settings import Registration
+from qat_simulation.kubelet.config_map import ConfigMap
+from qat_simulation.kubelet.topology import TopologyPolicy
 
 SEQUENCES: Final = int(os.environ.get("QAT_KUBELET_SEQUENCES", "20"))
 SEED: Final = int(os.environ.get("QAT_KUBELET_SEED", "1"))

@@ -12,9 +12,9 @@ from kubelet.measured import Timed
 from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, LARGE, ONE_PF, SYM_DC, TWO_NODES
 from kubelet.production import SERVER_ID, SOCKETS, ProductionNode, production_node
 from kubelet.real_kubelet import RealKubelet
-from qat_server.settings import Registration
-from qat_server.simulation.topology import TopologyPolicy
+from qat_server.command_line.settings import Registration
 from qat_shared.pci import PciAddress
+from qat_simulation.kubelet.topology import TopologyPolicy
 
 NODE_0, NODE_1 = {"6b", "70"}, {"e8"}  # the buses of TWO_NODES
 

@@ -10,7 +10,7 @@ from kubelet.answers import AdmissionError
 from kubelet.measured import Timed
 from kubelet.nodes import CY, GENERIC, LONE, ONE_PF
 from kubelet.production import production_node
-from qat_server.simulation.topology import TopologyPolicy
+from qat_simulation.kubelet.topology import TopologyPolicy
 
 LONE_VFS = tuple(vf.address for vf in LONE.vfs)
 QUICK = ("--health-interval=50ms",)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kubelet_sockets import short_directory
+from support.kubelet_sockets import short_directory
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import RunningNode, running_node
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import RunningNode, running_node
 
 ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=2, numa_node=0),))
 SAID = "audit log does not continue"

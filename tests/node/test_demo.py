@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 from rich.console import Console
 
-from qat_server.allocation import AllocationPolicy
-from qat_server.simulation import demo
-from qat_server.simulation.demo import sequence
+from qat_server.kubelet.allocation import AllocationPolicy
+from qat_simulation import demo
+from qat_simulation.demo import sequence
 
 PF, OTHER = "0000:6b:00.0", "0000:70:00.0"
 GEN4 = {"address": PF, "services": "sym;asym", "total_vfs": 4}
@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
 
 
 def test_without_the_helper_s_distribution_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_server.simulation.running_node.shutil.which", lambda name, path=None: None)
+    monkeypatch.setattr("qat_simulation.running_node.shutil.which", lambda name, path=None: None)
     status, output, _ = show({"pfs": [GEN4]}, tmp_path)
     assert status == 1
     assert output.startswith("demo failed: qat-helper is not installed")

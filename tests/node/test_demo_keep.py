@@ -20,7 +20,7 @@ NODE = {"pfs": [{"address": PF, "services": "sym;asym", "total_vfs": 4}]}
 
 PATIENT = """
 from qat_server import main
-from qat_server.simulation.demo import sequence
+from qat_simulation.demo import sequence
 sequence.LIMIT = 600.0
 main.main()
 """

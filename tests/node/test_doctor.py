@@ -5,8 +5,8 @@ import errno
 import json
 import subprocess
 
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import RunningNode, command, running_node
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import RunningNode, command, running_node
 
 
 async def findings_of(node: RunningNode) -> tuple[int, list[dict[str, str]]]:

@@ -9,28 +9,31 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from kubelet_sockets import DirectHelper
-from qat_server import grpc_socket
-from qat_server.allocation import AllocationPolicy
-from qat_server.counters import Counters
-from qat_server.device_plugin import DevicePlugin
-from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
-from qat_server.generated import podresources_v1_pb2 as resources_pb
-from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub, add_DevicePluginServicer_to_server
-from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
-from qat_server.helper_client import HelperError
-from qat_server.inventory import Device, Holder
-from qat_server.pod_resources import PodResourcesError, held_devices
-from qat_server.simulation.kubelet import (
+from qat_server.devices.inventory import Device, Holder
+from qat_server.helper_client.client import HelperError
+from qat_server.instrumentation.counters import Counters
+from qat_server.kubelet import sockets as grpc_socket
+from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.device_plugin import DevicePlugin
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
+from qat_server.kubelet.generated import podresources_v1_pb2 as resources_pb
+from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import (
+    RegistrationStub,
+    add_DevicePluginServicer_to_server,
+)
+from qat_server.kubelet.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
+from qat_server.kubelet.pod_resources import PodResourcesError, held_devices
+from qat_shared.messages import ErrorCode
+from qat_shared.pci import PciAddress
+from qat_simulation.kubelet.kubelet import (
     AdmissionError,
     Kubelet,
     KubeletPanicError,
     TopologyAffinityError,
     TopologyPolicy,
 )
-from qat_shared.messages import ErrorCode
-from qat_shared.pci import PciAddress
-from waiting import until
+from support.conditions import until
+from support.kubelet_sockets import DirectHelper
 
 CY = "qat.intel.com/cy"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from emulated import PF, VF, attribute, emulated, wait_until
-from qat_server.simulation.interception import InterceptionError
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.node import Node, Pf
+from qat_simulation.interception.supervisor import InterceptionError
+from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.node.description import Node, Pf
+from support.emulated_kernel import PF, VF, attribute, emulated, wait_until
 
 NODE = Node(pfs=(Pf(address=PF, total_vfs=4, vf_driver="vfio-pci"), Pf(address="0001:6b:00.0", total_vfs=4)))
 
@@ -64,7 +64,7 @@ def test_where_writes_cannot_be_intercepted_one_sentence_says_what_is_needed(ker
     code = """
         import sys
         from pathlib import Path
-        from qat_server.simulation.interception import InterceptionError, spawn
+        from qat_simulation.interception.supervisor import InterceptionError, spawn
         try:
             spawn(["/bin/true"], [Path("/nowhere")], lambda path, data: 0)
         except InterceptionError as error:
@@ -81,7 +81,7 @@ def test_where_writes_cannot_be_intercepted_one_sentence_says_what_is_needed(ker
 
 
 def test_unknown_machine_is_refused(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_server.simulation.launch.MACHINES", {})
+    monkeypatch.setattr("qat_simulation.interception.launch.MACHINES", {})
     with pytest.raises(InterceptionError, match="not known for"):
         kernel.spawn(["/bin/true"])
 
@@ -89,8 +89,8 @@ def test_unknown_machine_is_refused(kernel: Kernel, monkeypatch: pytest.MonkeyPa
 UNPRIVILEGED = f"""
 import os, subprocess, sys, tempfile
 from pathlib import Path
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.node import demo_node
+from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.node.description import demo_node
 folder = tempfile.TemporaryDirectory(prefix="qat-", dir="/tmp")
 with folder as directory, Kernel(Path(directory), demo_node()) as kernel:
     code = '''
@@ -115,10 +115,12 @@ def test_no_root_is_needed() -> None:
         Path(sys.executable).parents[1] / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     )
     env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
-    env["PYTHONPATH"] = ":".join(str(folder) for folder in (here / "server", here / "shared", site))
+    env["PYTHONPATH"] = ":".join(
+        str(folder) for folder in (here / "server", here / "shared", here / "simulation", site)
+    )
     for python in (sys.executable, "/usr/bin/python3"):
         try:
-            probe = [python, "-c", "import msgspec, qat_server.simulation.kernel"]
+            probe = [python, "-c", "import msgspec, qat_simulation.kernel.kernel"]
             subprocess.run(
                 probe, env=env, user=65534, group=65534, extra_groups=(), check=True, capture_output=True, cwd="/"
             )

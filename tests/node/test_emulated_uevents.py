@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from emulated import PF, VF, VF2, attribute, emulated, wait_until
-from qat_server.simulation.kernel import Kernel
-from qat_server.simulation.node import Node, Pf
+from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.node.description import Node, Pf
+from support.emulated_kernel import PF, VF, VF2, attribute, emulated, wait_until
 
 NODE = Node(pfs=(Pf(address=PF, total_vfs=4, vf_driver="vfio-pci"), Pf(address="0001:6b:00.0", total_vfs=4)))
 

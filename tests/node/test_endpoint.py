@@ -12,19 +12,22 @@ import grpc.aio
 import pytest
 import uvloop
 
-from endpoints import device, running_endpoint
-from kubelet_sockets import DirectHelper, gone
-from qat_server import grpc_socket
-from qat_server.allocation import AllocationPolicy
-from qat_server.counters import Counters
-from qat_server.device_plugin import DevicePlugin
-from qat_server.endpoint import Endpoint
-from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
-from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub, add_DevicePluginServicer_to_server
-from qat_server.registration import Timing
-from qat_server.registration_socket import SocketRegistrar
-from qat_server.simulation.kubelet import Hostility, Kubelet
-from waiting import until
+from qat_server.instrumentation.counters import Counters
+from qat_server.kubelet import sockets as grpc_socket
+from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.device_plugin import DevicePlugin
+from qat_server.kubelet.endpoint import Endpoint
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
+from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import (
+    RegistrationStub,
+    add_DevicePluginServicer_to_server,
+)
+from qat_server.kubelet.registration.kubelet_socket import SocketRegistrar
+from qat_server.kubelet.registration.registrar import Timing
+from qat_simulation.kubelet.kubelet import Hostility, Kubelet
+from support.conditions import until
+from support.endpoints import device, running_endpoint
+from support.kubelet_sockets import DirectHelper, gone
 
 CY = "qat.intel.com/cy"
 QUICK = Timing(
@@ -237,7 +240,7 @@ async def test_many_resources_register_side_by_side(kubelet: Kubelet) -> None:
 async def test_a_hostile_kubelet_is_asked_with_growing_pauses_until_it_is_sane(
     kubelet: Kubelet, hostility: Hostility, error: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "qat_server.endpoint")
+    caplog.set_level(logging.INFO, "qat_server.kubelet.endpoint")
     kubelet.hostility = hostility
     await kubelet.restart()
     helper = DirectHelper(kubelet.directory)

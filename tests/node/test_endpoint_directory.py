@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from helper_process import forked, needs_root
 from qat_helper.kubelet import MODE
-from qat_server.counters import Counters
-from qat_server.endpoint_directory import DirectoryUnusableError, EndpointDirectory
-from qat_server.grpc_socket import private_name, put, remove_leftovers
-from qat_server.helper_client import HelperClient
-from qat_server.settings import Registration
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import running_node
-from waiting import until
+from qat_server.command_line.settings import Registration
+from qat_server.helper_client.client import HelperClient
+from qat_server.instrumentation.counters import Counters
+from qat_server.kubelet.endpoint_directory import DirectoryUnusableError, EndpointDirectory
+from qat_server.kubelet.sockets import private_name, put, remove_leftovers
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import running_node
+from support.conditions import until
+from support.helper_process import forked, needs_root
 
 CY = "qat.intel.com/cy"
 ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, numa_node=0),))

@@ -15,16 +15,16 @@ import pytest
 import uvloop
 from msgspec.structs import replace
 
-from endpoints import device, running_endpoint
-from qat_server.endpoint import Endpoint
-from qat_server.generated import deviceplugin_v1beta1_pb2 as deviceplugin
-from qat_server.generated import pluginregistration_v1_pb2 as registration
-from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
-from qat_server.generated.pluginregistration_v1_pb2_grpc import RegistrationStub
-from qat_server.registration import Timing
-from qat_server.registration_watcher import WatcherRegistrar
-from qat_server.simulation.kubelet import Hostility, Kubelet
-from waiting import until
+from qat_server.kubelet.endpoint import Endpoint
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as deviceplugin
+from qat_server.kubelet.generated import pluginregistration_v1_pb2 as registration
+from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
+from qat_server.kubelet.generated.pluginregistration_v1_pb2_grpc import RegistrationStub
+from qat_server.kubelet.registration.plugin_watcher import WatcherRegistrar
+from qat_server.kubelet.registration.registrar import Timing
+from qat_simulation.kubelet.kubelet import Hostility, Kubelet
+from support.conditions import until
+from support.endpoints import device, running_endpoint
 
 CY = "qat.intel.com/cy"
 Watching: TypeAlias = "grpc.aio.UnaryStreamCall[deviceplugin.Empty, deviceplugin.ListAndWatchResponse]"
@@ -104,7 +104,7 @@ async def test_a_kubelet_that_comes_late_needs_nothing_from_us(kubelet: Kubelet)
 async def test_a_kubelet_that_stays_away_is_a_reason_said_once(
     kubelet: Kubelet, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "qat_server.endpoint")
+    caplog.set_level(logging.INFO, "qat_server.kubelet.endpoint")
     await kubelet.stop()
     timing = Timing(first=0.01, after_failure=0.02, found=0.5)  # long enough to be found in, on a busy machine
     async with running(kubelet, timing=timing) as endpoint:
@@ -229,7 +229,7 @@ async def test_many_resources_side_by_side(kubelet: Kubelet) -> None:
 async def test_a_hostile_kubelet_is_met_with_pauses_until_it_is_sane(
     kubelet: Kubelet, hostility: Hostility, error: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "qat_server.endpoint")
+    caplog.set_level(logging.INFO, "qat_server.kubelet.endpoint")
     kubelet.hostility = hostility
     # Only who hangs is not waited for: the others come at once, as fast as the machine allows.
     timing = replace(QUICK, found=0.5) if hostility is Hostility.HANG else QUICK

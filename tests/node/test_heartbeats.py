@@ -2,8 +2,8 @@
 
 import os
 
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import running_node
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import running_node
 
 CY = "qat.intel.com/cy"
 FIRST = Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, numa_node=0)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from helper_process import Client, Helper, helper, wait_until
 from qat_shared.messages import PROTOCOL, Hello, Welcome
+from support.helper_process import Client, Helper, helper, wait_until
 
 ACTIVATE = shutil.which("systemd-socket-activate")
 

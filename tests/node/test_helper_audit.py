@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from helper_process import COMMAND, PF, VF, Client, Helper, helper, wait_until
 from qat_shared.messages import (
     AnyReply,
     BindDriver,
@@ -29,7 +28,8 @@ from qat_shared.messages import (
     PrepareSocketDirectory,
     ReadHeartbeat,
 )
-from sysfs_tree import address
+from support.helper_process import COMMAND, PF, VF, Client, Helper, helper, wait_until
+from support.sysfs_tree import address
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
 

@@ -6,10 +6,6 @@ from typing import Any
 
 import pytest
 
-from emulated import PF, VF, VF2, attribute, read
-from emulated_helper import Running, code, helper_on
-from helper_process import Client, wait_until
-from qat_server.simulation.node import Node, Pf
 from qat_shared.messages import (
     AnyReply,
     AnyRequest,
@@ -26,6 +22,10 @@ from qat_shared.messages import (
     SetServices,
 )
 from qat_shared.pci import PciAddress
+from qat_simulation.node.description import Node, Pf
+from support.emulated_kernel import PF, VF, VF2, attribute, read
+from support.helper_on_emulated_kernel import Running, code, helper_on
+from support.helper_process import Client, wait_until
 
 OTHER_PF, OTHER_VF = "0001:6b:00.0", "0001:6b:00.1"
 TWO_PFS = Node(pfs=tuple(Pf(address=address, services="dc", total_vfs=2) for address in (PF, OTHER_PF)))

@@ -16,7 +16,6 @@ import msgspec
 import pytest
 
 import qat_helper.main
-from helper_process import PF, VF, VF2, Helper, failure, forked, heartbeat, helper, needs_root, wait_until
 from qat_helper.main import main
 from qat_shared.codec import decode_reply
 from qat_shared.messages import (
@@ -38,7 +37,8 @@ from qat_shared.messages import (
     ReadHeartbeat,
     Welcome,
 )
-from sysfs_tree import address
+from support.helper_process import PF, VF, VF2, Helper, failure, forked, heartbeat, helper, needs_root, wait_until
+from support.sysfs_tree import address
 
 
 @pytest.fixture

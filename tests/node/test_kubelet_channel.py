@@ -8,13 +8,13 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from kubelet_sockets import DirectHelper
-from qat_server import kubelet_channel
-from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
-from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub
-from qat_server.simulation.kubelet import Kubelet
+from qat_server.kubelet import channel as kubelet_channel
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
+from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub
 from qat_shared.messages import KubeletService
-from waiting import until
+from qat_simulation.kubelet.kubelet import Kubelet
+from support.conditions import until
+from support.kubelet_sockets import DirectHelper
 
 
 async def test_the_relay_works_from_a_directory_too_deep_for_a_socket(directory: Path) -> None:

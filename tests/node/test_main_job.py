@@ -12,11 +12,11 @@ from collections import Counter
 
 import pytest
 
-from qat_server.simulation.kubelet import AdmissionError
-from qat_server.simulation.node import LoneVf, Node, OtherDevice, Pf, demo_node
-from qat_server.simulation.running_node import RunningNode, command, running_node
-from qat_server.status import Status, decode
-from waiting import until
+from qat_server.observability.status import Status, decode
+from qat_simulation.kubelet.kubelet import AdmissionError
+from qat_simulation.node.description import LoneVf, Node, OtherDevice, Pf, demo_node
+from qat_simulation.running_node import RunningNode, command, running_node
+from support.conditions import until
 
 CY, DC, GENERIC = "qat.intel.com/cy", "qat.intel.com/dc", "qat.intel.com/generic"
 ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, numa_node=0),))

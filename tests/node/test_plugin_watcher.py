@@ -5,8 +5,8 @@ import os
 import signal
 from collections.abc import Callable
 
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import RunningNode, running_node
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import RunningNode, running_node
 
 CY, DC = "qat.intel.com/cy", "qat.intel.com/dc"
 TWO_PFS = Node(

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from node.test_provisioning import CRYPTO, PF0, PF1, bare, read
-from qat_server.simulation.config_map import ConfigMap
-from qat_server.simulation.node import Node
-from qat_server.simulation.running_node import RunningNode, command, running_node
+from qat_simulation.kubelet.config_map import ConfigMap
+from qat_simulation.node.description import Node
+from qat_simulation.running_node import RunningNode, command, running_node
 
 DONE, FAILED, WRONG, NOTHING, WAITING = 0, 1, 2, 10, 11
 VF = "0000:6b:00.1"

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from qat_server.simulation.config_map import ConfigMap
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import RunningNode, running_node
-from qat_server.status import ProvisioningStatus, Status
+from qat_server.observability.status import ProvisioningStatus, Status
+from qat_simulation.kubelet.config_map import ConfigMap
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import RunningNode, running_node
 
 CY, DC, SYM_DC, GENERIC = (f"qat.intel.com/{name}" for name in ("cy", "dc", "sym-dc", "generic"))
 PF0, PF1, PF2 = "0000:6b:00.0", "0001:6b:00.0", "0000:e8:00.0"

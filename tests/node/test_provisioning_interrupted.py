@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from node.test_provisioning import CY, DC, PF0, bare, provisioned, read, serves
-from qat_server.simulation.config_map import ConfigMap
-from qat_server.simulation.running_node import RunningNode
+from qat_simulation.kubelet.config_map import ConfigMap
+from qat_simulation.running_node import RunningNode
 
 VF = "0000:6b:00.2"
 STEPS = (

@@ -15,10 +15,10 @@ from contextlib import asynccontextmanager
 import grpc.aio
 import pytest
 
-from qat_server.generated import deviceplugin_v1beta1_pb2 as pb
-from qat_server.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import RunningNode, running_node
+from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
+from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import RunningNode, running_node
 
 CY, GENERIC = "qat.intel.com/cy", "qat.intel.com/generic"
 REFUSED = "0000:6b:00.3"

@@ -2,8 +2,8 @@
 
 import signal
 
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import running_node
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import running_node
 
 CY, DC = "qat.intel.com/cy", "qat.intel.com/dc"
 TWO = Node(

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from qat_server.service_manager import VARIABLE
-from qat_server.simulation.node import Node, Pf
-from qat_server.simulation.running_node import RunningNode, running_node
+from qat_server.host.service_manager import VARIABLE
+from qat_simulation.node.description import Node, Pf
+from qat_simulation.running_node import RunningNode, running_node
 
 CY = "qat.intel.com/cy"
 PFS = ("0000:6b:00.0", "0001:6b:00.0")

@@ -1,7 +1,7 @@
 """What cannot be read for a moment, while something changes that no further uevent will tell of."""
 
-from qat_server.simulation.node import LoneVf, Node
-from qat_server.simulation.running_node import running_node
+from qat_simulation.node.description import LoneVf, Node
+from qat_simulation.running_node import running_node
 
 GENERIC = "qat.intel.com/generic"
 LONE = Node(vfs=tuple(LoneVf(address=f"0000:0{n}:00.0") for n in range(1, 5)))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dispatching import Bench
 from qat_helper.operations import NAMES
 from qat_helper.policy import Policy
 from qat_server import logs
+from support.dispatcher_bench import Bench
 
 
 @pytest.fixture

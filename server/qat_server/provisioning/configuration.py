@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 
 from msgspec import Struct
 
-from qat_server.inventory import PhysicalFunction
+from qat_server.devices.inventory import PhysicalFunction
 from qat_server.provisioning import qat_conf, qat_toml
 from qat_server.provisioning.qat_conf import ConfigurationError, QatConf, Services
 from qat_server.provisioning.qat_toml import PfSettings, QatToml

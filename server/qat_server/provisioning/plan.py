@@ -18,7 +18,7 @@ from typing import Final
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qat_server.inventory import Inventory, PhysicalFunction, Problem, VirtualFunction
+from qat_server.devices.inventory import Inventory, PhysicalFunction, Problem, VirtualFunction
 from qat_server.provisioning.configuration import Configuration, Wanted
 from qat_server.provisioning.qat_conf import Services, canonical
 from qat_server.provisioning.state import ProvisionedState

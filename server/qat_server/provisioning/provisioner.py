@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Final
 
 from qat_server import logs
-from qat_server.helper_client import HelperClient, HelperError, HelperUnavailableError
-from qat_server.inventory import Inventory, PhysicalFunction
+from qat_server.binding.plan import Attempts
+from qat_server.devices.inventory import Inventory, PhysicalFunction
+from qat_server.helper_client.client import HelperClient, HelperError, HelperUnavailableError
+from qat_server.kubelet.usage import BEING_ADMITTED, Usage
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.plan import PfPlan, Step, plan
 from qat_server.provisioning.progress import Progress, Stage
@@ -26,8 +28,6 @@ from qat_server.provisioning.qat_conf import Services
 from qat_server.provisioning.state import read_states
 from qat_server.provisioning.steps import carry_out, is_refused, takes_vfs_away, why
 from qat_server.provisioning.table import wanted_text
-from qat_server.reconcile import Attempts
-from qat_server.usage import BEING_ADMITTED, Usage
 from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 

@@ -13,8 +13,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.naming import SERVICES
-from qat_server.values import listed
+from qat_server.command_line.values import listed
+from qat_server.devices.naming import SERVICES
 
 FILE: Final = "qat.conf"
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.inventory import PhysicalFunction, Problem
+from qat_server.devices.inventory import PhysicalFunction, Problem
 from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import MalformedError, MissingError, PciDevice, SysfsError, open_device

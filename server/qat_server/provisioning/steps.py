@@ -4,7 +4,7 @@ import errno
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from qat_server.helper_client import HelperError
+from qat_server.helper_client.client import HelperError
 from qat_server.provisioning.plan import SetAutoReset, SetNumVfs, SetPmIdle, SetServices, Step
 from qat_shared import messages
 from qat_shared.messages import AnyRequest, ErrorCode, Provisioned, Service

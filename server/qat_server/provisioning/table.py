@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from qat_server.inventory import PhysicalFunction
+from qat_server.devices.inventory import PhysicalFunction
 from qat_server.provisioning.configuration import Wanted
 from qat_server.provisioning.plan import PfPlan, Plan, word
 from qat_server.provisioning.qat_conf import canonical

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from qat_server import logs
-from qat_server.inotify import Inotify
 from qat_server.provisioning import configuration
 from qat_server.provisioning.configuration import Configuration
+from qat_server.provisioning.inotify import Inotify
 from qat_server.provisioning.qat_conf import ConfigurationError
 
 log = logs.get(__name__)

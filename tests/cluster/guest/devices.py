@@ -1,4 +1,4 @@
-"""In the guest: put in the devices of a description (simulation/node.py; a file of JSON), or, without one, all out.
+"""In the guest: plug in the devices of a description (a JSON file; see qat_simulation.node), or unplug all without one.
 
 devices.py [FILE]
 """
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from kernel.real_kernel import RealKernel
-from qat_server.simulation.node import Node, parse_node
+from qat_simulation.node.description import Node, parse_node
 
 
 def main() -> None:

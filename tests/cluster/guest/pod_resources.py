@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import grpc
 
-from qat_server.generated import podresources_v1_pb2 as pb
-from qat_server.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
+from qat_server.kubelet.generated import podresources_v1_pb2 as pb
+from qat_server.kubelet.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
 
 SOCKET: Final = "unix:/var/lib/kubelet/pod-resources/kubelet.sock"
 LIMIT: Final = 300.0

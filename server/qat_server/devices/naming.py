@@ -1,0 +1,72 @@
+"""The resource name of a VF, from the services that its PF is configured for.
+
+Services are words joined by `;`, as in the kernel's qat/cfg_services (Documentation/ABI/testing/sysfs-driver-qat).
+Their order does not count, neither for the device nor for the name. What cannot be understood is `generic`, never an
+error.
+"""
+
+import configparser
+from typing import Final
+
+from qat_server.devices.inventory import PhysicalFunction, VirtualFunction
+from qat_shared.devices import VIRTUAL
+
+GENERIC: Final = "generic"
+_CRYPTO: Final = "cy"
+
+SERVICES: Final = ("asym", "sym", "dc", "decomp", "dcc")
+"""All services, in the order of the kernel's adf_cfg_services.c, which is the order of the words in a name."""
+
+_NAMED_PFS: Final = frozenset(kind.physical for kind in VIRTUAL.values() if kind.named_by_services)
+
+
+def resource_name(vf: VirtualFunction, pf: PhysicalFunction | None, config: str | None) -> str:
+    """cy, dc, sym-dc, ... or generic. `config` is the PF's debugfs dev_cfg, None where it is not known."""
+    kind = VIRTUAL.get(vf.device_id)
+    if kind is None or not kind.named_by_services or pf is None:
+        return GENERIC
+    if _says_services(pf):
+        return resource_of(pf.services)
+    return resource_of(_enabled_services(config)) if config else GENERIC
+
+
+def is_resource_name(name: str) -> bool:
+    """Whether `resource_name` can give it."""
+    return name in (GENERIC, _CRYPTO) or set(name.split("-")) <= set(SERVICES)
+
+
+def needs_config(pf: PhysicalFunction) -> bool:
+    """Whether the names of a PF's VFs depend on its dev_cfg, which only the helper can read."""
+    return pf.device_id in _NAMED_PFS and bool(pf.vfs) and not _says_services(pf)
+
+
+def _says_services(pf: PhysicalFunction) -> bool:
+    return pf.state == "up" and pf.services is not None
+
+
+def resource_of(services: str | None) -> str:
+    """The name for services as in qat/cfg_services, in any order; generic for what cannot be understood."""
+    words = [word.strip() for word in (services or "").split(";")]
+    if len(set(words)) != len(words) or not set(words) <= set(SERVICES):
+        return GENERIC
+    ordered = [service for service in SERVICES if service in words]
+    return _CRYPTO if ordered == ["asym", "sym"] else "-".join(ordered)
+
+
+def _enabled_services(config: str) -> str | None:
+    """[GENERAL] ServicesEnabled of a dev_cfg: `[section]` and `key = value` lines (the kernel's adf_cfg.c)."""
+    parser = configparser.RawConfigParser(
+        delimiters=("=",),
+        comment_prefixes=("#", ";"),
+        inline_comment_prefixes=("#",),  # not `;`, which stands between services
+        strict=False,
+        allow_no_value=True,
+        default_section="",
+    )
+    parser.optionxform = str  # type: ignore[assignment, method-assign]  # keys are as the kernel spells them
+    try:
+        # Without the lines' indentation, which would join a line to the value before it.
+        parser.read_string("\n".join(line.strip() for line in config.splitlines()))
+    except configparser.Error:
+        return None
+    return parser.get("GENERAL", "ServicesEnabled", fallback=None)

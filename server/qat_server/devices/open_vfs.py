@@ -1,0 +1,65 @@
+"""Which VFs are open now, for who looks at /status and /metrics: read in a thread, at most once a second.
+
+Opening and closing a device gives no uevent, so it must be read: a file for each VF, some 50 ms for a thousand.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from qat_server.devices.functions import UNREADABLE, in_use
+from qat_server.devices.inventory import Inventory
+from qat_shared.messages import DpdkDriver
+from qat_shared.sysfs import open_device
+
+FRESH: Final = 1.0
+"""Seconds for which what was read answers all who ask."""
+
+
+def with_fresh_use(sysfs_root: Path, inventory: Inventory) -> Inventory:
+    """The inventory with each `in_use` as it is now: opening and closing a device gives no uevent.
+
+    What cannot be read stays as it was.
+    """
+    vfs = []
+    for vf in inventory.vfs:
+        if vf.driver == DpdkDriver.VFIO_PCI:
+            try:
+                with open_device(sysfs_root, vf.address) as device:
+                    open_now = in_use(device)
+            except UNREADABLE:
+                open_now = bool(vf.in_use)
+            vfs.append(vf if open_now == vf.in_use else replace(vf, in_use=open_now))
+        else:
+            vfs.append(vf)
+    return replace(inventory, vfs=tuple(vfs))
+
+
+class FreshUse:
+    """Who asks while it is being read waits for the same answer."""
+
+    def __init__(
+        self,
+        sysfs_root: Path,
+        clock: Callable[[], float] = time.monotonic,
+        read: Callable[[Path, Inventory], Inventory] = with_fresh_use,
+    ) -> None:
+        self._sysfs_root = sysfs_root
+        self._clock = clock
+        self._read = read
+        self._lock = asyncio.Lock()
+        self._of: Inventory | None = None
+        self._fresh: Inventory | None = None
+        self._at = 0.0
+
+    async def of(self, inventory: Inventory) -> Inventory:
+        """`inventory` with what is in use."""
+        async with self._lock:
+            if self._fresh is None or self._of is not inventory or self._clock() >= self._at + FRESH:
+                self._fresh = await asyncio.to_thread(self._read, self._sysfs_root, inventory)
+                self._of, self._at = inventory, self._clock()
+            return self._fresh

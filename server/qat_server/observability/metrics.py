@@ -1,0 +1,222 @@
+"""Prometheus metrics (qat_plugin_*), made when asked for out of the State and the Counters; nothing is kept here.
+
+Importing this imports prometheus_client: do it only when --metrics-address is given.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+from typing import Final
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
+
+from qat_server.instrumentation.counters import Counters, Histogram
+from qat_server.observability.status import State
+from qat_server.provisioning.progress import Stage
+from qat_shared import VERSION
+
+PREFIX: Final = "qat_plugin_"
+CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
+
+
+def registry(state: Callable[[], State], counters: Counters) -> CollectorRegistry:
+    """A registry of our own: the plugin's metrics and the process's (process_*). `state` is called at each scrape."""
+    made = CollectorRegistry(auto_describe=False)
+    made.register(PluginCollector(state, counters))
+    ProcessCollector(registry=made)
+    return made
+
+
+def text(source: CollectorRegistry) -> bytes:
+    """The body of /metrics."""
+    return generate_latest(source)
+
+
+class PluginCollector(Collector):
+    """All metrics named qat_plugin_*."""
+
+    def __init__(self, state: Callable[[], State], counters: Counters) -> None:
+        self._state = state
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        """Make all families."""
+        state = self._state()
+        yield _gauge("build_info", "Always 1; the version is the label.", ("version",), {(VERSION,): 1})
+        yield _gauge("ready", "Whether /readyz says so.", (), {(): not state.not_ready})
+        yield from _device_metrics(state)
+        yield from _provisioning_metrics(state)
+        yield from _kubelet_metrics(state)
+        yield from _helper_metrics(state)
+        yield from _sandbox_metrics(state)
+        yield _counter("uevents", "Kernel uevents that concerned PCI devices or drivers.", (), {(): state.uevents})
+        yield _counter(
+            "uevent_overruns",
+            "Times the kernel dropped uevents; each leads to a resync.",
+            (),
+            {(): state.uevent_overruns},
+        )
+        yield from _counted(self._counters)
+
+
+def _device_metrics(state: State) -> Iterator[Metric]:
+    inventory = state.inventory
+    devices: Counter[tuple[str, ...]] = Counter()
+    for name, listed in state.listing.items():
+        devices[name, "healthy"] = devices[name, "unhealthy"] = 0
+        for device in listed:
+            devices[name, "healthy" if device.healthy else "unhealthy"] += 1
+    yield _gauge("devices", "Devices that the kubelet is told of.", ("resource", "health"), devices)
+
+    use = {True: "in_use", False: "idle", None: "unknown"}
+    yield _gauge(
+        "vfs",
+        "VFs found, by driver and by whether a process holds them open.",
+        ("driver", "use"),
+        Counter((vf.driver or "none", use[vf.in_use]) for vf in inventory.vfs),
+    )
+    yield _gauge("vfs_cut", "VFs beyond --max-num-devices, left alone.", (), {(): len(inventory.cut)})
+    yield _gauge("vfs_foreign", "VFs that somebody bound to another driver, left alone.", (), {(): len(state.foreign)})
+    yield _gauge("vfs_failed", "VFs that could not be bound.", (), {(): len(state.failures)})
+    yield _gauge("problems", "What could not be read or used, see /status.", (), {(): len(inventory.problems)})
+    yield _gauge(
+        "pf_info",
+        "Always 1; what a PF is like stands in the labels.",
+        ("pf", "driver", "numa_node", "state", "services"),
+        {
+            (
+                str(pf.address),
+                pf.driver or "none",
+                "" if pf.numa_node is None else str(pf.numa_node),
+                pf.state or "unknown",
+                pf.services or "",
+            ): 1
+            for pf in inventory.pfs
+        },
+    )
+    yield _gauge("pf_vfs", "VFs enabled on a PF.", ("pf",), {(str(pf.address),): len(pf.vfs) for pf in inventory.pfs})
+    yield _gauge(
+        "pf_up",
+        "Whether qat/state is up; PFs without that file are left out.",
+        ("pf",),
+        {(str(pf.address),): pf.state == "up" for pf in inventory.pfs if pf.state is not None},
+    )
+    yield _gauge(
+        "pf_heartbeat",
+        "Whether a PF answered its last heartbeat query; PFs never asked are left out.",
+        ("pf",),
+        {(str(address),): alive for address, alive in state.heartbeats.items()},
+    )
+
+
+def _provisioning_metrics(state: State) -> Iterator[Metric]:
+    yield _gauge(
+        "provisioning_pfs",
+        "PFs by how far they are on the way to what the provisioning configuration wants.",
+        ("stage",),
+        {(stage,): sum(each.stage == stage for each in state.provisioning.values()) for stage in Stage}
+        if state.provisioning
+        else {},
+    )
+    yield _gauge(
+        "provisioning_held",
+        "Always 1; who holds VFs of a PF that waits to be provisioned (a pod's container, or a process).",
+        ("pf", "holder"),
+        {(str(pf), holder): 1 for pf, each in state.provisioning.items() for holder in each.held_by},
+    )
+    yield _gauge(
+        "provisioning_configuration_error",
+        "Whether the provisioning configuration is not usable as it is now.",
+        (),
+        {(): bool(state.provisioning_error)},
+    )
+
+
+def _kubelet_metrics(state: State) -> Iterator[Metric]:
+    endpoints = state.endpoints
+    yield _gauge(
+        "registered",
+        "Whether a resource is registered with the kubelet.",
+        ("resource",),
+        {(name,): endpoint.registered for name, endpoint in endpoints.items()},
+    )
+    yield _counter(
+        "registrations",
+        "Successful registrations with the kubelet.",
+        ("resource",),
+        {(name,): endpoint.registrations for name, endpoint in endpoints.items()},
+    )
+
+
+def _helper_metrics(state: State) -> Iterator[Metric]:
+    helper = state.helper
+    yield _gauge("helper_up", "Whether the helper is connected.", (), {(): helper.connected})
+    yield _gauge(
+        "audit_head_sequence", "Number of the last line of the helper's audit log.", (), {(): helper.audit_sequence}
+    )
+
+
+def _sandbox_metrics(state: State) -> Iterator[Metric]:
+    layers = {"helper": state.helper.sandbox, "server": state.sandbox}
+    yield _gauge(
+        "sandbox",
+        "Whether a layer of a process's sandbox is whole; /status says what is missing.",
+        ("process", "layer"),
+        {(process, layer): not lack for process, found in layers.items() for layer, lack in found.items()},
+    )
+
+
+def _counted(counters: Counters) -> Iterator[Metric]:
+    yield _counter("helper_requests", "Requests to the helper.", ("operation", "outcome"), counters.helper_requests)
+    yield _counter(
+        "audit_breaks", "Times the helper's audit log did not continue where it was.", (), {(): counters.audit_breaks}
+    )
+    yield _counter("bind_attempts", "VFs tried to bind.", ("driver",), _labelled(counters.bind_attempts))
+    yield _counter("bind_failures", "VFs that could not be bound.", ("driver", "outcome"), counters.bind_failures)
+    yield _histogram("bind_seconds", "Time to bind a VF through the helper.", counters.bind_seconds)
+    yield _counter(
+        "allocations", "Containers that devices were asked for.", ("resource", "outcome"), counters.allocations
+    )
+    yield _counter(
+        "allocated_devices", "Devices given to containers.", ("resource",), _labelled(counters.allocated_devices)
+    )
+    yield _counter(
+        "preferred_allocations",
+        "Preferences that the kubelet asked for.",
+        ("resource", "outcome"),
+        counters.preferred_allocations,
+    )
+    yield _counter("resyncs", "Looks at everything.", (), {(): counters.resyncs})
+    yield _histogram("rescan_seconds", "Time of a look at the devices in sysfs.", counters.rescan_seconds)
+
+
+def _labelled(counts: Mapping[str, int]) -> dict[tuple[str, ...], int]:
+    return {(label,): count for label, count in counts.items()}
+
+
+def _gauge(
+    name: str, help_text: str, labels: tuple[str, ...], samples: Mapping[tuple[str, ...], int | bool]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(PREFIX + name, help_text, labels=labels)
+    for values, number in samples.items():
+        family.add_metric(values, float(number))
+    return family
+
+
+def _counter(
+    name: str, help_text: str, labels: tuple[str, ...], samples: Mapping[tuple[str, ...], int]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(PREFIX + name, help_text, labels=labels)  # shown as <name>_total
+    for values, number in samples.items():
+        family.add_metric(values, float(number))
+    return family
+
+
+def _histogram(name: str, help_text: str, histogram: Histogram) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(PREFIX + name, help_text)
+    bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+    family.add_metric((), list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True)), histogram.total)
+    return family

@@ -1,0 +1,33 @@
+"""The local socket on which a running server tells its status: beside its endpoints, where it may write.
+
+The name begins with a dot: the kubelet's plugin watcher passes over such names, and its device manager looks at no
+subdirectory. The directory is root's and the server's group's, so nobody else can ask.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from qat_server.command_line.settings import STATUS_SOCKET
+from qat_server.kubelet.sockets import private_name, put
+
+_BACKLOG: Final = 16
+_MODE: Final = 0o660
+
+
+@contextlib.contextmanager
+def listening(directory: Path) -> Iterator[socket.socket]:
+    """A socket that listens at `directory`/STATUS_SOCKET, in place of one that was left there. Raises OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        with private_name(directory) as private:
+            listener.bind(private)
+            os.chmod(private, _MODE)
+            listener.listen(_BACKLOG)
+            bound = put(private, directory / STATUS_SOCKET)
+        try:
+            yield listener
+        finally:
+            bound.remove()

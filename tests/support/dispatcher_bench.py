@@ -1,0 +1,140 @@
+"""The helper's dispatcher with a clock and operations of the test's, and real children."""
+
+import functools
+import json
+import os
+import select
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from qat_helper import dispatch
+from qat_helper.audit import AuditLog, Caller
+from qat_helper.dispatch import Dispatcher
+from qat_helper.errors import UNSIGNED
+from qat_helper.node import Node, Outcome
+from qat_helper.operations import OPERATIONS
+from qat_helper.policy import Policy
+from qat_shared.messages import (
+    AnyReply,
+    AnyRequest,
+    BindDriver,
+    Bound,
+    DpdkDriver,
+    Failure,
+)
+from qat_shared.pci import PciAddress
+from support.forks import noted
+
+VF = PciAddress(0, 0x6B, 0, 1)
+CALLER = Caller(pid=10, uid=20, gid=30)
+Function = Callable[[Node, Any], Outcome]
+"""What an operation does, as in the table of operations."""
+UNREAPED: list[int] = []
+"""The children that have been started. The helper has the kernel reap its own, for all processes that it starts."""
+
+
+class Bench:
+    """A dispatcher whose clock and operations are the test's; children are real."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
+        self.log = directory / "audit.jsonl"
+        self.audit = AuditLog(self.log)
+        self.now = 100.0
+        self.replies: list[AnyReply] = []
+        self.descriptors: list[int] = []
+        self.calls: dict[int, Callable[[], None]] = {}
+        self._table = dict(OPERATIONS)
+        monkeypatch.setattr(dispatch, "OPERATIONS", self._table)
+        monkeypatch.setattr(os, "fork", noted(os.fork, UNREAPED))
+        node = Node(sysfs_root=directory, kubelet_dir=directory, server_gid=0, policy=policy)
+        self.dispatcher = Dispatcher(node, self.audit, self.calls.__setitem__, self.calls.__delitem__, lambda: self.now)
+
+    def operation(self, request: type[AnyRequest], function: Function, at_once: int = 16) -> None:
+        self._table[request] = msgspec.structs.replace(self._table[request], function=function, at_once=at_once)
+
+    def ask(self, request: AnyRequest, owner: object = None) -> None:
+        self.dispatcher.ask(CALLER, request, self._answered, owner)
+
+    def _answered(self, outcome: Outcome) -> None:
+        self.replies.append(outcome.reply)
+        if outcome.descriptor is not None:
+            self.descriptors.append(outcome.descriptor)
+
+    def run(self, until: Callable[[], object]) -> None:
+        """Let children end until it is true."""
+        while not until():
+            poll = select.poll()
+            for descriptor in self.calls:
+                poll.register(descriptor, select.POLLIN)
+            ready = poll.poll(20_000)
+            assert ready, "no child has ended"
+            self.calls[ready[0][0]]()
+
+    def close(self) -> None:
+        """Whatever children there are still: with their channels they end, and nobody waits for them."""
+        for call in self.calls.values():
+            assert isinstance(call, functools.partial)
+            call.args[0].channel.close()
+        UNREAPED[:] = [pid for pid in UNREAPED if not os.waitpid(pid, os.WNOHANG)[0]]
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_bytes().splitlines()]
+
+    def story(self) -> list[tuple[str, str, int]]:
+        """Each line's event, verdict, and the line that it refers to."""
+        return [(line["event"], line.get("verdict", ""), line.get("asked", 0)) for line in self.lines()]
+
+
+def bind(number: int = 1, function: int = 1) -> BindDriver:
+    address = PciAddress(0, 0x6B, 0, function)
+    return BindDriver(id=number, address=address, driver=DpdkDriver.VFIO_PCI, reason="a test")
+
+
+def bind_other(number: int) -> BindDriver:
+    """Of a device of its own for each number."""
+    return msgspec.structs.replace(bind(number), address=PciAddress(0, 0x6B, number // 8, number % 8))
+
+
+def done(node: Node, request: AnyRequest) -> Outcome:
+    return Outcome(Bound(id=request.id, audit=UNSIGNED, driver="vfio-pci", changed=True))
+
+
+def who(node: Node, request: AnyRequest) -> Outcome:
+    """Tells which process did it."""
+    return Outcome(Bound(id=request.id, audit=UNSIGNED, driver=str(os.getpid()), changed=True))
+
+
+class Gate:
+    """An operation that waits until it is let through, as one that is blocked in the kernel does."""
+
+    def __init__(self, bench: Bench, outcome: Function = done) -> None:
+        self._path = bench.log.with_name("gate")
+        self._outcome = outcome
+        os.mkfifo(self._path)
+
+    def __call__(self, node: Node, request: AnyRequest) -> Outcome:
+        with self._path.open("rb") as pipe:
+            pipe.read()
+        return self._outcome(node, request)
+
+    def open(self) -> None:
+        self._path.open("wb").close()
+
+    def stand_open(self, bench: Bench, until: Callable[[], object]) -> None:
+        """Let through whatever comes, and let children end, until it is true."""
+        while not until():
+            with suppress(OSError):  # nobody is at the gate just now
+                os.close(os.open(self._path, os.O_WRONLY | os.O_NONBLOCK))
+            for descriptor in list(bench.calls):
+                if descriptor in bench.calls and select.select([descriptor], [], [], 0.01)[0]:
+                    bench.calls[descriptor]()
+
+
+def failure(reply: AnyReply) -> Failure:
+    assert isinstance(reply, Failure)
+    return reply

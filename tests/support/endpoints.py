@@ -1,0 +1,35 @@
+"""An endpoint that runs for a test, whichever way it registers, and devices for its list."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from qat_server.devices.inventory import Device
+from qat_server.instrumentation.counters import Counters
+from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.endpoint import Endpoint
+from qat_server.kubelet.registration.registrar import Registrar, Timing
+from qat_shared.pci import PciAddress
+
+
+def device(number: int, reason: str = "") -> Device:
+    """A VF of PF 0000:6b:00.0."""
+    pf = PciAddress(0, 0x6B, 0, 0)
+    nodes = (f"/dev/vfio/{number}", "/dev/vfio/vfio")
+    return Device(PciAddress(0, 0x6B, 0, number), pf, 0, nodes, (), reason)
+
+
+@asynccontextmanager
+async def running_endpoint(
+    name: str, registrar: Registrar, devices: Sequence[Device], timing: Timing | None = None
+) -> AsyncIterator[Endpoint]:
+    """It runs while the block does, and leaves no socket behind."""
+    endpoint = Endpoint(name, registrar, AllocationPolicy.NONE, Counters(), timing=timing)
+    endpoint.update(devices)
+    task = asyncio.create_task(endpoint.run())
+    try:
+        yield endpoint
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert not endpoint.socket_path.exists()

@@ -1,0 +1,245 @@
+"""The real qat-helper in a process of its own, on a small sysfs tree, and a plain client of its socket."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qat_shared.codec import decode_reply, encode
+from qat_shared.messages import (
+    MAX_MESSAGE,
+    PROTOCOL,
+    AnyReply,
+    AnyRequest,
+    ErrorCode,
+    Failure,
+    Heartbeat,
+    Hello,
+    ReadHeartbeat,
+    Welcome,
+)
+from support.sysfs_tree import SysfsTree, address
+
+PF, VF, VF2 = "6b:00.0", "6b:00.1", "6b:00.2"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+COMMAND = str(Path(sys.executable).with_name("qat-helper"))
+
+
+def helper_options(sysfs_root: Path, kubelet_directory: Path, socket_path: Path, audit_log: Path) -> list[str]:
+    """A helper's options where whoever runs the test is its server."""
+    return [
+        f"--sysfs-root={sysfs_root}",
+        f"--kubelet-dir={kubelet_directory}",
+        f"--socket={socket_path}",
+        f"--server-uid={os.geteuid()}",
+        f"--server-gid={os.getegid()}",
+        f"--audit-log={audit_log}",
+    ]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Return once it is true; a generous limit."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.005)
+
+
+class Client:
+    """One connection. `ask` sends and waits for one answer."""
+
+    def __init__(self, path: Path, *, greet: bool = True) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.connect(str(path))  # before there is a time-out: with one, a full backlog would be an error
+        self.sock.settimeout(120)
+        if greet:
+            reply = self.ask(Hello(id=0, protocol=PROTOCOL, version="test"))
+            if not isinstance(reply, Welcome):
+                self.close()
+                raise AssertionError(reply)
+
+    def send(self, request: AnyRequest | bytes) -> None:
+        self.sock.send(request if isinstance(request, bytes) else encode(request))
+
+    def receive(self) -> AnyReply:
+        return decode_reply(self.sock.recv(MAX_MESSAGE + 1))
+
+    def ask(self, request: AnyRequest | bytes) -> AnyReply:
+        self.send(request)
+        return self.receive()
+
+    def at_end(self) -> bool:
+        """Wait for the end of the connection."""
+        try:
+            return self.sock.recv(MAX_MESSAGE) == b""
+        except ConnectionResetError:
+            return True
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Helper:
+    """A helper and its node in `directory`; made by `helper`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tree = SysfsTree(directory / "sys")
+        self.tree.pf(PF)
+        self.tree.vf(VF, PF)
+        self.tree.vf(VF2, PF)
+        self.debugfs = directory / "sys/kernel/debug/qat_4xxx_0000:6b:00.0"
+        (self.debugfs / "heartbeat").mkdir(parents=True)
+        self.heartbeat = self.debugfs / "heartbeat/status"
+        self.heartbeat.write_text("0\n")
+        (directory / "kubelet/device-plugins").mkdir(parents=True)
+        self.socket = directory / "helper.sock"
+        self.audit = directory / "audit.jsonl"
+        self.log = directory / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.command = [COMMAND]
+        self.traceable = os.geteuid() != 0  # so that tests can look at its descriptors; root can anyway
+
+    def spawn(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
+        """Start the command; it need not come to serve. A later option wins."""
+        with self.log.open("ab") as log:
+            command = [*self.command, *self.options(), *options]
+            self.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, **popen)
+        return self.process
+
+    def options(self) -> list[str]:
+        """Its options on this node."""
+        plain = helper_options(self.directory / "sys", self.directory / "kubelet", self.socket, self.audit)
+        return [*plain, *(["--traceable"] if self.traceable else [])]
+
+    def start(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
+        """Start it and wait until it serves."""
+        before = self.said()
+        process = self.spawn(*options, **popen)
+        wait_until(lambda: "serving on" in self.said()[len(before) :] or process.poll() is not None)
+        assert process.poll() is None, self.said()
+        return process
+
+    def refused(self, *options: str, **popen: Any) -> str:
+        """Start it where it cannot work: the one sentence with which it ends, with status 2."""
+        before = self.said()
+        assert self.spawn(*options, **popen).wait(120) == 2, self.said()
+        said = self.said()[len(before) :]
+        assert said.startswith("qat-helper: ")
+        assert said.count("\n") == 1
+        return said
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        """End it: its exit status."""
+        process, self.process = self.process, None
+        assert process is not None
+        process.send_signal(how)
+        return process.wait(120)
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The audit log so far, but for a line that is just being written."""
+        whole, _, _ = self.audit.read_bytes().rpartition(b"\n")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def open_files(self) -> int:
+        """How many descriptors it has."""
+        assert self.process is not None
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def open_files_at_rest(self, client: Client) -> int:
+        """The same, when nothing is under way any more. It sees the end of a child after the client its answer."""
+        wait_until(lambda: not self.children())
+        assert isinstance(client.ask(Hello(id=0, protocol=PROTOCOL, version="test")), Welcome)
+        return self.open_files()
+
+    def children(self) -> list[int]:
+        """The processes that it has started and that have not ended."""
+        assert self.process is not None
+        pid = self.process.pid
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def settled(self) -> bool:
+        """Whether none of its processes is at work, nor left for the next peer that leaves."""
+        self.connect(greet=False).close()
+        return not self.children()
+
+    def peak_memory(self) -> int:
+        """KiB of the most memory that it has had so far (VmHWM)."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+    def connect(self, *, greet: bool = True) -> Client:
+        return Client(self.socket, greet=greet)
+
+
+def failure(reply: AnyReply) -> tuple[int, ErrorCode, str]:
+    """A Failure's id, code and sentence."""
+    assert isinstance(reply, Failure), reply
+    return reply.id, reply.code, reply.message
+
+
+def heartbeat(client: Client, number: int = 1) -> AnyReply:
+    """The answer to a read that is always allowed."""
+    return client.ask(ReadHeartbeat(id=number, address=address(PF)))
+
+
+def served(client: Client) -> None:
+    """Wait until a read is done, and not refused because one that somebody has left behind is at work."""
+    wait_until(lambda: isinstance(heartbeat(client), Heartbeat))
+
+
+@contextmanager
+def helper(*options: str, start: bool = True) -> Iterator[Helper]:
+    """A running helper on a node with one PF and two VFs."""
+    directory = Path(tempfile.mkdtemp(prefix="qat-", dir="/tmp"))  # a socket's path has 107 bytes
+    running = Helper(directory)
+    try:
+        if start:
+            running.start(*options)
+        yield running
+    finally:
+        if running.process is not None and running.process.poll() is None:
+            running.process.kill()
+            running.process.wait()
+        shutil.rmtree(directory)
+
+
+def forked(uid: int, gid: int, run: Sequence[Callable[[], object]]) -> int:
+    """Do it in a child of another uid and gid: 0 when nothing was raised. Only as root."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setgid(gid)
+            os.setuid(uid)
+            for step in run:
+                step()
+            status = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            raise
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,212 @@
+"""Settings: what each flag's text means, and one sentence for each that means nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from qat_server.command_line.settings import SettingsError, check_sysfs_root, parse
+from qat_server.command_line.values import HostPort
+from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.registration.plugin_watcher import socket_name
+from qat_server.main import settings_from
+from qat_shared.messages import DpdkDriver, SocketDirectory
+
+
+def test_defaults() -> None:
+    settings = parse()
+
+    assert settings.dpdk_driver is DpdkDriver.VFIO_PCI
+    assert settings.kernel_vf_drivers == ("4xxxvf", "420xxvf")
+    assert settings.max_num_devices == 64
+    assert settings.allocation_policy is AllocationPolicy.NONE
+    assert settings.mode == "dpdk"
+    assert settings.sysfs_root == Path("/sys")
+    assert settings.kubelet_dir == Path("/var/lib/kubelet")
+    assert settings.helper_socket == Path("/run/qat-plugin/helper.sock")
+    assert settings.registration == "kubelet-socket"
+    assert settings.socket_directory == Path("/var/lib/kubelet/device-plugins/qat.intel.com")
+    assert settings.metrics_address is None
+    assert settings.health_interval == 5.0
+    assert settings.resync_interval == 60.0
+    assert settings.uevents == "netlink"
+    assert settings.logging.to_stderr
+    assert settings.logging.file_max_size == 1800 * 2**20
+    assert settings.logging.ineffective == ()
+
+
+GOOD: dict[str, tuple[str, str, str, object]] = {
+    "igb_uio": ("dpdk-driver", "igb_uio", "dpdk_driver", DpdkDriver.IGB_UIO),
+    "drivers with spaces, twice": (
+        "kernel-vf-drivers",
+        " c6xxvf, 4xxxvf,c6xxvf ",
+        "kernel_vf_drivers",
+        ("c6xxvf", "4xxxvf"),
+    ),
+    "one device": ("max-num-devices", "1", "max_num_devices", 1),
+    "balanced": ("allocation-policy", "balanced", "allocation_policy", AllocationPolicy.BALANCED),
+    "packed": ("allocation-policy", "packed", "allocation_policy", AllocationPolicy.PACKED),
+    "no policy": ("allocation-policy", "", "allocation_policy", AllocationPolicy.NONE),
+    "plain seconds": ("health-interval", "5", "health_interval", 5.0),
+    "fraction": ("health-interval", "0.5", "health_interval", 0.5),
+    "seconds": ("health-interval", "7s", "health_interval", 7.0),
+    "milliseconds": ("health-interval", "500ms", "health_interval", 0.5),
+    "minutes": ("resync-interval", "1m", "resync_interval", 60.0),
+    "mixed": ("resync-interval", "1h2m3.5s", "resync_interval", 3723.5),
+    "off": ("health-interval", "0", "health_interval", 0.0),
+    "off with a unit": ("health-interval", "0s", "health_interval", 0.0),
+    "IPv4": ("metrics-address", "127.0.0.1:9090", "metrics_address", HostPort("127.0.0.1", 9090)),
+    "IPv6": ("metrics-address", "[::1]:9090", "metrics_address", HostPort("::1", 9090)),
+    "name": ("metrics-address", "node-1.example.com:80", "metrics_address", HostPort("node-1.example.com", 80)),
+    "everywhere": ("metrics-address", ":9090", "metrics_address", HostPort("", 9090)),
+    "no address": ("metrics-address", "", "metrics_address", None),
+    "uevents of a node": ("uevents", "unix:/tmp/n/uevents.sock", "uevents", "unix:/tmp/n/uevents.sock"),
+}
+
+
+@pytest.mark.parametrize(("flag", "text", "field", "expected"), GOOD.values(), ids=GOOD.keys())
+def test_good(flag: str, text: str, field: str, expected: object) -> None:
+    assert getattr(parse({flag: text}), field) == expected
+
+
+BAD = {
+    "unknown DPDK driver": (
+        "dpdk-driver",
+        "uio_pci_generic",
+        "unknown driver 'uio_pci_generic'; known are vfio-pci, igb_uio",
+    ),
+    "unknown VF driver": (
+        "kernel-vf-drivers",
+        "4xxxvf,5xxxvf",
+        "unknown kernel VF driver '5xxxvf'; known are 420xxvf, 4xxxvf",
+    ),
+    "PF driver for VF driver": ("kernel-vf-drivers", "4xxx", "unknown kernel VF driver '4xxx'"),
+    "no VF driver": ("kernel-vf-drivers", " , ", "no kernel VF driver is named"),
+    "unknown policy": ("allocation-policy", "random", "unknown policy 'random'; known are balanced, packed"),
+    "policy none": ("allocation-policy", "none", "unknown policy 'none'"),
+    "zero devices": ("max-num-devices", "0", "0 is too small, the least is 1"),
+    "minus one device": ("max-num-devices", "-1", "-1 is too small"),
+    "no number": ("max-num-devices", "many", "'many' is not a whole number"),
+    "Python's number": ("max-num-devices", "1_000", "not a whole number"),
+    "digits of another script": ("max-num-devices", "٣", "not a whole number"),
+    "very large number": ("max-num-devices", "9" * 19, "is too large"),
+    "huge number": ("max-num-devices", "9" * 5000, "is not a whole number"),
+    "kernel mode": ("mode", "kernel", "comes with a later version"),
+    "unknown mode": ("mode", "turbo", "unknown mode 'turbo'; the only one is dpdk"),
+    "unknown registration": (
+        "registration",
+        "post",
+        "unknown way to register 'post'; known are kubelet-socket, plugin-watcher",
+    ),
+    "no port": ("metrics-address", "localhost", "not an address such as 127.0.0.1:9090"),
+    "port too large": ("metrics-address", "localhost:65536", "the port is 0 to 65535"),
+    "port a word": ("metrics-address", "localhost:http", "not an address"),
+    "IPv6 without brackets": ("metrics-address", "::1:9090", "stands in brackets"),
+    "no IPv6": ("metrics-address", "[fe80::zz]:9090", "is not an IPv6 address"),
+    "URL": ("metrics-address", "http://x:80", "is not a host name or address"),
+    "host with a space": ("metrics-address", "a b:80", "is not a host name"),
+    "no duration": ("health-interval", "soon", "is not a duration such as 5s"),
+    "negative duration": ("health-interval", "-5s", "is not a duration"),
+    "unit alone": ("health-interval", "s", "is not a duration"),
+    "not a number": ("health-interval", "nan", "is not a duration"),
+    "too short": ("health-interval", "1ms", "too short, the least is 0.01s, or 0 for off"),
+    "too long": ("resync-interval", "25h", "too long, the most is 24h"),
+    "resync off": ("resync-interval", "0", "too short, the least is 0.01s"),
+    "kubelet directory too long": ("kubelet-dir", "/" + "k" * 80, "bytes long, the system allows 107"),
+    "too long in bytes only": ("kubelet-dir", "/" + "é" * 35, "bytes long, the system allows 107"),
+    "helper socket too long": ("helper-socket", "/" + "h" * 107, "is 108 bytes long, the system allows 107"),
+    "helper socket empty": ("helper-socket", "", "a path is needed"),
+    "uevents from nowhere": ("uevents", "udev", "is neither netlink nor unix:PATH"),
+    "uevents without a path": ("uevents", "unix:", "a path is needed"),
+    "uevents too long": ("uevents", "unix:/" + "u" * 107, "bytes long"),
+    "log format": ("log-format", "xml", "unknown format 'xml'; known are text, json"),
+    "verbosity": ("v", "loud", "'loud' is not a whole number"),
+    "vmodule without level": ("vmodule", "discovery", "is not pattern=N"),
+    "vmodule with a word": ("vmodule", "discovery=x", "is not pattern=N"),
+    "vmodule negative": ("vmodule", "discovery=-1", "is not pattern=N"),
+    "severity": ("stderrthreshold", "LOUD", "is not INFO, WARNING, ERROR, FATAL or 0 to 3"),
+    "boolean": ("logtostderr", "yes", "'yes' is not true or false"),
+    "file size": ("log_file_max_size", "-1", "too small"),
+}
+
+
+@pytest.mark.parametrize(("flag", "text", "phrase"), BAD.values(), ids=BAD.keys())
+def test_bad(flag: str, text: str, phrase: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse({flag: text})
+
+    sentence = str(caught.value)
+    assert sentence.startswith(f"--{flag}: ")
+    assert phrase in sentence
+    assert "\n" not in sentence
+    assert len(sentence) < 400
+
+
+def test_longest_helper_socket_fits() -> None:
+    assert len(str(parse({"helper-socket": "/" + "h" * 106}).helper_socket)) == 107
+
+
+def test_unknown_name_is_a_defect() -> None:
+    with pytest.raises(KeyError):
+        parse({"colour": "red"})
+
+
+def test_flag_wins_over_environment_over_default() -> None:
+    environment = {"QAT_PLUGIN_MAX_NUM_DEVICES": "8", "QAT_PLUGIN_ALLOCATION_POLICY": "packed", "QAT_PLUGIN_V": ""}
+
+    settings = settings_from(["-max-num-devices=16"], environment)
+
+    assert settings.max_num_devices == 16
+    assert settings.allocation_policy is AllocationPolicy.PACKED
+    assert settings.logging.verbosity == 0
+
+
+def test_a_bad_text_is_named_after_where_it_was_given() -> None:
+    with pytest.raises(SettingsError, match=r"^QAT_PLUGIN_MODE: 'kernel' comes with a later version"):
+        settings_from([], {"QAT_PLUGIN_MODE": "kernel"})
+    with pytest.raises(SettingsError, match=r"^--mode: 'kernel' comes with a later version"):
+        settings_from(["-mode=kernel"], {"QAT_PLUGIN_MODE": "dpdk"})
+
+
+INEFFECTIVE = {
+    "none": ({"v": "3", "log-format": "json"}, ()),
+    "always": ({"log_backtrace_at": "x.go:1"}, ("log_backtrace_at",)),
+    "files while on stderr": ({"log_dir": "/x", "one_output": "true"}, ("log_dir", "one_output")),
+    "threshold while on stderr": ({"stderrthreshold": "INFO"}, ("stderrthreshold",)),
+    "threshold that counts": ({"stderrthreshold": "INFO", "legacy_stderr_threshold_behavior": "false"}, ()),
+    "files in use": ({"logtostderr": "false", "log_dir": "/x", "stderrthreshold": "INFO"}, ()),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), INEFFECTIVE.values(), ids=INEFFECTIVE.keys())
+def test_flags_without_effect_are_known(given: dict[str, str], expected: tuple[str, ...]) -> None:
+    assert parse(given).logging.ineffective == expected
+
+
+def test_sysfs_root(tmp_path: Path) -> None:
+    (tmp_path / "bus/pci/devices").mkdir(parents=True)
+
+    check_sysfs_root(tmp_path)
+
+
+def test_what_is_no_sysfs_root(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for root in (tmp_path, tmp_path / "missing", file):
+        with pytest.raises(SettingsError, match=r"--sysfs-root: .*not a readable sysfs tree"):
+            check_sysfs_root(root)
+
+
+def test_the_plugin_watcher_has_a_directory_of_its_own() -> None:
+    settings = parse({"registration": "plugin-watcher"})
+    assert settings.socket_directory == Path("/var/lib/kubelet/plugins_registry/qat.intel.com")
+    assert settings.registration.socket_directory is SocketDirectory.PLUGINS_REGISTRY
+    longest = settings.longest_socket.name.removesuffix("-01234567.sock")
+    assert len(socket_name(longest)) == len(settings.longest_socket.name), "as long as the names that are used"
+
+
+@pytest.mark.parametrize(("registration", "room"), [("kubelet-socket", 57), ("plugin-watcher", 46)])
+def test_the_kubelets_directory_must_leave_room_for_the_sockets(registration: str, room: int) -> None:
+    given = {"registration": registration, "kubelet-dir": "/" + "k" * (room - 1)}
+    assert len(str(parse(given).longest_socket)) == 107
+    with pytest.raises(SettingsError, match=r"--kubelet-dir: the socket path .* is 108 bytes long"):
+        parse(given | {"kubelet-dir": "/" + "k" * room})

@@ -1,0 +1,35 @@
+"""What is read for a scrape: beside the loop, once for all who ask within a second."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+from qat_server.devices.inventory import Inventory
+from qat_server.devices.open_vfs import FRESH, FreshUse
+from support.conditions import until
+
+EMPTY = Inventory(pfs=(), vfs=(), cut=(), problems=())
+
+
+async def test_the_loop_goes_on_meanwhile_and_all_who_ask_get_one_answer() -> None:
+    begun, may_end, now, reads = threading.Event(), threading.Event(), [0.0], []
+
+    def read(root: Path, inventory: Inventory) -> Inventory:
+        reads.append(root)
+        begun.set()
+        assert may_end.wait(120)
+        return Inventory(inventory.pfs, inventory.vfs, inventory.cut, inventory.problems)
+
+    fresh = FreshUse(Path("/sys"), lambda: now[0], read)
+    asking = [asyncio.create_task(fresh.of(EMPTY)) for _ in range(3)]
+    await until(begun.is_set)
+    may_end.set()
+    answers = await asyncio.gather(*asking)
+    assert reads == [Path("/sys")]
+    assert all(answer is answers[0] for answer in answers)
+
+    now[0] += FRESH
+    await fresh.of(EMPTY)
+    assert len(reads) == 2, "a second later it is read anew"
+    await fresh.of(Inventory((), (), (), ()))
+    assert len(reads) == 3, "and so is another inventory"

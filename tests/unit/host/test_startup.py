@@ -1,0 +1,103 @@
+"""When the start counts as done: with nothing missing, or after its patience with a word about what is."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import cast
+
+from qat_server.devices.inventory import Device, Listing
+from qat_server.host.service_manager import ServiceManager
+from qat_server.host.startup import Start
+from qat_shared.pci import PciAddress
+from support.conditions import until
+
+VFS = [PciAddress.parse(f"0000:6b:00.{number}") for number in (1, 2)]
+LISTING: Listing = {
+    "cy": tuple(Device(vf, None, None, (), ()) for vf in VFS),
+    "dc": (Device(PciAddress.parse("0000:70:00.1"), None, None, (), (), reason="its PF is down"),),
+}
+NEVER = 3600.0
+
+
+class Manager:
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    async def ready(self, status: str) -> None:
+        self.heard.append(status)
+
+
+class Bench:
+    def __init__(self, patience: float) -> None:
+        self.missing: Sequence[str] = ("the helper is not connected yet",)
+        self.listing: Listing = {}
+        self.manager = Manager()
+        self.asked = 0
+        self.start = Start(cast(ServiceManager, self.manager), self._ask, lambda: self.listing, patience)
+
+    def _ask(self) -> Sequence[str]:
+        self.asked += 1
+        return self.missing
+
+
+@asynccontextmanager
+async def started(patience: float) -> AsyncIterator[Bench]:
+    bench = Bench(patience)
+    task = asyncio.create_task(bench.start.run())
+    try:
+        yield bench
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_it_is_done_once_nothing_is_missing_and_said_once() -> None:
+    async with started(NEVER) as bench:
+        for _ in range(3):
+            bench.start.looked()
+            await asyncio.sleep(0)
+        assert bench.manager.heard == []
+        bench.missing, bench.listing = (), LISTING
+        bench.start.looked()
+        await until(lambda: bench.manager.heard)
+        asked = bench.asked
+        bench.missing = ("the helper has gone",)
+        bench.start.looked()
+        await asyncio.sleep(0)
+        assert bench.manager.heard == ["started with 2 qat.intel.com/cy, 0 qat.intel.com/dc"]
+        assert bench.asked == asked, "the start is over: what comes later is no part of it"
+
+
+async def test_what_has_come_since_the_last_look_is_not_called_missing() -> None:
+    async with started(0.0) as bench:
+        bench.missing, bench.listing = (), LISTING
+        await until(lambda: bench.manager.heard)
+        assert bench.manager.heard == ["started with 2 qat.intel.com/cy, 0 qat.intel.com/dc"]
+
+
+async def test_a_defect_holds_nobody_up() -> None:
+    def defect() -> Sequence[str]:
+        raise ZeroDivisionError
+
+    manager = Manager()
+    task = asyncio.create_task(Start(cast(ServiceManager, manager), defect, dict, 0.0).run())
+    await until(lambda: manager.heard)
+    assert "ZeroDivisionError" in manager.heard[0]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_what_is_missing_holds_nobody_up_for_ever_and_is_told_when_it_has_come() -> None:
+    async with started(0.0) as bench:
+        bench.missing = tuple(f"VF 0000:6b:00.{number} is not bound: busy" for number in range(5))
+        await until(lambda: bench.manager.heard)
+        (said,) = bench.manager.heard
+        assert said == (
+            "waited 0 s, and went on without: VF 0000:6b:00.0 is not bound: busy; VF 0000:6b:00.1 is not bound: busy;"
+            " VF 0000:6b:00.2 is not bound: busy; and 2 more"
+        )
+        bench.start.looked()
+        bench.missing = ()
+        bench.start.looked()
+        await until(lambda: len(bench.manager.heard) == 2)
+        assert bench.manager.heard[1] == "started with no devices"

@@ -1,0 +1,223 @@
+"""The order of things: withheld and published before PodResources is asked, asked before a step begins."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import cast
+
+from qat_server.devices.discovery import discover
+from qat_server.devices.inventory import Holder
+from qat_server.helper_client.client import HelperClient, HelperError
+from qat_server.kubelet.pod_resources import Answer
+from qat_server.kubelet.usage import BEING_ADMITTED, Usage
+from qat_server.provisioning.configuration import Configuration
+from qat_server.provisioning.progress import Stage
+from qat_server.provisioning.provisioner import Provisioner
+from qat_server.provisioning.qat_conf import QatConf
+from qat_shared.messages import AnyRequest, AuditHead, ErrorCode, Provisioned, SetServices
+from qat_shared.pci import PciAddress
+from support.conditions import until
+from support.sysfs_tree import SysfsTree, address
+
+PF, OTHER = address("6b:00.0"), address("70:00.0")
+VFS = tuple(address(f"6b:00.{number}") for number in (1, 2))
+CRYPTO = Configuration(QatConf(services=("asym", "sym")))
+
+
+class Helper:
+    """Stands for the client: remembers what it is asked, and fails or waits when told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[AnyRequest] = []
+        self.failure: HelperError | None = None
+        self.connected = True
+        self.error = "the helper has gone"
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def provision(self, make: Callable[[int], AnyRequest]) -> Provisioned:
+        self.asked.append(make(1))
+        await self.go_on.wait()
+        if self.failure is not None:
+            raise self.failure
+        return Provisioned(id=1, audit=AuditHead(sequence=0, hash=""), before="", now="")
+
+
+class Bench:
+    """A tree with one PF that has dc and is to have sym;asym, and a kubelet that says who holds what."""
+
+    def __init__(self, root: Path, work: asyncio.TaskGroup, drain: bool) -> None:
+        self.tree = SysfsTree(root)
+        self.tree.pf("6b:00.0", sriov_totalvfs="2")
+        for vf in VFS:
+            self.tree.vf(str(vf), "6b:00.0", "vfio-pci", group=vf.function)
+        self.helper = Helper()
+        self.time = 100.0
+        self.pods: dict[PciAddress, str] = {}
+        self.questions = 0
+        self.marked: list[PciAddress | None] = []
+        self.usage = Usage(self._query, lambda: None, 3600, clock=lambda: self.time)
+        self.just_now: set[PciAddress] = set()
+        self.configuration = CRYPTO
+        self.work = work
+        self.provisioner = Provisioner(
+            cast(HelperClient, self.helper), root, self.usage, self.marked.append, drain, lambda: self.time
+        )
+
+    async def _query(self) -> Answer:
+        self.questions += 1
+        return Answer({"dc": {vf: Holder(pod) for vf, pod in self.pods.items()}}, pods=1)
+
+    async def answered(self) -> None:
+        """The kubelet is asked, and answers."""
+        before = self.questions
+        self.time += 1
+        self.usage.ask()
+        await until(lambda: self.questions > before and self.usage.answer_asked_at == self.time)
+
+    async def look(self) -> None:
+        inventory = discover(self.tree.root, ("4xxxvf",), 64)
+        await self.provisioner.look(inventory, self.configuration, self._holders, self.work)
+        await asyncio.sleep(0)
+
+    def _holders(self) -> dict[PciAddress, str] | None:
+        return dict.fromkeys(self.just_now, BEING_ADMITTED) | self.usage.by_device()
+
+    def stage(self) -> Stage:
+        return self.provisioner.progress[PF].stage
+
+
+@asynccontextmanager
+async def bench(root: Path, drain: bool = False) -> AsyncIterator[Bench]:
+    async with asyncio.TaskGroup() as work:
+        made = Bench(root, work, drain)
+        running = asyncio.create_task(made.usage.run())
+        try:
+            await made.answered()
+            yield made
+        finally:
+            made.helper.go_on.set()
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_withheld_then_published_then_asked_then_done(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        await it.look()
+        assert it.provisioner.withheld.keys() == set(VFS)
+        await it.answered()
+        await it.look()
+        assert it.helper.asked == [], "the kubelet has not been told yet: any may have been given out"
+        it.provisioner.published()
+        await it.look()
+        assert it.helper.asked == [], "the last answer is from before"
+        await it.answered()
+        await it.look()
+        await until(lambda: len(it.helper.asked) == 2)
+        assert isinstance(it.helper.asked[0], SetServices)
+        assert set(it.marked) >= {PF, *VFS}
+
+
+async def test_a_pod_that_came_in_between_is_waited_for(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        await it.look()
+        it.just_now.add(VFS[1])  # allocated before it was published
+        it.provisioner.published()
+        await it.answered()
+        await it.look()
+        assert it.stage() is Stage.WAITING
+        assert it.provisioner.withheld == {}, "its free VFs may be given out again"
+        it.just_now.clear()
+        it.pods = {VFS[1]: "default/pod/main"}
+        await it.answered()
+        await it.look()
+        assert it.provisioner.progress[PF].held_by == ("default/pod/main",)
+        it.pods = {}
+        await it.answered()
+        await it.look()
+        assert it.helper.asked == [], "to be withheld, published and asked for anew"
+        it.provisioner.published()
+        await it.answered()
+        await it.look()
+        await until(lambda: it.helper.asked)
+
+
+async def test_drained_are_the_free_ones_only(tmp_path: Path) -> None:
+    async with bench(tmp_path, drain=True) as it:
+        it.pods = {VFS[0]: "default/pod/main"}
+        await it.answered()
+        await it.look()
+        assert it.provisioner.withheld.keys() == {VFS[1]}
+        it.provisioner.published()
+        it.pods = {}
+        await it.answered()
+        await it.look()
+        assert it.provisioner.withheld.keys() == set(VFS)
+        await it.answered()
+        await it.look()
+        assert it.helper.asked == [], "the one that has just become free was not withheld while it was asked"
+
+
+async def test_without_podresources_what_has_vfs_waits(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        inventory = discover(it.tree.root, ("4xxxvf",), 64)
+        await it.provisioner.look(inventory, CRYPTO, lambda: None, it.work)
+        assert it.provisioner.progress[PF].held_by == ("not known",)
+        it.tree.pf("70:00.0", sriov_totalvfs="2")
+        inventory = discover(it.tree.root, ("4xxxvf",), 64)
+        await it.provisioner.look(inventory, CRYPTO, lambda: None, it.work)
+        await until(lambda: [request.address for request in it.helper.asked[:1]] == [OTHER])  # type: ignore[union-attr]
+
+
+async def test_vfs_are_not_bound_while_their_pf_is_being_changed(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        inventory = discover(it.tree.root, ("4xxxvf",), 64)
+        assert it.provisioner.may_be_bound(inventory, VFS) == list(VFS)
+        await it.look()
+        assert it.provisioner.may_be_bound(inventory, VFS) == []
+        it.provisioner.published()
+        await it.answered()
+        it.helper.go_on.clear()
+        await it.look()
+        assert it.provisioner.working == (PF,)
+        assert it.provisioner.may_be_bound(inventory, VFS) == []
+        assert it.provisioner.settled(inventory.pfs) == []
+        await it.look()
+        assert len(it.helper.asked) == 1, "one at a time"
+
+
+async def test_a_failure_is_tried_again_later_and_what_does_not_stick_not_without_a_pause(tmp_path: Path) -> None:
+    async with bench(tmp_path) as it:
+        for vf in VFS:
+            it.tree.remove(str(vf))
+        for number in range(len(VFS)):
+            (it.tree.path("6b:00.0") / f"virtfn{number}").unlink()
+        it.helper.failure = HelperError(ErrorCode.KERNEL, "no")
+        await it.look()
+        await until(lambda: not it.provisioner.working)
+        await it.look()
+        assert (it.stage(), len(it.helper.asked)) == (Stage.FAILED, 1)
+        it.time += 0.6
+        it.helper.failure = HelperError(ErrorCode.BUSY, "an earlier one")
+        await it.look()
+        await until(lambda: not it.provisioner.working)
+        await it.look()
+        assert (it.stage(), len(it.helper.asked)) == (Stage.BUSY, 2)
+        it.time += 1.1
+        it.helper.failure = None
+        await it.look()
+        await until(lambda: not it.provisioner.working)
+        assert len(it.helper.asked) == 4
+        await it.look()  # the tree has not changed
+        assert (it.stage(), len(it.helper.asked)) == (Stage.WORKING, 4)
+        it.helper.connected = False
+        it.time += 60
+        await it.look()
+        assert it.provisioner.progress[PF].reason == "the helper has gone"
+        it.configuration = Configuration(QatConf(services=("dc",)))
+        it.tree.write("6b:00.0", "qat/cfg_services", "dc\n")
+        for vf in VFS:
+            it.tree.vf(str(vf), "6b:00.0", "vfio-pci", group=vf.function)
+        await it.look()
+        assert it.stage() is Stage.DONE

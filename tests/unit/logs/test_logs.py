@@ -153,17 +153,17 @@ VERBOSITY = {
     "4": (LogSettings(verbosity=4), ["an error", "a warning", "an info", "a detail", "more detail"]),
     "5": (LogSettings(verbosity=5), ["an error", "a warning", "an info", "a detail", "more detail", "a debug line"]),
     "module by name": (
-        LogSettings(modules=(("said", 4),)),
+        LogSettings(modules=(("log_lines", 4),)),
         ["an error", "a warning", "an info", "a detail", "more detail"],
     ),
-    "module by glob": (LogSettings(modules=(("s[^b]*", 1),)), ["an error", "a warning", "an info", "a detail"]),
+    "module by glob": (LogSettings(modules=(("l[^b]*", 1),)), ["an error", "a warning", "an info", "a detail"]),
     "another module": (LogSettings(modules=(("discovery", 5), ("sim*", 5))), ["an error", "a warning", "an info"]),
     "the first pattern counts": (
-        LogSettings(modules=(("sa*", 1), ("said", 5))),
+        LogSettings(modules=(("lo*", 1), ("log_lines", 5))),
         ["an error", "a warning", "an info", "a detail"],
     ),
     "module never lowers": (
-        LogSettings(verbosity=4, modules=(("said", 1),)),
+        LogSettings(verbosity=4, modules=(("log_lines", 1),)),
         ["an error", "a warning", "an info", "a detail", "more detail"],
     ),
 }

@@ -73,13 +73,13 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _serve(settings: Settings) -> int:
-    from qat_server import logs  # noqa: PLC0415 - only once the settings are good
+    from qat_server.logs import handler  # noqa: PLC0415 - only once the settings are good
 
     if os.geteuid() == 0 and not settings.allow_root:
         raise SettingsError("the server needs no root, and does not run as root unless told to: --allow-root")
     check_sysfs_root(settings.sysfs_root)
     try:
-        logs.configure(settings.logging)
+        handler.configure(settings.logging)
     except OSError as error:
         raise SettingsError(f"the log file {error.filename} cannot be written: {error.strerror}") from None
     # gRPC's core prints lines of its own to stderr (a peer that went away, for one), which are no events of ours.

@@ -1,34 +1,39 @@
-"""The server as a process: what is opened before the sandbox, the signals that end it, the exit status."""
+"""The server as a process: what it opens before the sandbox, the signals that end it, its exit status."""
 
 import asyncio
 import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvloop
 
 from qat_server import logs
-from qat_server.command_line.settings import Settings
+from qat_server.command_line.settings import Settings, SettingsError
+from qat_server.composition import Server
 from qat_server.host import sandbox
 from qat_server.host.service_manager import ServiceManager
-from qat_server.host.startup import PATIENCE, Start
-from qat_server.observability import http_server as http_endpoint
-from qat_server.observability import readiness
-from qat_server.run_loop import Plugin
+from qat_server.host.startup import PATIENCE, Startup
+from qat_server.observability import http_server
+from qat_shared import VERSION
 
 log = logs.get(__name__)
 
 
 def run(settings: Settings, patience: float = PATIENCE) -> int:
-    """Serve until SIGTERM or SIGINT: the exit status. `patience`: seconds that the start may take (start.py)."""
+    """Serve until SIGTERM or SIGINT; the exit status. `patience`: seconds that the start may take (startup.py).
+
+    Raises SettingsError.
+    """
     failed: list[BaseException] = []
     try:
-        # Opened before anything is done, so that an address in use is told at once, and none can be made later.
+        # Opened first, so that an address in use is reported at once; after the sandbox none can be opened.
         address = settings.metrics_address
-        sockets = [] if address is None else http_endpoint.listen(address)
+        sockets = [] if address is None else http_server.listen(address.host, address.port)
         manager = ServiceManager.from_environment(os.environ)
-        uvloop.run(_serve(Plugin(settings, sockets, sandbox.enter(settings)), manager, patience))
+        server = Server(settings, _enter_sandbox(settings), sockets)
+        uvloop.run(_serve(server, manager, patience))
     except* OSError as group:
         failed = list(_leaves(group))
     for error in failed:
@@ -36,9 +41,25 @@ def run(settings: Settings, patience: float = PATIENCE) -> int:
     return 1 if failed else 0
 
 
-async def _serve(plugin: Plugin, manager: ServiceManager | None, patience: float) -> None:
+def _enter_sandbox(settings: Settings) -> dict[str, str]:
+    logs_in = settings.logging.file_directory
+    access = sandbox.Access(
+        sysfs_root=settings.sysfs_root,
+        socket_directory=settings.socket_directory,
+        lock_directory=settings.helper_socket.parent,
+        configuration=settings.provisioning_config,
+        log_directory=None if logs_in is None else Path(logs_in),
+    )
+    try:
+        return sandbox.enter(access, required=settings.require_sandbox)
+    except sandbox.IncompleteSandboxError as error:
+        raise SettingsError(f"--require-sandbox: {error}") from None
+
+
+async def _serve(server: Server, manager: ServiceManager | None, patience: float) -> None:
     loop = asyncio.get_running_loop()
-    task = asyncio.ensure_future(plugin.run() if manager is None else _told(plugin, manager, patience))
+    running = server.run_loop.run() if manager is None else _notifying(server, manager, patience)
+    task = asyncio.ensure_future(running)
 
     def stop() -> None:
         if manager is not None:
@@ -47,6 +68,16 @@ async def _serve(plugin: Plugin, manager: ServiceManager | None, patience: float
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    settings = server.settings
+    log.info(
+        "started",
+        version=VERSION,
+        sysfs_root=settings.sysfs_root,
+        kubelet_dir=settings.kubelet_dir,
+        dpdk_driver=settings.dpdk_driver,
+        kernel_vf_drivers=settings.kernel_vf_drivers,
+        allocation_policy=settings.allocation_policy,
+    )
     try:
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -56,13 +87,13 @@ async def _serve(plugin: Plugin, manager: ServiceManager | None, patience: float
             manager.close()
 
 
-async def _told(plugin: Plugin, manager: ServiceManager, patience: float) -> None:
-    """Serve, and tell the service manager of the start. Raises what `Plugin.run` does, in a group."""
-    start = Start(manager, lambda: readiness.missing(plugin), lambda: plugin.listing, patience)
-    plugin.on_look = start.looked
+async def _notifying(server: Server, manager: ServiceManager, patience: float) -> None:
+    """Serve, and notify the service manager of the start. Raises what `RunLoop.run` raises, in a group."""
+    startup = Startup(manager, server.missing, lambda: server.reconciler.listing, patience)
+    server.run_loop.on_reconciled = startup.check
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(start.run())
-        await plugin.run()
+        tasks.create_task(startup.run())
+        await server.run_loop.run()
 
 
 def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[BaseException]:

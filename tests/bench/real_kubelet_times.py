@@ -12,7 +12,7 @@ from typing import Final
 from kubelet import harness_process
 from kubelet.nodes import CY, TWO_NODES
 from kubelet.production import production_node, why_one_user
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.registration.registrar import Timing
 
 TIMES: Final = 20

@@ -20,8 +20,8 @@ from qat_helper.main import _parse as helper_options
 from qat_helper.operations import NAMES
 from qat_helper.policy import Policy, narrow
 from qat_server.command_line import flags, settings
+from qat_server.composition import Server
 from qat_server.observability import metrics
-from qat_server.run_loop import Plugin
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
 
 pytestmark = pytest.mark.usefixtures("kustomize")
@@ -202,8 +202,8 @@ def test_the_dashboard_shows_all_metrics_that_the_server_has_and_no_others() -> 
 
 def _exported() -> set[str]:
     """The names that the server's /metrics has: its families are there before anything has happened."""
-    plugin = Plugin(settings.parse())
-    text = metrics.text(metrics.registry(lambda: plugin.state(plugin.inventory), plugin.counters)).decode()
+    server = Server(settings.parse())
+    text = metrics.text(metrics.registry(server.state, server.counters)).decode()
     names = set()
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):
         names |= {f"{name}{suffix}" for suffix in ("_bucket", "_sum", "_count")} if kind == "histogram" else {name}

@@ -10,29 +10,32 @@ import sys
 from pathlib import Path
 
 from helper_security.forbidden import attempts
-from qat_server import main
-from qat_server.run_loop import Plugin
-from qat_shared.pci import PciAddress
+from qat_server import composition, main, process
+from qat_server.command_line.settings import Settings
 
 directory = Path(sys.argv.pop(1))
-look = Plugin._look
-told = False
 
 
-def tell() -> None:
+def report() -> None:
     os.write(2, f"forbidden: {json.dumps(attempts(directory, helper=False))}\n".encode())
 
 
-async def looks(plugin: Plugin, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
-    global told  # noqa: PLW0603
-    await look(plugin, changed, work)
-    if not told and any(state.registered for state in plugin.endpoints.states.values()):
-        told = True
-        tell()
-        work.create_task(asyncio.to_thread(tell))
-    elif not told:
-        plugin.changes.mark()
+class Server(composition.Server):
+    def __init__(self, settings: Settings, *arguments: object) -> None:
+        super().__init__(settings, *arguments)  # type: ignore[arg-type]
+        self.reported = False
+        self.run_loop.on_reconciled = self.reconciled
+
+    def reconciled(self) -> None:
+        if self.reported:
+            return
+        if any(state.registered for state in self.endpoints.states.values()):
+            self.reported = True
+            report()
+            self.thread = asyncio.get_running_loop().run_in_executor(None, report)
+        else:
+            self.queue.rescan()
 
 
-Plugin._look = looks  # type: ignore[method-assign,assignment]
+process.Server = Server  # type: ignore[attr-defined,assignment]
 main.main()

@@ -17,7 +17,7 @@ from kernel.real_kernel import RealKernel, real_kernel
 from kubelet.answers import ContainerAllocation
 from kubelet.production import ProductionNode, node_directory
 from kubelet.real_kubelet import RealKubelet
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_server.observability.status import Status
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.kubelet.topology import TopologyPolicy

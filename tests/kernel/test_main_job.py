@@ -9,7 +9,7 @@ import pytest
 from kernel.nodes import IN_A_VM, TWO_PFS, TWO_SMALL, UIO
 from kernel.real_node import InContainer, group_of, real_node
 from kubelet.nodes import CY, GENERIC
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_shared.messages import BindDriver, DpdkDriver, Failure
 from qat_shared.pci import PciAddress
 

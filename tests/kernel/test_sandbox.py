@@ -22,7 +22,7 @@ from kernel.real_node import RealNode, real_node
 from kernel.refusals import Refusals, refusals
 from kernel.test_provisioning import configured
 from kubelet.nodes import CY, DC
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_simulation.node.description import Node
 from qat_simulation.running_node import command
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kubelet import harness_process, measured, production
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 
 
 @pytest.fixture(scope="session", autouse=True)

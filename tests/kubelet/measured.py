@@ -13,7 +13,7 @@ import types
 from statistics import median
 from typing import Final, Self
 
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 
 IDLE: Final = 0.2
 """Seconds that the fixed work takes on an idle machine of the kind that the bounds are for."""

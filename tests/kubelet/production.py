@@ -23,7 +23,7 @@ import qat_shared
 from kubelet.answers import Allocation as RealAllocation
 from kubelet.either import AnyKubelet
 from kubelet.real_kubelet import RealKubelet
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_server.observability.status import Status
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.kubelet import kubelet as emulated

@@ -15,7 +15,7 @@ from kubelet.either import AnyKubelet
 from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, GENERIC, LONE, ONE_PF, TWO_NODES
 from kubelet.production import ProductionNode
 from kubelet.real_kubelet import Damage
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_simulation.kubelet.kubelet import AdmissionError
 from qat_simulation.kubelet.topology import TopologyPolicy
 from qat_simulation.node.description import Node

@@ -13,7 +13,7 @@ from kubelet.measured import Timed
 from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, ONE_PF
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import Damage, RealKubelet
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_simulation.kubelet.topology import TopologyPolicy
 
 RESTARTS = 200

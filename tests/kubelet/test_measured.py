@@ -4,7 +4,7 @@ import pytest
 
 from kubelet import measured
 from kubelet.measured import Timed
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 
 
 @pytest.mark.parametrize(

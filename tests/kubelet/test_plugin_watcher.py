@@ -12,11 +12,9 @@ import pytest
 from kubelet.either import AnyKubelet, EmulatedKubelet
 from kubelet.production import production_node
 from kubelet.real_kubelet import RealKubelet
-from qat_server.command_line.settings import Registration
-from qat_server.devices.inventory import Device
 from qat_server.instrumentation.counters import Counters
-from qat_server.kubelet import sockets as grpc_socket
 from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.device import Device
 from qat_server.kubelet.device_plugin import DevicePlugin
 from qat_server.kubelet.endpoint import Endpoint
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as api
@@ -29,11 +27,13 @@ from qat_server.kubelet.generated.pluginregistration_v1_pb2_grpc import (
     RegistrationServicer,
     add_RegistrationServicer_to_server,
 )
+from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.registration.plugin_watcher import WatcherRegistrar
-from qat_server.kubelet.sockets import BoundSocket
+from qat_server.kubelet.sockets import grpc_socket
+from qat_server.kubelet.sockets.grpc_socket import BoundSocket
 from qat_simulation.node.description import Node, Pf
 from support.conditions import until
-from support.endpoints import device, running_endpoint
+from support.endpoints import NoUsage, device, running_endpoint
 from support.kubelet_sockets import short_directory
 
 CY = "qat.intel.com/cy"
@@ -66,7 +66,7 @@ class Plugin(RegistrationServicer):
         self.info = pb.PluginInfo(type=kind, name=CY, supported_versions=versions)
         self.asked = 0
         self.told: list[str | None] = []
-        self.devices = DevicePlugin("cy", AllocationPolicy.NONE, Counters())
+        self.devices = DevicePlugin("cy", AllocationPolicy.NONE, Counters(), NoUsage())
         self.devices.update(devices(number))
 
     async def GetInfo(self, request: pb.InfoRequest, context: object) -> pb.PluginInfo:

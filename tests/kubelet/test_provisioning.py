@@ -13,7 +13,7 @@ from kubelet.measured import Timed
 from kubelet.nodes import CY, DC, SYM_DC
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import RealKubelet
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.usage import ADMITTED
 from qat_simulation.kubelet.config_map import ConfigMap
 from qat_simulation.kubelet.topology import TopologyPolicy

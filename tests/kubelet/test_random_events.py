@@ -24,7 +24,7 @@ from kubelet.answers import AdmissionError
 from kubelet.model import OTHER, Kind, Model
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import RealKubelet
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_simulation.kubelet.config_map import ConfigMap
 from qat_simulation.kubelet.topology import TopologyPolicy
 

@@ -12,7 +12,7 @@ from kubelet.measured import Timed
 from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, LARGE, ONE_PF, SYM_DC, TWO_NODES
 from kubelet.production import SERVER_ID, SOCKETS, ProductionNode, production_node
 from kubelet.real_kubelet import RealKubelet
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 from qat_shared.pci import PciAddress
 from qat_simulation.kubelet.topology import TopologyPolicy
 

@@ -12,7 +12,7 @@ from kubelet.measured import Timed
 from kubelet.nodes import CY, DC, EVERY_ALLOCATABLE, EVERY_DRIVER, EVERY_RESOURCE, ONE_PF
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import RealKubelet
-from qat_server.command_line.settings import Registration
+from qat_server.kubelet.registration.directories import Registration
 
 Nodes = ProductionNode[RealKubelet]
 ENDS = pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)

@@ -9,11 +9,10 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from qat_server.devices.inventory import Device, Holder
 from qat_server.helper_client.client import HelperError
 from qat_server.instrumentation.counters import Counters
-from qat_server.kubelet import sockets as grpc_socket
 from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.device import Device, Holder
 from qat_server.kubelet.device_plugin import DevicePlugin
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.kubelet.generated import podresources_v1_pb2 as resources_pb
@@ -23,6 +22,7 @@ from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import (
 )
 from qat_server.kubelet.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
 from qat_server.kubelet.pod_resources import PodResourcesError, held_devices
+from qat_server.kubelet.sockets import grpc_socket
 from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 from qat_simulation.kubelet.kubelet import (
@@ -33,6 +33,7 @@ from qat_simulation.kubelet.kubelet import (
     TopologyPolicy,
 )
 from support.conditions import until
+from support.endpoints import NoUsage
 from support.kubelet_sockets import DirectHelper
 
 CY = "qat.intel.com/cy"
@@ -50,7 +51,7 @@ class Plugin(DevicePlugin):
     """Ours, with faults on demand."""
 
     def __init__(self) -> None:
-        super().__init__("cy", AllocationPolicy.NONE, Counters())
+        super().__init__("cy", AllocationPolicy.NONE, Counters(), NoUsage())
         self.empty = False
         self.before_allocate: Callable[[], None] = lambda: None
         self.during_allocate: Callable[[], None] = lambda: None

@@ -13,7 +13,6 @@ import pytest
 import uvloop
 
 from qat_server.instrumentation.counters import Counters
-from qat_server.kubelet import sockets as grpc_socket
 from qat_server.kubelet.allocation import AllocationPolicy
 from qat_server.kubelet.device_plugin import DevicePlugin
 from qat_server.kubelet.endpoint import Endpoint
@@ -24,9 +23,10 @@ from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import (
 )
 from qat_server.kubelet.registration.kubelet_socket import SocketRegistrar
 from qat_server.kubelet.registration.registrar import Timing
+from qat_server.kubelet.sockets import grpc_socket
 from qat_simulation.kubelet.kubelet import Hostility, Kubelet
 from support.conditions import until
-from support.endpoints import device, running_endpoint
+from support.endpoints import NoUsage, device, running_endpoint
 from support.kubelet_sockets import DirectHelper, gone
 
 CY = "qat.intel.com/cy"
@@ -141,7 +141,7 @@ async def test_the_end_of_an_older_stream_is_answered_too(kubelet: Kubelet) -> N
 @asynccontextmanager
 async def another_plugin(kubelet: Kubelet, devices: int) -> AsyncIterator[DevicePlugin]:
     """An older version of ours: its own socket, the same resource."""
-    plugin = DevicePlugin("cy", AllocationPolicy.NONE, Counters())
+    plugin = DevicePlugin("cy", AllocationPolicy.NONE, Counters(), NoUsage())
     plugin.update([device(number) for number in range(devices)])
     server = grpc.aio.server()
     add_DevicePluginServicer_to_server(plugin, server)
@@ -209,11 +209,10 @@ async def test_many_resources_register_side_by_side(kubelet: Kubelet) -> None:
     async with AsyncExitStack() as stack:
         sockets = kubelet.plugin_directory / "qat.intel.com"
         helper = DirectHelper(kubelet.directory)
+        registrars = {name: SocketRegistrar(name, sockets, helper, QUICK) for name in names}
         endpoints = [
-            Endpoint(
-                name, SocketRegistrar(name, sockets, helper, QUICK), AllocationPolicy.NONE, Counters(), timing=QUICK
-            )
-            for name in names
+            Endpoint(name, registrar, AllocationPolicy.NONE, Counters(), NoUsage(), timing=QUICK)
+            for name, registrar in registrars.items()
         ]
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         for endpoint in endpoints:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from qat_helper.kubelet import MODE
-from qat_server.command_line.settings import Registration
 from qat_server.helper_client.client import HelperClient
 from qat_server.instrumentation.counters import Counters
-from qat_server.kubelet.endpoint_directory import DirectoryUnusableError, EndpointDirectory
-from qat_server.kubelet.sockets import private_name, put, remove_leftovers
+from qat_server.kubelet.registration.directories import Registration
+from qat_server.kubelet.sockets.endpoint_directory import DirectoryUnusableError, EndpointDirectory
+from qat_server.kubelet.sockets.grpc_socket import private_name, put, remove_leftovers
+from qat_shared.messages import SocketDirectory
 from qat_simulation.node.description import Node, Pf
 from qat_simulation.running_node import running_node
 from support.conditions import until
@@ -61,7 +62,7 @@ def test_a_server_that_is_another_user_goes_on_where_the_last_one_was_killed() -
 
     async def work(path: Path) -> None:
         helper = HelperClient(path / "no-helper.sock", Counters())
-        async with EndpointDirectory(helper, Registration.KUBELET_SOCKET, path, path).held():
+        async with EndpointDirectory(helper, SocketDirectory.DEVICE_PLUGINS, path, path).held():
             remove_leftovers(path)
             with private_name(path) as private, socket.socket(socket.AF_UNIX) as endpoint:
                 endpoint.bind(private)
@@ -113,7 +114,7 @@ async def test_when_it_was_made_anew_both_say_that_they_must_be_started_again(wa
 async def test_one_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "device-plugins" / "qat.intel.com"
     helper = HelperClient(tmp_path / "helper.sock", Counters())
-    directory = EndpointDirectory(helper, Registration.KUBELET_SOCKET, path, tmp_path)
+    directory = EndpointDirectory(helper, SocketDirectory.DEVICE_PLUGINS, path, tmp_path)
     with pytest.raises(DirectoryUnusableError) as caught:
         async with directory.held():
             pass

@@ -10,7 +10,7 @@ from typing import cast
 import grpc.aio
 import pytest
 
-from qat_server.kubelet import sockets as grpc_socket
+from qat_server.kubelet.sockets import grpc_socket
 
 
 async def test_leftovers_of_a_killed_server_are_removed(directory: Path) -> None:

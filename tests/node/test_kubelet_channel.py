@@ -8,9 +8,9 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from qat_server.kubelet import channel as kubelet_channel
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub
+from qat_server.kubelet.sockets import kubelet_channel
 from qat_shared.messages import KubeletService
 from qat_simulation.kubelet.kubelet import Kubelet
 from support.conditions import until

@@ -1,15 +1,28 @@
 """An endpoint that runs for a test, whichever way it registers, and devices for its list."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
-from qat_server.devices.inventory import Device
 from qat_server.instrumentation.counters import Counters
 from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.device import Device
 from qat_server.kubelet.endpoint import Endpoint
 from qat_server.kubelet.registration.registrar import Registrar, Timing
 from qat_shared.pci import PciAddress
+
+
+class NoUsage:
+    """Stands for the usage of devices where nothing is known of pods."""
+
+    def allocated(self) -> None:
+        pass
+
+    def watched(self, again: bool) -> None:
+        pass
+
+    def in_use(self, resource: str, handed_out: Mapping[PciAddress, float]) -> None:
+        pass
 
 
 def device(number: int, reason: str = "") -> Device:
@@ -24,7 +37,7 @@ async def running_endpoint(
     name: str, registrar: Registrar, devices: Sequence[Device], timing: Timing | None = None
 ) -> AsyncIterator[Endpoint]:
     """It runs while the block does, and leaves no socket behind."""
-    endpoint = Endpoint(name, registrar, AllocationPolicy.NONE, Counters(), timing=timing)
+    endpoint = Endpoint(name, registrar, AllocationPolicy.NONE, Counters(), NoUsage(), timing=timing)
     endpoint.update(devices)
     task = asyncio.create_task(endpoint.run())
     try:

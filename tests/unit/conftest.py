@@ -9,7 +9,7 @@ import pytest
 
 from qat_helper.operations import NAMES
 from qat_helper.policy import Policy
-from qat_server import logs
+from qat_server.logs.handler import OUR_LOGGERS
 from support.dispatcher_bench import Bench
 
 
@@ -25,7 +25,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 @pytest.fixture
 def logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
-    handlers, levels = list(root.handlers), {name: logging.getLogger(name).level for name in (None, *logs.OUR_LOGGERS)}
+    handlers, levels = list(root.handlers), {name: logging.getLogger(name).level for name in (None, *OUR_LOGGERS)}
     yield
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)

@@ -1,7 +1,7 @@
-"""AppArmor as a process without privileges sees it, and what to do where it may have refused a write of the helper.
+"""AppArmor as an unprivileged process sees it, and advice where it may have refused a write of the helper.
 
-Which process it refused which file stands in the kernel's log, which only root reads. Each process can read its own
-profile, and the helper's container is mostly started as the server's is.
+Only the kernel's log, which only root can read, names the process and the file of a refusal. Each process can read its
+own profile, and the helper's container usually has the same profile as the server's.
 """
 
 import errno
@@ -11,10 +11,9 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.devices.small_file import read_text
-
 # What container runtimes put around a container whose pod does not say otherwise: containerd, Docker, CRI-O, Podman.
 _DEFAULT: Final = re.compile(r"cri-containerd\.apparmor\.d|docker-default|crio-default.*|containers-default.*")
+_LIMIT: Final = 64 * 1024  # bytes
 _OURS: Final = re.compile(r"qat-.*")
 SETTING: Final = (
     "give the helper's container securityContext.appArmorProfile {type: Unconfined}, as deployments/base does, "
@@ -23,13 +22,13 @@ SETTING: Final = (
 
 
 class AppArmor(Struct, frozen=True):
-    """Whether it is on, None where that cannot be read; `profile` is that of the process that looks, "" for none."""
+    """Whether it is on, None where that cannot be read, and the profile of this process, "" for none."""
 
     enabled: bool | None = None
     profile: str = ""
 
     def advice(self, refusal: int) -> str:
-        """What to do about an errno of a write to sysfs; "" where AppArmor is not the likely cause."""
+        """Advice on the errno of a failed write to sysfs; "" where AppArmor is not the likely cause."""
         # It refuses files with EACCES, which root without capabilities gets from security modules only.
         if self.enabled is False or (refusal != errno.EACCES and not (self.enabled and refusal == errno.EPERM)):
             return ""
@@ -39,7 +38,7 @@ class AppArmor(Struct, frozen=True):
 
     @property
     def remedy(self) -> str:
-        """Where it is on and has refused a write of the helper: why it has, and what to do."""
+        """Why AppArmor has refused a write of the helper, and what to do."""
         if _OURS.fullmatch(self.profile):
             return (
                 "if the helper is under its profile too, what that lacks is named by: dmesg | grep DENIED; "
@@ -49,10 +48,19 @@ class AppArmor(Struct, frozen=True):
         return f"the default profile of containers{own} refuses every write to /sys: {SETTING}"
 
 
-def look(sysfs_root: Path, proc: Path = Path("/proc")) -> AppArmor:
-    """As it is now. Nothing is raised: what cannot be read is not known."""
+def read_text(path: Path) -> str:
+    """A small file of the kernel's, stripped; "" when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(_LIMIT).decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def read_apparmor(sysfs_root: Path, proc: Path = Path("/proc")) -> AppArmor:
+    """Read AppArmor's state. Raises nothing: a value that cannot be read is unknown."""
     enabled = read_text(sysfs_root / "module/apparmor/parameters/enabled")
-    # attr/apparmor where several security modules work; the older place may then tell of another. EINVAL when off.
+    # With several security modules, attr/current may be that of another one. EINVAL when AppArmor is off.
     own = proc / "self/attr"
     label = "" if enabled == "N" else read_text(own / "apparmor/current") or read_text(own / "current")
     return AppArmor(None if not enabled else enabled == "Y", re.sub(r" \(\w+\)$", "", label.rstrip("\0\n")))

@@ -11,7 +11,7 @@ from typing import Final
 
 from qat_server import logs
 from qat_server.binding import apparmor
-from qat_server.binding.plan import Attempts
+from qat_server.helper_client.backoff import Backoff, WakeUp
 from qat_server.helper_client.client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.instrumentation.counters import Counters
 from qat_shared.messages import DpdkDriver, ErrorCode
@@ -43,8 +43,8 @@ class Binder:
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._running: set[PciAddress] = set()
         self._ended: set[PciAddress] = set()
-        self._attempts = Attempts()
-        self._timer: asyncio.TimerHandle | None = None
+        self._backoff = Backoff()
+        self._wake_up = WakeUp(lambda: on_change(None), clock)
         self._wanted: set[PciAddress] = set()
         self._denied: set[PciAddress] = set()
         self.failures: dict[PciAddress, str] = {}
@@ -62,21 +62,21 @@ class Binder:
         when discovery began. (The kernel shows a driver's link before it asks the driver, which may then refuse.)"""
         return self._running | self._ended | self.late
 
-    def wanted(self, addresses: Iterable[PciAddress], work: asyncio.TaskGroup) -> None:
-        """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of settled others."""
+    def reconcile(self, addresses: Iterable[PciAddress], work: asyncio.TaskGroup) -> None:
+        """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of all other settled VFs."""
         wanted = self._wanted = set(addresses)
         kept = wanted | self.unsettled
         self._denied &= kept
-        self._attempts = self._attempts.keep(kept)
+        self._backoff = self._backoff.keep(kept)
         self.failures = {address: why for address, why in self.failures.items() if address in kept}
         if not self._helper.connected:
             return  # a look is asked for when it is back
         now = self._clock()
         for address in sorted(wanted - self._running - self._ended):
-            if self._attempts.due(address, now):
+            if self._backoff.due(address, now):
                 self._running.add(address)
                 work.create_task(self._bind(address))
-        self._wake_at(self._attempts.next_due(now))
+        self._wake_up.at(self._backoff.next_due(now))
 
     def missing(self) -> list[str]:
         """The VFs that are to be bound yet, in words: without those that the helper's policy keeps from it."""
@@ -102,7 +102,7 @@ class Binder:
                     self._failed(address, HelperError(ErrorCode.INTERNAL, f"a defect of this server: {error!r}"))
                 else:
                     outcome = "ok"
-                    self._attempts = self._attempts.without(address)
+                    self._backoff = self._backoff.without(address)
                     self.failures.pop(address, None)
                     self.late.discard(address)
                     log.info("VF bound", address=address, driver=bound.driver)
@@ -115,7 +115,7 @@ class Binder:
             self._on_change(address)
 
     def _failed(self, address: PciAddress, error: HelperError) -> None:
-        self._attempts = self._attempts.failed(address, self._clock())
+        self._backoff = self._backoff.failed(address, self._clock())
         if error.code is ErrorCode.DENIED:
             self._denied.add(address)
         if error.code is ErrorCode.TIMED_OUT:
@@ -123,15 +123,7 @@ class Binder:
         elif error.code is not ErrorCode.BUSY:  # as the helper answers while an earlier operation goes on
             self.late.discard(address)
         if self.failures.get(address) != error.message:
-            advice = apparmor.look(self._sysfs_root).advice(error.errno)
+            advice = apparmor.read_apparmor(self._sysfs_root).advice(error.errno)
             more = {"advice": advice} if advice else {}
             log.error("VF not bound", address=address, code=error.code, why=error.message, **more)
         self.failures[address] = error.message
-
-    def _wake_at(self, due: float | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if due is not None:
-            delay = max(0.0, due - self._clock())
-            self._timer = asyncio.get_running_loop().call_later(delay, self._on_change, None)

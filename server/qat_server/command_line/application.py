@@ -17,17 +17,11 @@ import typer
 from typer.exceptions import TyperException
 
 from qat_server.command_line import provision as command_line
-from qat_server.command_line import values
 from qat_server.command_line.flags import SERVER_FLAGS, Flag, FlagError, from_environment, plain
-from qat_server.command_line.settings import (
-    STATUS_SOCKET,
-    Registration,
-    SettingsError,
-    allocation_policy,
-    check_sysfs_root,
-    parse,
-    socket_directory,
-)
+from qat_server.command_line.settings import SettingsError, allocation_policy, check_sysfs_root, parse
+from qat_server.kubelet.registration.directories import Registration, socket_directory
+from qat_server.observability.status import STATUS_SOCKET
+from qat_server.parsing import values
 from qat_shared import VERSION
 
 PROGRAM = "qat-plugin"

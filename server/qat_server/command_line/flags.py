@@ -11,7 +11,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.command_line.values import boolean
+from qat_server.parsing.values import boolean
 
 ENVIRONMENT_PREFIX: Final = "QAT_PLUGIN_"
 _NODE_NAME: Final = "NODE_NAME"  # as manifests call it that set it by the downward API

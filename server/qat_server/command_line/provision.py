@@ -12,10 +12,10 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
-from qat_server.command_line import values
 from qat_server.command_line.provision_once import ALL_DRIVERS, Once, Outcome, check, provision
 from qat_server.command_line.settings import SettingsError, check_sysfs_root
-from qat_server.devices.kernel_drivers import VF_DRIVERS
+from qat_server.devices.pci_bus import VF_DRIVERS
+from qat_server.parsing import values
 from qat_server.provisioning import configuration
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.qat_conf import ConfigurationError

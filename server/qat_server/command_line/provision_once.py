@@ -97,7 +97,8 @@ def show(planned: Plan, configuration: Configuration, console: Console) -> None:
 
 async def _provision(once: Once, console: Console) -> Outcome:
     connected = asyncio.Event()
-    helper = HelperClient(once.helper_socket, Counters(), connected.set)
+    helper = HelperClient(once.helper_socket, Counters())
+    helper.on_connected.append(connected.set)
     running = asyncio.create_task(helper.run())
     try:
         await _reach(helper, connected, once.patience)

@@ -11,24 +11,20 @@ from typing import Final, Protocol, TypeVar
 
 from msgspec import Struct
 
-from qat_server.command_line import values
 from qat_server.command_line.flags import SERVER_FLAGS
-from qat_server.command_line.values import HostPort
-from qat_server.devices.kernel_drivers import VF_DRIVERS
+from qat_server.devices.pci_bus import VF_DRIVERS
 from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.registration.directories import Registration, longest_socket, socket_directory
 from qat_server.logs.settings import LogFormat, LogSettings
-from qat_shared import NAMESPACE, SUN_PATH_LIMIT
-from qat_shared.messages import DpdkDriver, SocketDirectory
+from qat_server.parsing import values
+from qat_server.parsing.values import HostPort
+from qat_shared import SUN_PATH_LIMIT
+from qat_shared.messages import DpdkDriver
 from qat_shared.sysfs import SysfsError, pci_directory
 
 _T = TypeVar("_T")
 
-STATUS_SOCKET: Final = ".status.sock"
-"""The name, beside the endpoints', of the socket that status_socket.py serves."""
-
 _SHORTEST_INTERVAL: Final = 0.01  # seconds: a shorter one would be a busy loop
-# The longest name that a QAT device's services make: three of sym, asym, dc, dcc, decomp (Gen6).
-_LONGEST_RESOURCE: Final = "asym-decomp-sym"
 _VARIABLES: Final = {flag.name: flag.variable for flag in SERVER_FLAGS}
 _DEFAULTS: Final = {flag.name: flag.default for flag in SERVER_FLAGS}
 _WITHOUT_EFFECT: Final = tuple(flag.name for flag in SERVER_FLAGS if not flag.effect)
@@ -48,29 +44,6 @@ class Mode(StrEnum):
     """Who is to use the VFs."""
 
     DPDK = "dpdk"
-
-
-class Registration(StrEnum):
-    """How the kubelet learns of the resources."""
-
-    KUBELET_SOCKET = "kubelet-socket"
-    PLUGIN_WATCHER = "plugin-watcher"
-
-    @property
-    def socket_directory(self) -> SocketDirectory:
-        """The directory of the kubelet that holds ours."""
-        return _DIRECTORIES[self][0]
-
-
-# By the way to register: the helper's word for a directory of the kubelet, its name there, the longest socket's name.
-_DIRECTORIES: Final = {
-    Registration.KUBELET_SOCKET: (SocketDirectory.DEVICE_PLUGINS, "device-plugins", f"{_LONGEST_RESOURCE}.sock"),
-    Registration.PLUGIN_WATCHER: (
-        SocketDirectory.PLUGINS_REGISTRY,
-        "plugins_registry",
-        f"{_LONGEST_RESOURCE}-01234567.sock",
-    ),
-}
 
 
 class SettingsError(Exception):
@@ -101,19 +74,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     logging: LogSettings
 
     @property
-    def longest_socket(self) -> Path:
-        """The longest path that an endpoint's socket can have."""
-        return self.socket_directory / _DIRECTORIES[self.registration][2]
-
-    @property
     def socket_directory(self) -> Path:
-        """Where the endpoints' sockets are: the one folder of the kubelet's that the server writes to."""
+        """Where the endpoints' sockets are: the only directory of the kubelet that the server writes to."""
         return socket_directory(self.kubelet_dir, self.registration)
-
-
-def socket_directory(kubelet_dir: Path, registration: Registration) -> Path:
-    """Where the endpoints' sockets are with this way to register."""
-    return kubelet_dir / _DIRECTORIES[registration][1] / NAMESPACE
 
 
 def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
@@ -158,7 +121,7 @@ def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str]
         allow_root=read("allow-root", values.boolean),
         logging=_logging(read, frozenset((*given, *environment))),
     )
-    read("kubelet-dir", lambda _: _check_length(settings.longest_socket))
+    read("kubelet-dir", lambda _: _check_length(longest_socket(settings.kubelet_dir, settings.registration)))
     return settings
 
 

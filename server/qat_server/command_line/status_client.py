@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from qat_server.command_line.values import HostPort
+from qat_server.parsing.values import HostPort
 
 TIMEOUT: Final = 5.0  # seconds
 _LIMIT: Final = 16 * 2**20  # bytes; 1024 VFs are some 300 KB

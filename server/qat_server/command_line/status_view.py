@@ -7,7 +7,8 @@ from rich.text import Text
 
 from qat_server.command_line import tables
 from qat_server.command_line.tables import plain
-from qat_server.observability.status import Status, VfStatus, no_vfs_hint
+from qat_server.devices.inventory import no_vfs_hint
+from qat_server.observability.status import Status, VfStatus
 from qat_shared.confinement import missing
 
 _Row = tuple[str, ...]

@@ -15,8 +15,7 @@ from msgspec import Struct
 
 from qat_server.devices.functions import UNREADABLE, read_pf, read_vf, sentence
 from qat_server.devices.inventory import Inventory, PhysicalFunction, Problem, VirtualFunction
-from qat_server.devices.kernel_drivers import pf_driver_of
-from qat_server.devices.pci_bus import driver_addresses, pci_addresses
+from qat_server.devices.pci_bus import driver_addresses, pci_addresses, pf_driver_of
 from qat_shared.devices import VENDOR_INTEL, VIRTUAL
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice, SysfsError, open_device, pci_directory

@@ -54,7 +54,7 @@ class HealthMonitor:
         self._on_change = on_change
         self._clock = clock
         self._again = asyncio.Event()  # replaced each time: whoever waits for one is woken by it
-        self._looked = asyncio.Event()
+        self._updated = asyncio.Event()
         self._asking: set[PciAddress] = set()
         self._judged: set[PciAddress] = set()
         self._since: dict[PciAddress, float] = {}
@@ -68,15 +68,19 @@ class HealthMonitor:
         verdicts = {pf.address: verdict(pf, self.alive.get(pf.address), pf.address in self._late) for pf in self._pfs()}
         return {address: reason for address, reason in verdicts.items() if reason}
 
-    def look(self) -> None:
-        """The PFs may be others now."""
+    def update(self) -> None:
+        """Take note that the PFs may have changed."""
         now, pfs = self._clock(), {pf.address: pf for pf in self._pfs()}
         self._since = {address: self._since.get(address, now) for address in pfs}
         self.alive = {address: alive for address, alive in self.alive.items() if address in pfs}
         # One that was down is new when it is up again.
         self._judged = {address for address in self._judged if address in pfs and pfs[address].state != "down"}
         self._late &= pfs.keys()
-        self._looked.set()
+        self._updated.set()
+
+    def missing(self) -> list[str]:
+        """A sentence for each PF whose first answer is awaited."""
+        return [f"PF {address} has not answered its heartbeat query" for address in sorted(self.pending())]
 
     def pending(self) -> set[PciAddress]:
         """The PFs whose first answer is to come, for a moment at most; `on_change` is called when that is over."""
@@ -94,8 +98,8 @@ class HealthMonitor:
             self._timer = asyncio.get_running_loop().call_later(FIRST_ANSWER, self._waited)
         return waiting
 
-    def ask(self) -> None:
-        """Ask all now: the helper is back."""
+    def query_all(self) -> None:
+        """Query every PF now: the helper is back."""
         before, self._again = self._again, asyncio.Event()
         before.set()
 
@@ -109,8 +113,8 @@ class HealthMonitor:
             self.alive = {}
             self._late.clear()
             self._on_change()
-        self._looked.set()
-        self.ask()
+        self._updated.set()
+        self.query_all()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -120,8 +124,8 @@ class HealthMonitor:
                     for address in sorted({pf.address for pf in self._pfs()} - self._asking):
                         self._asking.add(address)
                         rounds.create_task(self._keep_asking(address))
-                await self._looked.wait()
-                self._looked.clear()
+                await self._updated.wait()
+                self._updated.clear()
 
     async def _keep_asking(self, address: PciAddress) -> None:
         try:

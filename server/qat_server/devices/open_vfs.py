@@ -1,6 +1,6 @@
-"""Which VFs are open now, for who looks at /status and /metrics: read in a thread, at most once a second.
+"""Which VFs are open now, for /status and /metrics: read in a thread, at most once a second.
 
-Opening and closing a device gives no uevent, so it must be read: a file for each VF, some 50 ms for a thousand.
+Opening and closing a device gives no uevent, so it has to be read: one file for each VF, some 50 ms for a thousand.
 """
 
 import asyncio
@@ -17,14 +17,11 @@ from qat_shared.messages import DpdkDriver
 from qat_shared.sysfs import open_device
 
 FRESH: Final = 1.0
-"""Seconds for which what was read answers all who ask."""
+"""Seconds for which one reading answers every request."""
 
 
-def with_fresh_use(sysfs_root: Path, inventory: Inventory) -> Inventory:
-    """The inventory with each `in_use` as it is now: opening and closing a device gives no uevent.
-
-    What cannot be read stays as it was.
-    """
+def with_open_vfs(sysfs_root: Path, inventory: Inventory) -> Inventory:
+    """The inventory with `in_use` of each VF read again; a VF that cannot be read keeps its value."""
     vfs = []
     for vf in inventory.vfs:
         if vf.driver == DpdkDriver.VFIO_PCI:
@@ -39,14 +36,14 @@ def with_fresh_use(sysfs_root: Path, inventory: Inventory) -> Inventory:
     return replace(inventory, vfs=tuple(vfs))
 
 
-class FreshUse:
-    """Who asks while it is being read waits for the same answer."""
+class OpenVfs:
+    """A cache of one reading; requests that come during a reading share its result."""
 
     def __init__(
         self,
         sysfs_root: Path,
         clock: Callable[[], float] = time.monotonic,
-        read: Callable[[Path, Inventory], Inventory] = with_fresh_use,
+        read: Callable[[Path, Inventory], Inventory] = with_open_vfs,
     ) -> None:
         self._sysfs_root = sysfs_root
         self._clock = clock
@@ -56,8 +53,8 @@ class FreshUse:
         self._fresh: Inventory | None = None
         self._at = 0.0
 
-    async def of(self, inventory: Inventory) -> Inventory:
-        """`inventory` with what is in use."""
+    async def refreshed(self, inventory: Inventory) -> Inventory:
+        """The inventory with `in_use` at most FRESH seconds old."""
         async with self._lock:
             if self._fresh is None or self._of is not inventory or self._clock() >= self._at + FRESH:
                 self._fresh = await asyncio.to_thread(self._read, self._sysfs_root, inventory)

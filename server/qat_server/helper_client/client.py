@@ -8,9 +8,11 @@ for a helper that is not there.
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
+
+from msgspec import Struct
 
 from qat_server import logs
 from qat_server.helper_client.audit_head import AuditWatch
@@ -22,7 +24,6 @@ from qat_server.helper_client.connection import (
     sentence,
 )
 from qat_server.instrumentation.counters import Counters
-from qat_server.observability.status import HelperState
 from qat_shared import VERSION
 from qat_shared.codec import ProtocolError
 from qat_shared.confinement import missing
@@ -72,13 +73,32 @@ class HelperSilentError(HelperError):
         super().__init__(ErrorCode.TIMED_OUT, f"the helper did not answer {operation} in {CALL_TIMEOUT:g} s")
 
 
-class HelperClient:
-    """One helper at one socket. `on_change` is called whenever `connected` changes."""
+class HelperState(Struct, frozen=True):
+    """The helper as last heard of; `audit_*` is its audit log's head, and how that last failed to continue it.
 
-    def __init__(self, path: Path, counters: Counters, on_change: Callable[[], None] = lambda: None) -> None:
+    `sandbox`: by layer, what is missing of it.
+    """
+
+    connected: bool = False
+    version: str = ""
+    error: str = ""
+    audit_sequence: int = 0
+    audit_hash: str = ""
+    audit_broken: str = ""
+    sandbox: Mapping[str, str] = {}
+
+
+class HelperClient:
+    """One helper at one socket.
+
+    `on_change` are called whenever `connected` may have changed, then `on_connected` when a connection was made.
+    """
+
+    def __init__(self, path: Path, counters: Counters) -> None:
         self._path = path
         self._counters = counters
-        self._on_change = on_change
+        self.on_change: list[Callable[[], None]] = []
+        self.on_connected: list[Callable[[], None]] = []
         self._connection: Connection | None = None
         self.version = ""
         self.error = "the helper is not connected yet"
@@ -130,7 +150,8 @@ class HelperClient:
             log.info("helper connected", socket=str(self._path), version=self.version)
             if lacks := missing(self.sandbox):
                 log.warning("the helper's sandbox is not whole", missing=lacks)
-            self._on_change()
+            for notify in (*self.on_change, *self.on_connected):
+                notify()
             try:
                 await connection.ended
             finally:
@@ -241,4 +262,5 @@ class HelperClient:
         self._told = True
         self.error = error
         self.tried.set()
-        self._on_change()
+        for notify in self.on_change:
+            notify()

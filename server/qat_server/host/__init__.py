@@ -1,1 +1,1 @@
-"""."""
+"""The server's process and its host: the sandbox that it enters, the service manager that it notifies."""

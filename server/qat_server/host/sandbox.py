@@ -9,15 +9,15 @@ No socket but Unix ones and the kernel's uevents can be made any more: the metri
 import ctypes
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from msgspec import Struct
+
 import qat_server
 import qat_shared
 from qat_server import logs
-from qat_server.command_line.settings import Settings, SettingsError
 from qat_shared import confinement
 from qat_shared.confinement import (
     MAKE_DIR,
@@ -46,17 +46,34 @@ _SOCKETS: Final = READ | WRITE_FILE | MAKE_SOCK | MAKE_REG | MAKE_DIR | REMOVE_F
 _LOG_FILES: Final = READ | WRITE_FILE | MAKE_REG | MAKE_SYM | REMOVE_FILE | TRUNCATE
 
 
-def enter(settings: Settings) -> dict[str, str]:
-    """Confine this process, which must have one thread: by layer, what is missing of it. Raises SettingsError."""
+class IncompleteSandboxError(Exception):
+    """A layer of the sandbox is missing, and it was required whole; the text names what is missing."""
+
+
+class Access(Struct, frozen=True, kw_only=True):
+    """The directories that the server works with; None where it has none."""
+
+    sysfs_root: Path
+    socket_directory: Path
+    lock_directory: Path
+    configuration: Path | None = None
+    log_directory: Path | None = None
+
+
+def enter(access: Access, *, required: bool) -> dict[str, str]:
+    """Confine this process, which must have one thread. Returns what is missing of each layer, "" for nothing.
+
+    Raises IncompleteSandboxError when anything is missing and the sandbox is `required`.
+    """
     try:
         # Threads end with its help, and glibc would look for it only then.
         ctypes.CDLL("libgcc_s.so.1")
     except OSError:
         log.v(1, "libgcc_s.so.1 is not there")
-    state = confinement.confine(_rules(settings), read_profile(PROFILE))
+    state = confinement.confine(_rules(access), read_profile(PROFILE))
     lacks = confinement.missing(state)
-    if lacks and settings.require_sandbox:
-        raise SettingsError(f"--require-sandbox: the sandbox is not whole: {lacks}")
+    if lacks and required:
+        raise IncompleteSandboxError(f"the sandbox is not whole: {lacks}")
     if lacks:
         log.warning("the sandbox is not whole", missing=lacks)
     else:
@@ -64,18 +81,16 @@ def enter(settings: Settings) -> dict[str, str]:
     return state
 
 
-def _rules(settings: Settings) -> Iterator[tuple[Path, int]]:
-    yield from ((settings.sysfs_root / name, READ) for name in _SYSFS)
+def _rules(access: Access) -> Iterator[tuple[Path, int]]:
+    yield from ((access.sysfs_root / name, READ) for name in _SYSFS)
     yield from ((Path(path), READ) for path in _SYSTEM)
     yield from ((Path(path), READ) for path in _code())
-    yield nearest(settings.socket_directory), _SOCKETS
-    yield nearest(settings.helper_socket.parent), READ  # to lock it: one server works on a node
-    if settings.provisioning_config is not None:
-        yield nearest(settings.provisioning_config), READ
-    logging = settings.logging
-    if not logging.to_stderr:
-        directory = os.path.dirname(os.path.abspath(logging.file)) if logging.file else logging.directory
-        yield Path(directory or tempfile.gettempdir()), _LOG_FILES
+    yield nearest(access.socket_directory), _SOCKETS
+    yield nearest(access.lock_directory), READ  # to lock it: one server works on a node
+    if access.configuration is not None:
+        yield nearest(access.configuration), READ
+    if access.log_directory is not None:
+        yield access.log_directory, _LOG_FILES
 
 
 def _code() -> set[str]:

@@ -1,7 +1,7 @@
-"""The start as the service manager sees it: done when nothing is missing of the devices, or when it took too long.
+"""The start as the service manager sees it: done when no device work is missing, or after PATIENCE.
 
-Whoever is ordered after this process (the kubelet) waits until then. So it is never for long: a device that cannot be
-bound, or a helper that is not there, must not keep a node from its other work.
+Units that are ordered after this process (the kubelet) wait until then. So the wait is bounded: a device that cannot be
+bound, or an absent helper, must not keep a node from its other work.
 """
 
 import asyncio
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from qat_server import logs
-from qat_server.devices.inventory import Listing
 from qat_server.host.service_manager import ServiceManager
+from qat_server.kubelet.device import Listing
 from qat_shared import NAMESPACE
 
 log = logs.get(__name__)
@@ -21,8 +21,8 @@ PATIENCE: Final = 20.0
 _NAMED: Final = 3
 
 
-class Start:
-    """`missing` says what is not there yet; it is asked again whenever `looked` is called."""
+class Startup:
+    """`missing` returns what the start still waits for; each call of `check` asks it again."""
 
     def __init__(
         self,
@@ -37,30 +37,30 @@ class Start:
         self._patience = patience
         self._complete = asyncio.Event()
 
-    def looked(self) -> None:
-        """The devices were looked at."""
-        if not self._complete.is_set() and not self._what_is_missing():
+    def check(self) -> None:
+        """See whether the start is complete: the devices have been reconciled."""
+        if not self._complete.is_set() and not self._missing_sentence():
             self._complete.set()
 
     async def run(self) -> None:
-        """Until the service manager knows that nothing is missing."""
+        """Return once the service manager has been told that nothing is missing."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._patience):
                 await self._complete.wait()
-        if not self._complete.is_set() and (text := self._what_is_missing()):
-            log.warning("start is done, though not all is there", seconds=self._patience, missing=text)
+        if not self._complete.is_set() and (text := self._missing_sentence()):
+            log.warning("start is done, but incomplete", seconds=self._patience, missing=text)
             await self._manager.ready(f"waited {self._patience:g} s, and went on without: {text}")
             await self._complete.wait()
         text = _devices(self._listing())
         log.info("start is done", devices=text)
         await self._manager.ready(f"started with {text}")
 
-    def _what_is_missing(self) -> str:
+    def _missing_sentence(self) -> str:
         try:
             return _sentence(self._missing())
-        except Exception as error:  # whoever waits must not wait for ever because of a defect
-            log.exception("what is missing could not be told")
-            return f"something that a defect keeps from being told: {error!r}"
+        except Exception as error:  # a defect must not keep other units waiting for ever
+            log.exception("checking the start failed")
+            return f"a defect of this server: {error!r}"
 
 
 def _sentence(missing: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from enum import StrEnum
 from heapq import heapify, heappop, heapreplace
 from typing import Final
 
-from qat_server.devices.inventory import Device
+from qat_server.kubelet.device import Device
 from qat_shared.pci import PciAddress
 
 _UNCOUNTED: Final = -1

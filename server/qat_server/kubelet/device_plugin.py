@@ -10,19 +10,19 @@ a full answer or an error with a sentence that ends up in the pod's status.
 import asyncio
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Final, NoReturn, TypeAlias
+from typing import Final, NoReturn, Protocol, TypeAlias
 
 import grpc
 import grpc.aio
 
 from qat_server import logs
-from qat_server.devices.inventory import Device
 from qat_server.instrumentation.counters import Counters
 from qat_server.kubelet import allocation
 from qat_server.kubelet.allocation import AllocationError, AllocationIndex, AllocationPolicy
+from qat_server.kubelet.device import Device
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2_grpc as rpc
-from qat_server.kubelet.watch_streams import Streams
+from qat_server.kubelet.watch_streams import WatchStreams
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
@@ -91,12 +91,23 @@ def _listed(device: Device) -> pb.Device:
     return pb.Device(ID=str(device.address), health=health, topology=topology)
 
 
+class AllocationObserver(Protocol):
+    """Follows what the kubelet does with the devices, and knows which of them pods hold."""
+
+    def allocated(self) -> None:
+        """Devices were handed out just now."""
+
+    def watched(self, again: bool) -> None:
+        """The kubelet has opened a ListAndWatch stream; `again`: another stream has ended before."""
+
+    def in_use(self, resource: str, handed_out: Mapping[PciAddress, float]) -> Collection[PciAddress] | None:
+        """The devices of a resource that pods hold, or may hold; None where that is not known."""
+
+
 class DevicePlugin(rpc.DevicePluginServicer):
     """Serves one resource, named without its namespace.
 
-    `handed_out` maps each device to when (by `clock`) it was last given to a container. `on_allocated` is called after
-    each allocation, `on_watched` when the kubelet opens a stream, with whether one has ended before.
-    `in_use` tells, by resource and `handed_out`, which devices pods hold, None where that is not known.
+    `handed_out` maps each device to the time, by `clock`, at which it was last given to a container.
     """
 
     def __init__(
@@ -104,23 +115,20 @@ class DevicePlugin(rpc.DevicePluginServicer):
         name: str,
         policy: AllocationPolicy,
         counters: Counters,
-        on_allocated: Callable[[], None] = lambda: None,
+        usage: AllocationObserver,
         clock: Callable[[], float] = time.monotonic,
-        on_watched: Callable[[bool], None] = lambda _: None,
-        in_use: Callable[[str, Mapping[PciAddress, float]], Collection[PciAddress] | None] = lambda *_: None,
     ) -> None:
         self._name = name
-        self._in_use = in_use
+        self._usage = usage
         self._policy = policy
         self._counters = counters
-        self._on_allocated = on_allocated
         self._clock = clock
         self._snapshot = Snapshot(())
         self._ever: set[str] = set()
         self._withdrawn = False
         self._wake: set[asyncio.Event] = set()
         self.handed_out: dict[PciAddress, float] = {}
-        self.streams = Streams(on_watched)
+        self.streams = WatchStreams(usage.watched)
 
     def update(self, devices: Sequence[Device]) -> None:
         """Replace the list; the kubelet is told when what it may know of differs."""
@@ -205,7 +213,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
     def _tell(self, chosen: Sequence[Sequence[_Entry]]) -> None:
         for entries in chosen:
             log.info("devices allocated", resource=self._name, devices=[entry.device.address for entry in entries])
-        self._on_allocated()
+        self._usage.allocated()
 
     async def PreStartContainer(
         self, request: pb.PreStartContainerRequest, context: Context
@@ -259,7 +267,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
         eligible = snapshot.healthy.union(must) if must else snapshot.healthy
         available = [each for each in offered if each in eligible]
         try:
-            held = self._in_use(self._name, self.handed_out)
+            held = self._usage.in_use(self._name, self.handed_out)
             return snapshot.index.preferred(self._policy, available, must, request.allocation_size, held)
         except AllocationError as error:
             lost = len(offered) - len(available)

@@ -10,23 +10,23 @@ once, is asked again after a growing pause.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import grpc.aio
+from msgspec import Struct
 from msgspec.structs import replace
 
 from qat_server import logs
-from qat_server.devices.inventory import Device
 from qat_server.instrumentation.counters import Counters
-from qat_server.kubelet import sockets as grpc_socket
 from qat_server.kubelet.allocation import AllocationPolicy
-from qat_server.kubelet.device_plugin import DevicePlugin
+from qat_server.kubelet.device import Device
+from qat_server.kubelet.device_plugin import AllocationObserver, DevicePlugin
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import add_DevicePluginServicer_to_server
 from qat_server.kubelet.registration.registrar import CannotRegisterError, Registrar, Timing
-from qat_server.kubelet.sockets import BoundSocket
-from qat_server.observability.status import EndpointState
+from qat_server.kubelet.sockets import grpc_socket
+from qat_server.kubelet.sockets.grpc_socket import BoundSocket
 from qat_shared import NAMESPACE
 from qat_shared.pci import PciAddress
 
@@ -37,12 +37,19 @@ STOP_GRACE: Final = 0.2
 """Seconds that an answer under way is given when the endpoint ends."""
 
 
+class EndpointState(Struct, frozen=True):
+    """One resource and the kubelet: registered now, how often so far, and why not (the last error, "" for none)."""
+
+    registered: bool = False
+    registrations: int = 0
+    error: str = ""
+
+
 class Endpoint:
     """Made for one resource: `update` at any time, `run` once, `withdraw` to end it from outside.
 
-    `state` is replaced at each change. `handed_out` maps devices to when, by `clock`, they were last allocated.
-    `on_watched` is called when the kubelet opens a stream, with whether one has ended before; `on_lost` when the
-    socket's directory cannot be used.
+    `state` is replaced at each change. `handed_out` maps devices to the time, by `clock`, of their last allocation.
+    `on_lost` is called when the socket's directory cannot be used.
     """
 
     def __init__(
@@ -51,19 +58,17 @@ class Endpoint:
         registrar: Registrar,
         policy: AllocationPolicy,
         counters: Counters,
-        on_allocated: Callable[[], None] = lambda: None,
+        usage: AllocationObserver,
+        on_lost: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         timing: Timing | None = None,
-        on_watched: Callable[[bool], None] = lambda _: None,
-        on_lost: Callable[[], None] = lambda: None,
-        in_use: Callable[[str, Mapping[PciAddress, float]], Collection[PciAddress] | None] = lambda *_: None,
     ) -> None:
         self.name = name
         self._on_lost = on_lost
         self.state = EndpointState()
         self._registrar = registrar
         self._timing = timing or Timing()
-        self._plugin = DevicePlugin(name, policy, counters, on_allocated, clock, on_watched, in_use)
+        self._plugin = DevicePlugin(name, policy, counters, usage, clock)
         self._server: grpc.aio.Server | None = None
         self._bound: BoundSocket | None = None
         self._withdrawing = asyncio.Event()

@@ -5,17 +5,17 @@ import time
 from collections.abc import Callable
 
 from qat_server import logs
-from qat_server.command_line.settings import Registration, Settings
-from qat_server.devices.inventory import Listing
 from qat_server.helper_client.client import HelperClient
 from qat_server.instrumentation.counters import Counters
-from qat_server.kubelet.endpoint import Endpoint
-from qat_server.kubelet.endpoint_directory import EndpointDirectory
+from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.device import Listing
+from qat_server.kubelet.endpoint import Endpoint, EndpointState
+from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.registration.kubelet_socket import SocketRegistrar
 from qat_server.kubelet.registration.plugin_watcher import WatcherRegistrar
 from qat_server.kubelet.registration.registrar import Registrar
+from qat_server.kubelet.sockets.endpoint_directory import EndpointDirectory
 from qat_server.kubelet.usage import Usage
-from qat_server.observability.status import EndpointState
 from qat_shared import NAMESPACE
 from qat_shared.pci import PciAddress
 
@@ -27,14 +27,16 @@ class Endpoints:
 
     def __init__(
         self,
-        settings: Settings,
+        registration: Registration,
+        policy: AllocationPolicy,
         helper: HelperClient,
         directory: EndpointDirectory,
         usage: Usage,
         counters: Counters,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings = settings
+        self._registration = registration
+        self._policy = policy
         self._helper = helper
         self._directory = directory
         self._usage = usage
@@ -79,16 +81,14 @@ class Endpoints:
         return Endpoint(
             name,
             self._registrar(name),
-            self._settings.allocation_policy,
+            self._policy,
             self._counters,
-            self._usage.allocated,
+            self._usage,
+            self._directory.missed,
             self._clock,
-            on_watched=self._usage.watched,
-            on_lost=self._directory.missed,
-            in_use=self._usage.in_use,
         )
 
     def _registrar(self, name: str) -> Registrar:
-        if self._settings.registration is Registration.PLUGIN_WATCHER:
-            return WatcherRegistrar(name, self._settings.socket_directory)
-        return SocketRegistrar(name, self._settings.socket_directory, self._helper)
+        if self._registration is Registration.PLUGIN_WATCHER:
+            return WatcherRegistrar(name, self._directory.path)
+        return SocketRegistrar(name, self._directory.path, self._helper)

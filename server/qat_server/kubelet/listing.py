@@ -15,15 +15,16 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from qat_server.devices.inventory import Device, Holder, Inventory, Listing, VirtualFunction
+from qat_server.devices.inventory import Inventory, VirtualFunction
 from qat_server.devices.naming import is_resource_name
+from qat_server.kubelet.device import Device, Holder, Listing
 from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
 
 _VFIO_CONTAINER: Final = "/dev/vfio/vfio"
 
 
-def advance(
+def next_listing(
     previous: Listing,
     inventory: Inventory,
     names: Mapping[PciAddress, str],

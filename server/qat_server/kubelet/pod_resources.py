@@ -10,12 +10,12 @@ import grpc.aio
 from msgspec import Struct
 
 from qat_server import logs
-from qat_server.devices.inventory import Holder
 from qat_server.helper_client.client import HelperError, HelperUnavailableError
-from qat_server.kubelet import channel as kubelet_channel
-from qat_server.kubelet.channel import KubeletDialer
+from qat_server.kubelet.device import Holder
 from qat_server.kubelet.generated import podresources_v1_pb2 as pb
 from qat_server.kubelet.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
+from qat_server.kubelet.sockets import kubelet_channel
+from qat_server.kubelet.sockets.kubelet_channel import KubeletDialer
 from qat_shared import NAMESPACE
 from qat_shared.messages import ErrorCode, KubeletService
 from qat_shared.pci import PciAddress

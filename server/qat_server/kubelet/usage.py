@@ -18,7 +18,7 @@ from typing import Final
 from msgspec import Struct
 
 from qat_server import logs
-from qat_server.devices.inventory import Listing
+from qat_server.kubelet.device import Listing
 from qat_server.kubelet.pod_resources import (
     Answer,
     Holders,
@@ -109,10 +109,10 @@ class Usage:
         """Take note that devices were handed out just now."""
         self._ask_at(self._clock() + _AFTER_ALLOCATION)
 
-    def watched(self, anew: bool) -> None:
-        """Take note that the kubelet has opened a stream; `anew`: after the end of one, so it may have just started."""
+    def watched(self, again: bool) -> None:
+        """Take note that the kubelet opened a stream; `again`: another ended before, so it may have just started."""
         self._watched_at = self._clock()
-        if anew:
+        if again:
             self._pods_known = False
         self.ask()
 

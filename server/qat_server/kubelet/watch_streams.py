@@ -1,13 +1,14 @@
-"""The kubelet's ListAndWatch streams of one resource, as registration sees them: opened, ended, which came last."""
+"""The kubelet's ListAndWatch streams of one resource, as registration sees them."""
 
 import asyncio
 from collections.abc import Callable
 
 
-class Streams:
-    """How many ListAndWatch streams were opened and have ended, and a way to wait for the next such event.
+class WatchStreams:
+    """The kubelet's ListAndWatch streams of one resource: how many were opened and ended; a way to wait for a change.
 
-    `fresh`: one was opened after the last one that ended.
+    `fresh`: a stream was opened after the last one that ended. `on_opened` is called for each new stream, with whether
+    another has ended before.
     """
 
     def __init__(self, on_opened: Callable[[bool], None] = lambda _: None) -> None:

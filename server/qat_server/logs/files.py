@@ -16,8 +16,7 @@ import time
 from io import FileIO
 from typing import Final
 
-from qat_server.command_line.values import SEVERITIES
-from qat_server.logs.settings import LogFormat, LogSettings
+from qat_server.logs.settings import SEVERITIES, LogFormat, LogSettings
 
 PROGRAM: Final = "qat-plugin"
 DIRECTORY_FILE_LIMIT: Final = 1800 * 2**20

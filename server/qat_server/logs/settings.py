@@ -5,10 +5,14 @@ logging  20    19   .. 16    10          9   ..
 """
 
 import logging
+import os
+import tempfile
 from enum import StrEnum
 from typing import Final
 
 from msgspec import Struct
+
+SEVERITIES: Final = ("INFO", "WARNING", "ERROR", "FATAL")
 
 
 class LogFormat(StrEnum):
@@ -40,6 +44,14 @@ class LogSettings(Struct, frozen=True, kw_only=True):
     headers: bool = True
     file_headers: bool = True
     ineffective: tuple[str, ...] = ()
+
+    @property
+    def file_directory(self) -> str | None:
+        """The directory that log files are written to; None without any."""
+        if self.to_stderr:
+            return None
+        directory = os.path.dirname(os.path.abspath(self.file)) if self.file else self.directory
+        return directory or tempfile.gettempdir()
 
 
 _DEBUG_VERBOSITY: Final = 5

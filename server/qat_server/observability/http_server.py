@@ -23,7 +23,6 @@ import h11
 from msgspec import Struct
 
 from qat_server import logs
-from qat_server.command_line.values import HostPort
 
 log = logs.get(__name__)
 
@@ -58,16 +57,16 @@ class Limits(Struct, frozen=True):
     answer_seconds: float = ANSWER_SECONDS
 
 
-def listen(address: HostPort) -> list[socket.socket]:
-    """Sockets that listen on every address that the host stands for. Raises OSError (none is left open)."""
-    if not address.host:
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address of `host`, "" for all addresses. Raises OSError and leaves none open."""
+    if not host:
         if socket.has_dualstack_ipv6():
-            return [socket.create_server(("", address.port), family=socket.AF_INET6, dualstack_ipv6=True)]
-        return [socket.create_server(("", address.port))]
+            return [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)]
+        return [socket.create_server(("", port))]
     with contextlib.ExitStack() as opened:
         sockets: list[socket.socket] = []
-        absent = OSError(errno.EADDRNOTAVAIL, f"{address.host!r} stands for no address")
-        for family, place in _resolved(address):
+        absent = OSError(errno.EADDRNOTAVAIL, f"{host!r} has no address")
+        for family, place in _resolved(host, port):
             try:
                 sockets.append(opened.enter_context(socket.create_server(place, family=family)))
             except OSError as error:
@@ -81,8 +80,8 @@ def listen(address: HostPort) -> list[socket.socket]:
     return sockets
 
 
-def _resolved(address: HostPort) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+def _resolved(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return [(family, (str(place[0]), int(place[1]))) for family, _, _, _, place in dict.fromkeys(found)]
 
 
@@ -225,4 +224,4 @@ def _name(sock: socket.socket) -> str:
     if sock.family == socket.AF_UNIX:
         return "unix"
     host, port = sock.getsockname()[:2]
-    return str(HostPort(host, port))
+    return f"[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{host}:{port}"

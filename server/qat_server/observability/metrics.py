@@ -14,7 +14,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from qat_server.instrumentation.counters import Counters, Histogram
-from qat_server.observability.status import State
+from qat_server.observability.readiness import not_ready
+from qat_server.observability.state import State
 from qat_server.provisioning.progress import Stage
 from qat_shared import VERSION
 
@@ -46,7 +47,7 @@ class PluginCollector(Collector):
         """Make all families."""
         state = self._state()
         yield _gauge("build_info", "Always 1; the version is the label.", ("version",), {(VERSION,): 1})
-        yield _gauge("ready", "Whether /readyz says so.", (), {(): not state.not_ready})
+        yield _gauge("ready", "Whether /readyz says so.", (), {(): not not_ready(state)})
         yield from _device_metrics(state)
         yield from _provisioning_metrics(state)
         yield from _kubelet_metrics(state)

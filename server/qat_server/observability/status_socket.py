@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from qat_server.command_line.settings import STATUS_SOCKET
-from qat_server.kubelet.sockets import private_name, put
+from qat_server.kubelet.sockets.grpc_socket import private_name, put
+from qat_server.observability.status import STATUS_SOCKET
 
 _BACKLOG: Final = 16
 _MODE: Final = 0o660

@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 from msgspec import Struct
 
 from qat_server.devices.inventory import PhysicalFunction
+from qat_server.parsing.values import shown
 from qat_server.provisioning import qat_conf, qat_toml
 from qat_server.provisioning.qat_conf import ConfigurationError, QatConf, Services
 from qat_server.provisioning.qat_toml import PfSettings, QatToml
@@ -95,7 +96,7 @@ def load(directory: Path, node_name: str | None = None) -> Configuration:
     whole, all files are of one version, also while it is replaced.
     """
     if node_name and not _NODE_NAME.fullmatch(node_name):
-        raise ConfigurationError("NODE_NAME", f"{qat_conf.shown(node_name)} is not the name of a node")
+        raise ConfigurationError("NODE_NAME", f"{shown(node_name)} is not the name of a node")
     for _ in range(_SWAPS):
         version = _version(directory)
         try:

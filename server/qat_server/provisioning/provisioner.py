@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from qat_server import logs
-from qat_server.binding.plan import Attempts
 from qat_server.devices.inventory import Inventory, PhysicalFunction
+from qat_server.helper_client.backoff import Backoff, WakeUp
 from qat_server.helper_client.client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.kubelet.usage import BEING_ADMITTED, Usage
 from qat_server.provisioning.configuration import Configuration
@@ -68,7 +68,8 @@ class Provisioner:
         self._closing: set[PciAddress] = set()
         self._closed: dict[PciAddress, float] = {}  # PF: since when the kubelet has been told
         self._undecided: set[PciAddress] = set()
-        self._attempts = Attempts()
+        self._with_services: set[PciAddress] = set()  # the PFs whose driver shows services
+        self._backoff = Backoff()
         self._failures: dict[PciAddress, tuple[Stage, str]] = {}
         self._denied: dict[PciAddress, str] = {}
         self._refused: dict[PciAddress, Services] = {}
@@ -76,7 +77,7 @@ class Provisioner:
         self._waits: dict[PciAddress, str] = {}
         self._watched: object = None
         self._ask_at, self._pause = 0.0, POLL
-        self._timer: asyncio.TimerHandle | None = None
+        self._wake_up = WakeUp(lambda: on_change(None), clock)
 
     @property
     def working(self) -> tuple[PciAddress, ...]:
@@ -87,10 +88,18 @@ class Provisioner:
         """The PFs that are not being changed: the others cannot be judged."""
         return [pf for pf in pfs if pf.address not in self._running]
 
-    @property
-    def given_up(self) -> set[PciAddress]:
-        """The PFs that stay as they are until the kubelet, the configuration or the helper's policy says otherwise."""
-        return self._undecided | self._denied.keys() | self._refused.keys()
+    def missing(self) -> list[str]:
+        """A sentence for each PF that is not provisioned yet, and that a moment may bring to it."""
+        # These stay as they are until the kubelet, the configuration or the helper's policy changes.
+        stays = self._undecided | self._denied.keys() | self._refused.keys()
+        return [
+            f"PF {address} is not provisioned: {one.reason or one.stage}"
+            for address, one in sorted(self.progress.items())
+            if address not in stays
+            and one.stage not in (Stage.DONE, Stage.WAITING)
+            # Attributes come after the driver's link: until then a PF only seems impossible to provision.
+            and (one.stage is not Stage.IMPOSSIBLE or address not in self._with_services)
+        ]
 
     def may_be_bound(self, inventory: Inventory, vfs: Iterable[PciAddress]) -> list[PciAddress]:
         """These VFs without those that are about to be taken away."""
@@ -98,7 +107,7 @@ class Provisioner:
         going = {vf for pf in inventory.pfs if pf.address in changing for vf in pf.vfs}
         return [vf for vf in vfs if vf not in going]
 
-    async def look(
+    async def reconcile(
         self,
         inventory: Inventory,
         configuration: Configuration | None,
@@ -110,8 +119,9 @@ class Provisioner:
             return
         if configuration != self._configuration:
             self._configuration = configuration
-            self._attempts, self._failures, self._refused, self._denied = Attempts(), {}, {}, {}
+            self._backoff, self._failures, self._refused, self._denied = Backoff(), {}, {}, {}
             self._said.clear()
+        self._with_services = {pf.address for pf in inventory.pfs if pf.services is not None}
         settled = self.settled(inventory.pfs)
         states = await asyncio.to_thread(read_states, self._sysfs_root, settled, False)
         planned = plan(inventory, states, configuration, holders(), self._refused)
@@ -139,7 +149,7 @@ class Provisioner:
 
     def helper_changed(self) -> None:
         """Another helper, another policy: what was denied may be allowed now, and what failed may go on."""
-        self._attempts, self._denied = Attempts(), {}
+        self._backoff, self._denied = Backoff(), {}
 
     def published(self) -> None:
         """The kubelet has been told what is withheld now."""
@@ -162,7 +172,7 @@ class Provisioner:
             self._say_once(address, "PF cannot be what is wanted", one.impossible)
             return Progress(Stage.IMPOSSIBLE, wanted, reason=one.impossible)
         if not steps:
-            self._attempts = self._attempts.without(address)
+            self._backoff = self._backoff.without(address)
             self._failures.pop(address, None)
             return Progress(Stage.FAILED if one.refused else Stage.DONE, wanted, reason=one.refused)
         if not one.steps:
@@ -172,14 +182,14 @@ class Provisioner:
             self._closed.pop(address, None)
             why_not = self._helper.error or self._denied[address]
             return Progress(Stage.FAILED, wanted, steps, _names(one), why_not)
-        if not self._attempts.due(address, self._clock()):
+        if not self._backoff.due(address, self._clock()):
             stage, failure = self._failures.get(address, (Stage.WORKING, ""))
             return Progress(stage, wanted, steps, _names(one), failure)
         if taking and not self._nobody_can_have_one(address):
             return Progress(Stage.WORKING, wanted, steps)
         self._running.add(address)
         # Counted as failed until it is seen to be as wanted: what does not stick must not be tried without a pause.
-        self._attempts = self._attempts.failed(address, self._clock())
+        self._backoff = self._backoff.failed(address, self._clock())
         work.create_task(self._carry_out(one))
         return Progress(Stage.WORKING, wanted, steps, _names(one))
 
@@ -198,7 +208,7 @@ class Provisioner:
                 try:
                     done = await carry_out(self._helper, step)
                 except HelperUnavailableError:
-                    self._attempts = self._attempts.without(address)
+                    self._backoff = self._backoff.without(address)
                     return  # a look is asked for when it is back
                 except HelperError as error:
                     self._failed(step, error)
@@ -219,7 +229,7 @@ class Provisioner:
         address, text = step.address, why(step, error)
         if is_refused(step, error):
             self._refused[address] = getattr(step, "services", ())
-            self._attempts = self._attempts.without(address)
+            self._backoff = self._backoff.without(address)
         if error.code == ErrorCode.DENIED:  # nothing that another attempt would change
             self._denied[address] = text
         busy = error.code in (ErrorCode.BUSY, ErrorCode.TIMED_OUT)
@@ -244,7 +254,7 @@ class Provisioner:
     def _wake(self, waiting: Sequence[PfPlan]) -> None:
         """Have a look again when something may have changed that no event tells."""
         now = self._clock()
-        due = self._attempts.next_due(now)
+        due = self._backoff.next_due(now)
         if waiting:
             due = min(due or now + POLL, now + POLL)
             seen = [(one.pf.address, one.waiting, one.state and one.state.open_vfs) for one in waiting]
@@ -257,11 +267,7 @@ class Provisioner:
                 admitted = any(BEING_ADMITTED in _names(one) for one in waiting)
                 self._pause = POLL if admitted else min(self._pause * 2, _ASK_LAST)
                 self._ask_at = now + self._pause
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if due is not None:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, due - now), self._on_change, None)
+        self._wake_up.at(due)
 
     def _say_waits(self, one: PfPlan) -> None:
         if BEING_ADMITTED in (names := _names(one)):
@@ -282,7 +288,7 @@ class Provisioner:
             del self.progress[gone]
             for table in (self._failures, self._refused, self._denied, self._closed, self._waits):
                 table.pop(gone, None)
-        self._attempts = self._attempts.keep(known)
+        self._backoff = self._backoff.keep(known)
 
 
 def _names(one: PfPlan) -> tuple[str, ...]:

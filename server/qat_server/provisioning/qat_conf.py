@@ -13,8 +13,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.command_line.values import listed
 from qat_server.devices.naming import SERVICES
+from qat_server.parsing.values import listed, shown
 
 FILE: Final = "qat.conf"
 
@@ -98,11 +98,6 @@ def canonical(text: str | None) -> Services | None:
         return services_from((text or "").split(";"))
     except ValueError:
         return None
-
-
-def shown(text: str) -> str:
-    """A user's text for a message: quoted, and no longer than fits there."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def _switch(value: str) -> bool:

@@ -27,9 +27,10 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta, Struct
 
-from qat_server.command_line import values
 from qat_server.devices.inventory import PhysicalFunction
-from qat_server.provisioning.qat_conf import ConfigurationError, Services, services_from, shown
+from qat_server.parsing import values
+from qat_server.parsing.values import shown
+from qat_server.provisioning.qat_conf import ConfigurationError, Services, services_from
 from qat_shared.devices import PHYSICAL
 from qat_shared.pci import PciAddress
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from qat_server.devices.kernel_drivers import PF_DRIVERS, VF_DRIVERS
+from qat_server.devices.pci_bus import PF_DRIVERS, VF_DRIVERS
 from qat_server.observability.status import Status, VfStatus
 from qat_shared.pci import PciAddress
 from qat_simulation.kernel.kernel import DeviceState

@@ -15,10 +15,10 @@ from typing import Final
 
 import grpc.aio
 
-from qat_server.kubelet import sockets as grpc_socket
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import add_RegistrationServicer_to_server
 from qat_server.kubelet.generated.podresources_v1_pb2_grpc import add_PodResourcesListerServicer_to_server
-from qat_server.kubelet.sockets import BoundSocket
+from qat_server.kubelet.sockets import grpc_socket
+from qat_server.kubelet.sockets.grpc_socket import BoundSocket
 from qat_simulation.kubelet import checkpoint
 from qat_simulation.kubelet import grpc_services as kubelet_services
 from qat_simulation.kubelet.admission import AdmissionError, KubeletPanicError, TopologyAffinityError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qat_server.binding.apparmor import AppArmor, look
+from qat_server.binding.apparmor import AppArmor, read_apparmor
 
 CONTAINERD = "cri-containerd.apparmor.d"
 
@@ -36,7 +36,7 @@ def test_what_is_read(files: dict[str, str], expected: AppArmor, tmp_path: Path)
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert look(tmp_path / "sys", tmp_path / "proc") == expected
+    assert read_apparmor(tmp_path / "sys", tmp_path / "proc") == expected
 
 
 ADVICE: dict[str, tuple[AppArmor, int, str]] = {

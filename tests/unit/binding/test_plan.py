@@ -2,8 +2,9 @@
 
 import pytest
 
-from qat_server.binding.plan import Attempts, Plan, plan
+from qat_server.binding.plan import Plan, plan
 from qat_server.devices.inventory import Inventory, VirtualFunction
+from qat_server.helper_client.backoff import Backoff
 from qat_shared.messages import DpdkDriver
 from support.sysfs_tree import address
 
@@ -41,7 +42,7 @@ def test_what_is_cut_is_left_alone() -> None:
 
 
 def test_delays_double_up_to_a_minute() -> None:
-    attempts, now, delays = Attempts(), 100.0, []
+    attempts, now, delays = Backoff(), 100.0, []
     for _ in range(9):
         assert attempts.due(VF, now)
         attempts = attempts.failed(VF, now)
@@ -55,7 +56,7 @@ def test_delays_double_up_to_a_minute() -> None:
 
 
 def test_each_vf_waits_by_itself() -> None:
-    attempts = Attempts().failed(VF, 10.0).failed(OTHER, 10.2)
+    attempts = Backoff().failed(VF, 10.0).failed(OTHER, 10.2)
 
     assert (attempts.due(VF, 10.5), attempts.due(OTHER, 10.5)) == (True, False)
     assert attempts.next_due(10.0) == 10.5
@@ -64,7 +65,7 @@ def test_each_vf_waits_by_itself() -> None:
 
 
 def test_what_is_bound_or_gone_is_forgotten() -> None:
-    attempts = Attempts().failed(VF, 10.0).failed(VF, 11.0).failed(OTHER, 10.0)
+    attempts = Backoff().failed(VF, 10.0).failed(VF, 11.0).failed(OTHER, 10.0)
 
     assert attempts.keep({VF, OTHER}) is attempts
     kept = attempts.keep({OTHER})
@@ -74,7 +75,7 @@ def test_what_is_bound_or_gone_is_forgotten() -> None:
 
 
 def test_many_failures_do_not_overflow() -> None:
-    attempts = Attempts()
+    attempts = Backoff()
     for _ in range(2000):
         attempts = attempts.failed(VF, 0.0)
     assert attempts.next_due(0.0) == 60.0

@@ -15,7 +15,9 @@ import pytest
 from qat_server import main
 from qat_server.command_line.settings import Settings
 from qat_server.devices.inventory import Inventory
-from qat_server.observability.status import State, encode, status_from
+from qat_server.observability.state import State
+from qat_server.observability.status import encode
+from qat_server.observability.status_report import status_from
 from qat_shared import VERSION
 
 STATUS = encode(status_from(State(inventory=Inventory(pfs=(), vfs=(), cut=(), problems=()))))
@@ -34,7 +36,7 @@ def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     process.__dict__["run"] = run
     monkeypatch.setitem(sys.modules, "qat_server.process", process)
     monkeypatch.setattr("qat_server.process", process, raising=False)
-    monkeypatch.setattr("qat_server.logs.configure", lambda settings: None)
+    monkeypatch.setattr("qat_server.logs.handler.configure", lambda settings: None)
     monkeypatch.setattr("os.geteuid", lambda: 65532)
     (tmp_path / "bus/pci/devices").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -98,7 +100,7 @@ def test_log_file_that_cannot_be_written(
     def fail(settings: object) -> None:
         raise OSError(13, "Permission denied", "/var/log/x.log")
 
-    monkeypatch.setattr("qat_server.logs.configure", fail)
+    monkeypatch.setattr("qat_server.logs.handler.configure", fail)
 
     assert main.run(["-sysfs-root=."], {}) == 2
     assert capsys.readouterr().err == "qat-plugin: the log file /var/log/x.log cannot be written: Permission denied\n"
@@ -209,8 +211,9 @@ def test_server_does_not_load_what_only_commands_need() -> None:
     """20 MiB: typer brings pydantic along as soon as it converts a value."""
     code = (
         "import sys\n"
-        "from qat_server import main, logs\nfrom qat_server.observability import http_server, metrics\n"
-        "logs.configure(main.settings_from(['-v', '1'], {}).logging)\n"
+        "from qat_server import main\nfrom qat_server.logs import handler\n"
+        "from qat_server.observability import http_server, metrics\n"
+        "handler.configure(main.settings_from(['-v', '1'], {}).logging)\n"
         "print([name for name in ('typer', 'rich', 'pydantic', 'click') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from qat_server.command_line.settings import SettingsError, check_sysfs_root, parse
-from qat_server.command_line.values import HostPort
 from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.registration.directories import longest_socket
 from qat_server.kubelet.registration.plugin_watcher import socket_name
 from qat_server.main import settings_from
+from qat_server.parsing.values import HostPort
 from qat_shared.messages import DpdkDriver, SocketDirectory
 
 
@@ -200,13 +201,15 @@ def test_the_plugin_watcher_has_a_directory_of_its_own() -> None:
     settings = parse({"registration": "plugin-watcher"})
     assert settings.socket_directory == Path("/var/lib/kubelet/plugins_registry/qat.intel.com")
     assert settings.registration.socket_directory is SocketDirectory.PLUGINS_REGISTRY
-    longest = settings.longest_socket.name.removesuffix("-01234567.sock")
-    assert len(socket_name(longest)) == len(settings.longest_socket.name), "as long as the names that are used"
+    longest = longest_socket(settings.kubelet_dir, settings.registration).name
+    used = socket_name(longest.removesuffix("-01234567.sock"))
+    assert len(used) == len(longest), "as long as the names that are used"
 
 
 @pytest.mark.parametrize(("registration", "room"), [("kubelet-socket", 57), ("plugin-watcher", 46)])
 def test_the_kubelets_directory_must_leave_room_for_the_sockets(registration: str, room: int) -> None:
     given = {"registration": registration, "kubelet-dir": "/" + "k" * (room - 1)}
-    assert len(str(parse(given).longest_socket)) == 107
+    settings = parse(given)
+    assert len(str(longest_socket(settings.kubelet_dir, settings.registration))) == 107
     with pytest.raises(SettingsError, match=r"--kubelet-dir: the socket path .* is 108 bytes long"):
         parse(given | {"kubelet-dir": "/" + "k" * room})

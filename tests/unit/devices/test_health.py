@@ -59,7 +59,7 @@ async def test_answers() -> None:
     monitor = HealthMonitor(cast("HelperClient", answers), lambda: pfs, 5, lambda: changes.append(1))
 
     async def check() -> None:
-        monitor.look()
+        monitor.update()
         for pf in list(pfs):
             await monitor.check(pf.address)
 
@@ -90,7 +90,7 @@ async def test_answers() -> None:
     await check()
     assert list(monitor.unhealthy()) == [OTHER]
     pfs.pop()
-    monitor.look()
+    monitor.update()
     assert monitor.unhealthy() == {}, "a PF that went away has no verdict"
     assert OTHER not in monitor.alive
 
@@ -137,17 +137,17 @@ async def test_a_query_that_does_not_end_is_no_life() -> None:
 async def test_a_new_pf_is_pending_until_its_first_answer_or_for_a_moment() -> None:
     answers, now, pfs = Answers(), [0.0], [physical()]
     monitor = HealthMonitor(cast("HelperClient", answers), lambda: pfs, 5, lambda: None, lambda: now[0])
-    monitor.look()
+    monitor.update()
     assert monitor.pending() == {PF}
     await monitor.check(PF)
     assert monitor.pending() == set()
     pfs.append(physical(OTHER))
-    monitor.look()
+    monitor.update()
     assert monitor.pending() == {OTHER}
     now[0] += FIRST_ANSWER
     assert monitor.pending() == set()
     never = HealthMonitor(cast("HelperClient", answers), lambda: pfs, 0, lambda: None)
-    never.look()
+    never.update()
     assert never.pending() == set(), "nobody asks"
 
 
@@ -172,7 +172,7 @@ async def test_one_that_hangs_holds_up_no_other_and_a_new_one_is_asked_at_once()
         other_alive = False
         await until(lambda: told == [{OTHER: True}, {OTHER: False}])
         pfs[:] = [physical(THIRD)]
-        monitor.look()
+        monitor.update()
         await until(lambda: monitor.alive.get(THIRD) is False)
     finally:
         task.cancel()

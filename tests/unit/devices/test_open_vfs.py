@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 from qat_server.devices.inventory import Inventory
-from qat_server.devices.open_vfs import FRESH, FreshUse
+from qat_server.devices.open_vfs import FRESH, OpenVfs
 from support.conditions import until
 
 EMPTY = Inventory(pfs=(), vfs=(), cut=(), problems=())
@@ -20,8 +20,8 @@ async def test_the_loop_goes_on_meanwhile_and_all_who_ask_get_one_answer() -> No
         assert may_end.wait(120)
         return Inventory(inventory.pfs, inventory.vfs, inventory.cut, inventory.problems)
 
-    fresh = FreshUse(Path("/sys"), lambda: now[0], read)
-    asking = [asyncio.create_task(fresh.of(EMPTY)) for _ in range(3)]
+    fresh = OpenVfs(Path("/sys"), lambda: now[0], read)
+    asking = [asyncio.create_task(fresh.refreshed(EMPTY)) for _ in range(3)]
     await until(begun.is_set)
     may_end.set()
     answers = await asyncio.gather(*asking)
@@ -29,7 +29,7 @@ async def test_the_loop_goes_on_meanwhile_and_all_who_ask_get_one_answer() -> No
     assert all(answer is answers[0] for answer in answers)
 
     now[0] += FRESH
-    await fresh.of(EMPTY)
+    await fresh.refreshed(EMPTY)
     assert len(reads) == 2, "a second later it is read anew"
-    await fresh.of(Inventory((), (), (), ()))
+    await fresh.refreshed(Inventory((), (), (), ()))
     assert len(reads) == 3, "and so is another inventory"

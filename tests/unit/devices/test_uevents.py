@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_server.devices.uevents import Again, Changes, Uevent, UeventListener, parse
+from qat_server.devices.change_queue import ChangeQueue, RescanBackoff
+from qat_server.devices.uevents import Uevent, UeventListener, parse
 from qat_shared.pci import PciAddress
 
 VF = PciAddress.parse("0000:6b:00.1")
@@ -47,17 +48,17 @@ def test_parse_takes_any_bytes(packet: bytes) -> None:
 
 
 async def test_a_burst_comes_as_one() -> None:
-    changes = Changes()
+    queue = ChangeQueue()
     other = PciAddress(1, 2, 3, 4)
-    changes.mark(VF)
-    changes.mark(other)
-    changes.mark(VF)
-    assert await changes.wait() == frozenset({VF, other})
-    changes.mark(VF)
-    changes.mark()
-    assert await changes.wait() is None
+    queue.rescan(VF)
+    queue.rescan(other)
+    queue.rescan(VF)
+    assert await queue.next() == frozenset({VF, other})
+    queue.rescan(VF)
+    queue.rescan()
+    assert await queue.next() is None
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(changes.wait(), 0.05)
+        await asyncio.wait_for(queue.next(), 0.05)
 
 
 @pytest.fixture
@@ -74,19 +75,19 @@ def kernel() -> Iterator[socket.socket]:
 
 
 async def test_the_listener_marks_devices_and_comes_back_after_an_end(kernel: socket.socket) -> None:
-    changes = Changes()
-    listener = UeventListener(f"unix:{kernel.getsockname()}", changes)
+    queue = ChangeQueue()
+    listener = UeventListener(f"unix:{kernel.getsockname()}", queue)
     loop = asyncio.get_running_loop()
     task = asyncio.create_task(listener.run())
     try:
         connection, _ = await asyncio.wait_for(loop.sock_accept(kernel), 120)
         with connection:
-            assert await asyncio.wait_for(changes.wait(), 120) is None, "what happened before must be looked for"
+            assert await asyncio.wait_for(queue.next(), 120) is None, "what happened before must be looked for"
             await loop.sock_sendall(connection, BIND)
-            assert await asyncio.wait_for(changes.wait(), 120) == frozenset({VF})
+            assert await asyncio.wait_for(queue.next(), 120) == frozenset({VF})
         again, _ = await asyncio.wait_for(loop.sock_accept(kernel), 120)
         again.close()
-        assert await asyncio.wait_for(changes.wait(), 120) is None, "what was missed in between must be looked for"
+        assert await asyncio.wait_for(queue.next(), 120) is None, "what was missed in between must be looked for"
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -94,10 +95,10 @@ async def test_the_listener_marks_devices_and_comes_back_after_an_end(kernel: so
 
 
 async def test_netlink_can_be_opened_by_anybody() -> None:
-    changes = Changes()
-    task = asyncio.create_task((listener := UeventListener("netlink", changes)).run())
+    queue = ChangeQueue()
+    task = asyncio.create_task((listener := UeventListener("netlink", queue)).run())
     try:
-        assert await asyncio.wait_for(changes.wait(), 120) is None
+        assert await asyncio.wait_for(queue.next(), 120) is None
         assert listener.error == ""
     finally:
         task.cancel()
@@ -105,16 +106,16 @@ async def test_netlink_can_be_opened_by_anybody() -> None:
 
 
 async def test_what_could_not_be_read_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_server.devices.uevents._AGAIN_FIRST", 0.001)
-    changes, address = Changes(), PciAddress(0, 0x6B, 0, 1)
-    again = Again(changes)
+    monkeypatch.setattr("qat_server.devices.change_queue._RETRY_FIRST", 0.001)
+    queue, address = ChangeQueue(), PciAddress(0, 0x6B, 0, 1)
+    backoff = RescanBackoff(queue)
     async with asyncio.timeout(120):
-        again.look([address])
-        assert await changes.wait() == frozenset([address])
-        again.look([None])
-        assert await changes.wait() is None
-    again.look([address])
-    again.look([])  # it could, meanwhile
+        backoff.update([address])
+        assert await queue.next() == frozenset([address])
+        backoff.update([None])
+        assert await queue.next() is None
+    backoff.update([address])
+    backoff.update([])  # it could, meanwhile
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await changes.wait()
+            await queue.next()

@@ -78,7 +78,8 @@ async def connected(answer: Answer) -> AsyncIterator[tuple[HelperClient, Scripte
     with tempfile.TemporaryDirectory(prefix="qat-", dir="/tmp") as directory:
         helper = ScriptedHelper(Path(directory) / "h.sock", answer)
         changed, counters = asyncio.Event(), Counters()
-        client = HelperClient(helper.path, counters, changed.set)
+        client = HelperClient(helper.path, counters)
+        client.on_change.append(changed.set)
         tasks = [asyncio.create_task(helper.run()), asyncio.create_task(client.run())]
         try:
             async with asyncio.timeout(120):

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import cast
 
-from qat_server.devices.inventory import Device, Listing
 from qat_server.host.service_manager import ServiceManager
-from qat_server.host.startup import Start
+from qat_server.host.startup import Startup
+from qat_server.kubelet.device import Device, Listing
 from qat_shared.pci import PciAddress
 from support.conditions import until
 
@@ -33,7 +33,7 @@ class Bench:
         self.listing: Listing = {}
         self.manager = Manager()
         self.asked = 0
-        self.start = Start(cast(ServiceManager, self.manager), self._ask, lambda: self.listing, patience)
+        self.start = Startup(cast(ServiceManager, self.manager), self._ask, lambda: self.listing, patience)
 
     def _ask(self) -> Sequence[str]:
         self.asked += 1
@@ -54,15 +54,15 @@ async def started(patience: float) -> AsyncIterator[Bench]:
 async def test_it_is_done_once_nothing_is_missing_and_said_once() -> None:
     async with started(NEVER) as bench:
         for _ in range(3):
-            bench.start.looked()
+            bench.start.check()
             await asyncio.sleep(0)
         assert bench.manager.heard == []
         bench.missing, bench.listing = (), LISTING
-        bench.start.looked()
+        bench.start.check()
         await until(lambda: bench.manager.heard)
         asked = bench.asked
         bench.missing = ("the helper has gone",)
-        bench.start.looked()
+        bench.start.check()
         await asyncio.sleep(0)
         assert bench.manager.heard == ["started with 2 qat.intel.com/cy, 0 qat.intel.com/dc"]
         assert bench.asked == asked, "the start is over: what comes later is no part of it"
@@ -80,7 +80,7 @@ async def test_a_defect_holds_nobody_up() -> None:
         raise ZeroDivisionError
 
     manager = Manager()
-    task = asyncio.create_task(Start(cast(ServiceManager, manager), defect, dict, 0.0).run())
+    task = asyncio.create_task(Startup(cast(ServiceManager, manager), defect, dict, 0.0).run())
     await until(lambda: manager.heard)
     assert "ZeroDivisionError" in manager.heard[0]
     task.cancel()
@@ -96,8 +96,8 @@ async def test_what_is_missing_holds_nobody_up_for_ever_and_is_told_when_it_has_
             "waited 0 s, and went on without: VF 0000:6b:00.0 is not bound: busy; VF 0000:6b:00.1 is not bound: busy;"
             " VF 0000:6b:00.2 is not bound: busy; and 2 more"
         )
-        bench.start.looked()
+        bench.start.check()
         bench.missing = ()
-        bench.start.looked()
+        bench.start.check()
         await until(lambda: len(bench.manager.heard) == 2)
         assert bench.manager.heard[1] == "started with no devices"

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_server.devices.inventory import Device
 from qat_server.kubelet.allocation import AllocationError, AllocationIndex, AllocationPolicy, environment
+from qat_server.kubelet.device import Device
 from qat_shared.pci import PciAddress
 from support.sysfs_tree import address
 

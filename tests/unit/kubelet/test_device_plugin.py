@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 import grpc.aio
 import pytest
 
-from qat_server.devices.inventory import Device
 from qat_server.instrumentation.counters import Counters
-from qat_server.kubelet import sockets as grpc_socket
 from qat_server.kubelet.allocation import AllocationPolicy
+from qat_server.kubelet.device import Device
 from qat_server.kubelet.device_plugin import DevicePlugin
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import (
     DevicePluginStub,
     add_DevicePluginServicer_to_server,
 )
+from qat_server.kubelet.sockets import grpc_socket
 from qat_shared.pci import PciAddress
 from support.conditions import until
+from support.endpoints import NoUsage
 from support.kubelet_sockets import short_directory
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def policy() -> AllocationPolicy:
 @pytest.fixture
 async def served(policy: AllocationPolicy) -> AsyncIterator[Served]:
     counters = Counters()
-    plugin = DevicePlugin("cy", policy, counters, clock=lambda: 42.0)
+    plugin = DevicePlugin("cy", policy, counters, NoUsage(), clock=lambda: 42.0)
     plugin.update(DEVICES)
     server = grpc.aio.server()
     add_DevicePluginServicer_to_server(plugin, server)

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_server.devices.inventory import Device, Holder, Inventory, Listing, Problem, VirtualFunction
-from qat_server.kubelet.listing import advance, refusals
+from qat_server.devices.inventory import Inventory, Problem, VirtualFunction
+from qat_server.kubelet.device import Device, Holder, Listing
+from qat_server.kubelet.listing import next_listing, refusals
 from qat_shared.messages import DpdkDriver
 from qat_shared.pci import PciAddress
 from support.sysfs_tree import address
@@ -41,7 +42,7 @@ def step(
     unhealthy: dict[PciAddress, str] | None = None,
 ) -> Listing:
     names = {vf.address: name for vf in found.vfs} if name else {}
-    return advance(previous, found, names, unhealthy or {}, driver, lambda *_: releasable)
+    return next_listing(previous, found, names, unhealthy or {}, driver, lambda *_: releasable)
 
 
 NODES: dict[str, tuple[VirtualFunction, DpdkDriver, tuple[str, ...], tuple[str, ...]]] = {
@@ -126,7 +127,7 @@ def test_what_a_pod_holds_is_listed_though_this_server_has_never_seen_it() -> No
 
     def first(found: Inventory, name: str) -> Listing:
         names = {vf.address: name for vf in found.vfs}
-        return advance({}, found, names, {}, VFIO, lambda *_: False, lambda *_: True, held)
+        return next_listing({}, found, names, {}, VFIO, lambda *_: False, lambda *_: True, held)
 
     assert first(inventory(), "cy") == {"cy": (Device(VF, None, 1, (), (), "it is gone"),)}
     assert first(inventory(virtual()), "cy") == LISTED
@@ -139,7 +140,7 @@ def test_what_a_pod_holds_is_listed_though_this_server_has_never_seen_it() -> No
 
 def test_a_changed_resource_is_healthy_at_once_where_nobody_holds_the_device() -> None:
     def move(*holders: tuple[str, PciAddress]) -> Listing:
-        return advance(
+        return next_listing(
             LISTED, inventory(virtual()), {VF: "dc"}, {}, VFIO, lambda *_: False, lambda *key: key in holders
         )
 
@@ -201,7 +202,7 @@ def test_any_sequence_of_changes(
         found = inventory(*(virtual(at, vfs[at].driver, vfs[at].iommu_group) for at in sorted(vfs)))
 
         def forward(before: Listing) -> Listing:
-            return advance(
+            return next_listing(
                 before,
                 found,  # noqa: B023 - called in this round only
                 names,  # noqa: B023

@@ -9,7 +9,7 @@ import pytest
 from qat_server.kubelet.generated import pluginregistration_v1_pb2 as pb
 from qat_server.kubelet.registration.plugin_watcher import WatcherRegistrar, socket_name
 from qat_server.kubelet.registration.registrar import CannotRegisterError, Timing
-from qat_server.kubelet.watch_streams import Streams
+from qat_server.kubelet.watch_streams import WatchStreams
 
 CONTEXT: Any = None  # neither answer needs it
 PATIENT, SHORT = Timing(found=60), Timing(found=0.01)
@@ -23,8 +23,8 @@ async def say(to: WatcherRegistrar, error: str = "", registered: bool = False) -
     await to.NotifyRegistrationStatus(pb.RegistrationStatus(plugin_registered=registered, error=error), CONTEXT)
 
 
-async def asked(of: WatcherRegistrar, streams: Streams | None = None) -> asyncio.Task[None]:
-    task = asyncio.create_task(of.register(streams or Streams()))
+async def asked(of: WatcherRegistrar, streams: WatchStreams | None = None) -> asyncio.Task[None]:
+    task = asyncio.create_task(of.register(streams or WatchStreams()))
     await asyncio.sleep(0)
     await of.GetInfo(pb.InfoRequest(), CONTEXT)
     return task
@@ -75,17 +75,17 @@ async def test_the_kubelet_refuses(error: str, sentence: str) -> None:
 async def test_a_kubelet_that_does_not_come_and_one_that_has_refused_before() -> None:
     one = registrar(SHORT)
     with pytest.raises(CannotRegisterError, match=f"has not asked at {one.socket_path}: is it running"):
-        await one.register(Streams())
+        await one.register(WatchStreams())
     task = await asked(one)
     await say(one, "never")
     with pytest.raises(CannotRegisterError, match="the kubelet refused: never"):
         await task
     with pytest.raises(CannotRegisterError, match="has not asked"):  # a refusal is not for ever
-        await one.register(Streams())
+        await one.register(WatchStreams())
 
 
 async def test_one_that_refused_and_came_by_itself_in_the_pause_is_not_held_to_its_word() -> None:
-    one, streams = registrar(SHORT), Streams()
+    one, streams = registrar(SHORT), WatchStreams()
     task = await asked(one, streams)
     await say(one, "dial timed out")
     with pytest.raises(CannotRegisterError, match="dial timed out"):
@@ -109,10 +109,10 @@ async def test_a_word_at_the_wrong_time_or_twice_does_nothing() -> None:
 
 
 async def test_a_kubelet_that_came_by_itself_is_not_waited_for() -> None:
-    streams = Streams()
+    streams = WatchStreams()
     streams.open()
     await registrar().register(streams)
-    streams = Streams()
+    streams = WatchStreams()
     task = await asked(registrar(SHORT), streams)
     streams.open()  # its word is lost
     await task
@@ -122,16 +122,16 @@ async def test_its_word_may_come_before_it_is_waited_for_but_a_stale_one_does_no
     one = registrar(SHORT)
     await one.GetInfo(pb.InfoRequest(), CONTEXT)
     await say(one, registered=True)
-    await one.register(Streams())
+    await one.register(WatchStreams())
     await one.GetInfo(pb.InfoRequest(), CONTEXT)
     await say(one, registered=True)
     await one.GetInfo(pb.InfoRequest(), CONTEXT)  # another kubelet
     with pytest.raises(CannotRegisterError, match="has not asked"):
-        await one.register(Streams())
+        await one.register(WatchStreams())
 
 
 async def test_a_new_socket_is_for_a_kubelet_that_does_not_come_by_itself() -> None:
-    one, streams = registrar(Timing(by_itself=0.01)), Streams()
+    one, streams = registrar(Timing(by_itself=0.01)), WatchStreams()
     assert await one.needs_new_socket(streams)
     streams.open()
     assert not await one.needs_new_socket(streams)
@@ -139,7 +139,7 @@ async def test_a_new_socket_is_for_a_kubelet_that_does_not_come_by_itself() -> N
     await one.GetInfo(pb.InfoRequest(), CONTEXT)
     assert not await one.needs_new_socket(streams)
     one = registrar(Timing(by_itself=60))
-    coming = asyncio.create_task(one.needs_new_socket(Streams()))
+    coming = asyncio.create_task(one.needs_new_socket(WatchStreams()))
     await asyncio.sleep(0)
     await one.GetInfo(pb.InfoRequest(), CONTEXT)
     assert not await coming

@@ -4,7 +4,7 @@ import asyncio
 import os
 from pathlib import Path
 
-from qat_server.kubelet.server_lock import only_server
+from qat_server.kubelet.sockets.server_lock import only_server
 from support.conditions import until
 
 

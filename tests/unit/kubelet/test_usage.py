@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from qat_server.devices.inventory import Device, Holder, Listing
+from qat_server.kubelet.device import Device, Holder, Listing
 from qat_server.kubelet.pod_resources import (
     Answer,
     Holders,
@@ -235,7 +235,7 @@ async def test_a_kubelet_that_knows_no_pod_yet_lets_nothing_go_that_was_held() -
     await told.ask(HELD)
     told.usage.observe(GONE)
     told.now += 2 * SETTLE
-    told.usage.watched(anew=True)  # the kubelet was started anew
+    told.usage.watched(again=True)  # the kubelet was started anew
     for _ in range(3):
         await told.ask({}, pods=0, after=2 * SETTLE)
         told.usage.observe(GONE)
@@ -252,7 +252,7 @@ async def test_a_kubelet_that_knows_no_pod_yet_lets_nothing_go_that_was_held() -
 async def test_what_was_handed_out_is_held_until_a_new_kubelet_knows_a_pod() -> None:
     told = Told()
     await told.ask({})
-    told.usage.watched(anew=True)
+    told.usage.watched(again=True)
     await told.ask({}, pods=0, after=3600)
     assert told.usage.held("cy", VF, -1.0), "and it was not shown by the kubelet before"
     await told.ask({})
@@ -263,7 +263,7 @@ async def test_a_stream_that_was_opened_begins_the_time_to_settle_anew() -> None
     told = Told()
     told.usage.observe(GONE)
     await told.ask({}, after=2 * SETTLE)
-    told.usage.watched(anew=True)
+    told.usage.watched(again=True)
     await told.ask({})
     assert not told.usage.releasable("cy", VF)
     await told.ask({}, after=SETTLE)
@@ -274,7 +274,7 @@ async def test_a_stream_that_was_opened_begins_the_time_to_settle_anew() -> None
 async def test_the_first_stream_is_no_sign_of_a_new_kubelet() -> None:
     told = Told()
     await told.ask(HELD)
-    told.usage.watched(anew=False)
+    told.usage.watched(again=False)
     await told.ask({}, pods=0)
     assert told.usage.by_device() == {}
 

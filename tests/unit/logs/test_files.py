@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qat_server import logs
 from qat_server.logs import files as log_files
+from qat_server.logs import handler
 from qat_server.logs.files import LogFile
 from qat_server.logs.settings import LogFormat, LogSettings
 from support.log_lines import log, messages, say_everything
@@ -25,7 +25,7 @@ def files(directory: Path) -> dict[str, list[str]]:
 
 
 def test_log_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(LogSettings(to_stderr=False, directory=str(tmp_path)))
+    handler.configure(LogSettings(to_stderr=False, directory=str(tmp_path)))
     say_everything()
 
     assert files(tmp_path) == {
@@ -41,7 +41,7 @@ def test_log_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_one_output(tmp_path: Path) -> None:
-    logs.configure(LogSettings(to_stderr=False, directory=str(tmp_path), one_output=True, file_headers=False))
+    handler.configure(LogSettings(to_stderr=False, directory=str(tmp_path), one_output=True, file_headers=False))
     say_everything()
 
     assert files(tmp_path) == {"INFO": ["an info"], "WARNING": ["a warning"], "ERROR": ["an error"]}
@@ -63,7 +63,7 @@ def test_files_and_stderr(
     options: dict[str, object], on_stderr: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "plugin.log"
-    logs.configure(LogSettings(to_stderr=False, file=str(file), **options))  # type: ignore[arg-type]
+    handler.configure(LogSettings(to_stderr=False, file=str(file), **options))  # type: ignore[arg-type]
     say_everything()
 
     assert messages(file.read_text()) == ["an error", "a warning", "an info"]
@@ -71,7 +71,7 @@ def test_files_and_stderr(
 
 
 def test_threshold_on_stderr_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(LogSettings(legacy_stderr_threshold=False, stderr_threshold=1))
+    handler.configure(LogSettings(legacy_stderr_threshold=False, stderr_threshold=1))
     say_everything()
 
     assert messages(capsys.readouterr().err) == ["an error", "a warning"]
@@ -79,7 +79,9 @@ def test_threshold_on_stderr_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_full_log_file_is_kept_once(tmp_path: Path) -> None:
     file = tmp_path / "plugin.log"
-    logs.configure(LogSettings(to_stderr=False, file=str(file), file_max_size=200, headers=False, file_headers=False))
+    handler.configure(
+        LogSettings(to_stderr=False, file=str(file), file_max_size=200, headers=False, file_headers=False)
+    )
     for number in range(20):
         log.info("x" * 90, n=number)
 
@@ -92,7 +94,7 @@ def test_full_log_file_is_kept_once(tmp_path: Path) -> None:
 def test_log_file_is_appended_to(tmp_path: Path) -> None:
     file = tmp_path / "plugin.log"
     for _ in range(2):
-        logs.configure(LogSettings(to_stderr=False, file=str(file), headers=False, file_headers=False))
+        handler.configure(LogSettings(to_stderr=False, file=str(file), headers=False, file_headers=False))
         log.info("again")
 
     assert file.read_text() == '"again"\n"again"\n'
@@ -100,7 +102,7 @@ def test_log_file_is_appended_to(tmp_path: Path) -> None:
 
 def test_json_files_hold_json_only(tmp_path: Path) -> None:
     file = tmp_path / "plugin.log"
-    logs.configure(LogSettings(to_stderr=False, file=str(file), format=LogFormat.JSON))
+    handler.configure(LogSettings(to_stderr=False, file=str(file), format=LogFormat.JSON))
     log.info("x")
 
     assert [json.loads(line)["msg"] for line in file.read_text().splitlines()] == ["x"]
@@ -112,7 +114,7 @@ def test_log_file_that_cannot_be_made_names_itself(tmp_path: Path) -> None:
         LogSettings(to_stderr=False, directory=str(tmp_path / "no")),
     ):
         with pytest.raises(OSError) as caught:
-            logs.configure(settings)
+            handler.configure(settings)
         assert str(caught.value.filename).startswith(str(tmp_path / "no"))
 
 
@@ -129,7 +131,7 @@ def test_a_link_in_place_of_our_file_is_not_followed(tmp_path: Path) -> None:
 def test_a_full_disk_sends_lines_to_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logs.configure(LogSettings(to_stderr=False, file=str(tmp_path / "plugin.log")))
+    handler.configure(LogSettings(to_stderr=False, file=str(tmp_path / "plugin.log")))
     with monkeypatch.context() as patched:
 
         def full(_: LogFile, line: bytes) -> None:

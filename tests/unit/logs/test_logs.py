@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_server import logs
+from qat_server.logs import handler
 from qat_server.logs.format import JsonFormatter, TextFormatter, quote, value
 from qat_server.logs.settings import LogFormat, LogSettings, level_of, severity_of, verbosity_of
 from qat_shared.pci import PciAddress
@@ -171,20 +171,20 @@ VERBOSITY = {
 
 @pytest.mark.parametrize(("settings", "expected"), VERBOSITY.values(), ids=VERBOSITY.keys())
 def test_verbosity(settings: LogSettings, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(settings)
+    handler.configure(settings)
     say_everything()
 
     assert messages(capsys.readouterr().err) == expected
 
 
 def test_enabled_tells_whether_a_level_is_written() -> None:
-    logs.configure(LogSettings(verbosity=2))
+    handler.configure(LogSettings(verbosity=2))
 
     assert [log.enabled(level) for level in (0, 2, 3)] == [True, True, False]
 
 
 def test_line_names_its_caller(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(LogSettings())
+    handler.configure(LogSettings())
     log.info("here", n=1)
     logging.getLogger("qat_server.x").info("there %d", 2, extra={"fields": {"n": 1}})
 
@@ -194,7 +194,7 @@ def test_line_names_its_caller(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_exception_carries_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(LogSettings(format=LogFormat.JSON))
+    handler.configure(LogSettings(format=LogFormat.JSON))
     try:
         raise RuntimeError("why")
     except RuntimeError:
@@ -206,22 +206,22 @@ def test_exception_carries_its_traceback(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_configuring_again_replaces(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(LogSettings())
-    logs.configure(LogSettings(headers=False))
+    handler.configure(LogSettings())
+    handler.configure(LogSettings(headers=False))
     log.info("once")
 
     assert capsys.readouterr().err == '"once"\n'
 
 
 def test_flags_without_effect_are_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(LogSettings(ineffective=("log_backtrace_at", "log_dir")))
+    handler.configure(LogSettings(ineffective=("log_backtrace_at", "log_dir")))
 
     (line,) = capsys.readouterr().err.splitlines()
     assert '"flags accepted without effect" flags=["log_backtrace_at","log_dir"]' in line
 
 
 def test_a_library_does_not_chatter(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(LogSettings(verbosity=4))
+    handler.configure(LogSettings(verbosity=4))
     logging.getLogger("grpc").info("inner life")
     logging.getLogger("grpc").warning("trouble")
 
@@ -233,7 +233,7 @@ def test_a_field_that_cannot_be_shown_stops_nothing(capsys: pytest.CaptureFixtur
         def __str__(self) -> str:
             raise RuntimeError("no")
 
-    logs.configure(LogSettings())
+    handler.configure(LogSettings())
     log.info("before", n=Broken())
     log.info("after")
 
@@ -241,6 +241,6 @@ def test_a_field_that_cannot_be_shown_stops_nothing(capsys: pytest.CaptureFixtur
 
 
 def test_closed_stderr_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    logs.configure(LogSettings())
+    handler.configure(LogSettings())
     monkeypatch.setattr(sys, "stderr", None)
     log.info("nobody reads")

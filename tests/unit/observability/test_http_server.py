@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from qat_server.command_line.values import HostPort
 from qat_server.observability.http_server import JSON, Handler, Limits, Response, listen, serve
 
 DEADLINE = 120.0
@@ -29,7 +28,7 @@ HANDLERS: dict[str, Handler] = {
 
 @asynccontextmanager
 async def endpoint(limits: Limits | None = None) -> AsyncIterator[int]:
-    (sock,) = listen(HostPort("127.0.0.1", 0))
+    (sock,) = listen("127.0.0.1", 0)
     port: int = sock.getsockname()[1]
     task = asyncio.create_task(serve([sock], HANDLERS, limits))
     try:
@@ -226,20 +225,20 @@ async def test_cancelling_closes_open_connections() -> None:
 
 
 def test_listen_on_taken_port_fails() -> None:
-    (first,) = listen(HostPort("127.0.0.1", 0))
+    (first,) = listen("127.0.0.1", 0)
     with first, pytest.raises(OSError, match="Address already in use"):
-        listen(HostPort("127.0.0.1", first.getsockname()[1]))
+        listen("127.0.0.1", first.getsockname()[1])
 
 
 def test_listen_everywhere() -> None:
-    (sock,) = listen(HostPort("", 0))
+    (sock,) = listen("", 0)
     with sock, socket.create_connection(("127.0.0.1", sock.getsockname()[1]), timeout=DEADLINE):
         pass
 
 
 def test_listen_on_unknown_host_fails() -> None:
     with pytest.raises(OSError):
-        listen(HostPort("no-such-host.invalid", 0))
+        listen("no-such-host.invalid", 0)
 
 
 def test_listen_where_one_of_two_addresses_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,8 +247,8 @@ def test_listen_where_one_of_two_addresses_is_absent(monkeypatch: pytest.MonkeyP
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
     ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    (sock,) = listen(HostPort("localhost", 0))
+    (sock,) = listen("localhost", 0)
     sock.close()
     del found[1]
     with pytest.raises(OSError):
-        listen(HostPort("localhost", 0))
+        listen("localhost", 0)

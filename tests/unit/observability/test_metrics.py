@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from qat_server.devices.inventory import Inventory
 from qat_server.instrumentation.counters import Counters, Histogram
 from qat_server.observability.metrics import registry, text
-from qat_server.observability.status import State
+from qat_server.observability.state import State
 from qat_shared import VERSION
 
 
@@ -123,7 +123,7 @@ def test_empty_server() -> None:
 
 def test_state_is_read_at_each_scrape() -> None:
     ready = State(inventory=Inventory(pfs=(), vfs=(), cut=(), problems=()))
-    states = iter([ready, State(inventory=ready.inventory, not_ready=("no",))])
+    states = iter([ready, State(inventory=ready.inventory, waits_for="no")])
     made = registry(lambda: next(states), Counters())
 
     assert b"qat_plugin_ready 1.0" in text(made)

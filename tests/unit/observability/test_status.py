@@ -9,8 +9,13 @@ import pytest
 from rich.console import Console
 
 from qat_server.command_line import status_view
-from qat_server.devices.inventory import Device, Inventory, PhysicalFunction, Problem, VirtualFunction
-from qat_server.observability.status import EndpointState, HelperState, State, decode, encode, status_from
+from qat_server.devices.inventory import Inventory, PhysicalFunction, Problem, VirtualFunction
+from qat_server.helper_client.client import HelperState
+from qat_server.kubelet.device import Device
+from qat_server.kubelet.endpoint import EndpointState
+from qat_server.observability.state import State
+from qat_server.observability.status import decode, encode
+from qat_server.observability.status_report import status_from
 from qat_server.provisioning.progress import Progress, Stage
 from qat_shared import VERSION
 from qat_shared.pci import PciAddress
@@ -64,7 +69,7 @@ def moment() -> State:
         foreign={VFS[2]: "qat_other"},
         failures={VFS[3]: "the kernel refused"},
         held={VFS[1]: "default/pod/main"},
-        not_ready=("the helper is away", "nothing registered"),
+        waits_for="another server works here",
         uevents=9,
         uevent_overruns=1,
     )
@@ -74,7 +79,10 @@ def test_status_of_a_moment() -> None:
     status = status_from(moment())
 
     assert (status.version, status.ready) == (VERSION, False)
-    assert status.not_ready == ("the helper is away", "nothing registered")
+    assert status.not_ready == (
+        "another server works here",
+        "qat.intel.com/dc is not registered with the kubelet: connection refused",
+    )
     assert [(pf.address, pf.vfs, pf.total_vfs, pf.reason) for pf in status.pfs] == [
         ("0000:6b:00.0", 4, 16, "PF 0000:6b:00.0 is down")
     ]
@@ -135,7 +143,7 @@ def test_screen() -> None:
 
     for part in (
         f"qat-plugin {VERSION}: not ready",
-        "  the helper is away",
+        "  another server works here",
         "helper: connected, version 0.1.0, audit log at 17 (abababababab)",
         "audit: the helper's audit log went back",
         "connection refused",
@@ -165,7 +173,7 @@ def test_screen_shows_how_many_of_each_pf_are_served() -> None:
 
 
 def test_screen_shows_text_as_text() -> None:
-    state = msgspec.structs.replace(moment(), not_ready=("[red]no[/red] \x1b]0;title\x07",), helper=HelperState())
+    state = msgspec.structs.replace(moment(), waits_for="[red]no[/red] \x1b]0;title\x07", helper=HelperState())
     text = shown(state)
 
     assert "[red]no[/red] \ufffd]0;title\ufffd" in text

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from qat_server.command_line import status_client
-from qat_server.command_line.settings import STATUS_SOCKET
 from qat_server.command_line.status_client import StatusError, fetch_local
 from qat_server.observability import status_socket
+from qat_server.observability.status import STATUS_SOCKET
 
 
 def test_it_is_there_for_its_user_and_group_only_while_it_is_served(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import cast
 
 from qat_server.devices.discovery import discover
-from qat_server.devices.inventory import Holder
 from qat_server.helper_client.client import HelperClient, HelperError
+from qat_server.kubelet.device import Holder
 from qat_server.kubelet.pod_resources import Answer
 from qat_server.kubelet.usage import BEING_ADMITTED, Usage
 from qat_server.provisioning.configuration import Configuration
@@ -76,9 +76,9 @@ class Bench:
         self.usage.ask()
         await until(lambda: self.questions > before and self.usage.answer_asked_at == self.time)
 
-    async def look(self) -> None:
+    async def reconcile(self) -> None:
         inventory = discover(self.tree.root, ("4xxxvf",), 64)
-        await self.provisioner.look(inventory, self.configuration, self._holders, self.work)
+        await self.provisioner.reconcile(inventory, self.configuration, self._holders, self.work)
         await asyncio.sleep(0)
 
     def _holders(self) -> dict[PciAddress, str] | None:
@@ -104,16 +104,16 @@ async def bench(root: Path, drain: bool = False) -> AsyncIterator[Bench]:
 
 async def test_withheld_then_published_then_asked_then_done(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
-        await it.look()
+        await it.reconcile()
         assert it.provisioner.withheld.keys() == set(VFS)
         await it.answered()
-        await it.look()
+        await it.reconcile()
         assert it.helper.asked == [], "the kubelet has not been told yet: any may have been given out"
         it.provisioner.published()
-        await it.look()
+        await it.reconcile()
         assert it.helper.asked == [], "the last answer is from before"
         await it.answered()
-        await it.look()
+        await it.reconcile()
         await until(lambda: len(it.helper.asked) == 2)
         assert isinstance(it.helper.asked[0], SetServices)
         assert set(it.marked) >= {PF, *VFS}
@@ -121,25 +121,25 @@ async def test_withheld_then_published_then_asked_then_done(tmp_path: Path) -> N
 
 async def test_a_pod_that_came_in_between_is_waited_for(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
-        await it.look()
+        await it.reconcile()
         it.just_now.add(VFS[1])  # allocated before it was published
         it.provisioner.published()
         await it.answered()
-        await it.look()
+        await it.reconcile()
         assert it.stage() is Stage.WAITING
         assert it.provisioner.withheld == {}, "its free VFs may be given out again"
         it.just_now.clear()
         it.pods = {VFS[1]: "default/pod/main"}
         await it.answered()
-        await it.look()
+        await it.reconcile()
         assert it.provisioner.progress[PF].held_by == ("default/pod/main",)
         it.pods = {}
         await it.answered()
-        await it.look()
+        await it.reconcile()
         assert it.helper.asked == [], "to be withheld, published and asked for anew"
         it.provisioner.published()
         await it.answered()
-        await it.look()
+        await it.reconcile()
         await until(lambda: it.helper.asked)
 
 
@@ -147,26 +147,26 @@ async def test_drained_are_the_free_ones_only(tmp_path: Path) -> None:
     async with bench(tmp_path, drain=True) as it:
         it.pods = {VFS[0]: "default/pod/main"}
         await it.answered()
-        await it.look()
+        await it.reconcile()
         assert it.provisioner.withheld.keys() == {VFS[1]}
         it.provisioner.published()
         it.pods = {}
         await it.answered()
-        await it.look()
+        await it.reconcile()
         assert it.provisioner.withheld.keys() == set(VFS)
         await it.answered()
-        await it.look()
+        await it.reconcile()
         assert it.helper.asked == [], "the one that has just become free was not withheld while it was asked"
 
 
 async def test_without_podresources_what_has_vfs_waits(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         inventory = discover(it.tree.root, ("4xxxvf",), 64)
-        await it.provisioner.look(inventory, CRYPTO, lambda: None, it.work)
+        await it.provisioner.reconcile(inventory, CRYPTO, lambda: None, it.work)
         assert it.provisioner.progress[PF].held_by == ("not known",)
         it.tree.pf("70:00.0", sriov_totalvfs="2")
         inventory = discover(it.tree.root, ("4xxxvf",), 64)
-        await it.provisioner.look(inventory, CRYPTO, lambda: None, it.work)
+        await it.provisioner.reconcile(inventory, CRYPTO, lambda: None, it.work)
         await until(lambda: [request.address for request in it.helper.asked[:1]] == [OTHER])  # type: ignore[union-attr]
 
 
@@ -174,16 +174,16 @@ async def test_vfs_are_not_bound_while_their_pf_is_being_changed(tmp_path: Path)
     async with bench(tmp_path) as it:
         inventory = discover(it.tree.root, ("4xxxvf",), 64)
         assert it.provisioner.may_be_bound(inventory, VFS) == list(VFS)
-        await it.look()
+        await it.reconcile()
         assert it.provisioner.may_be_bound(inventory, VFS) == []
         it.provisioner.published()
         await it.answered()
         it.helper.go_on.clear()
-        await it.look()
+        await it.reconcile()
         assert it.provisioner.working == (PF,)
         assert it.provisioner.may_be_bound(inventory, VFS) == []
         assert it.provisioner.settled(inventory.pfs) == []
-        await it.look()
+        await it.reconcile()
         assert len(it.helper.asked) == 1, "one at a time"
 
 
@@ -194,30 +194,30 @@ async def test_a_failure_is_tried_again_later_and_what_does_not_stick_not_withou
         for number in range(len(VFS)):
             (it.tree.path("6b:00.0") / f"virtfn{number}").unlink()
         it.helper.failure = HelperError(ErrorCode.KERNEL, "no")
-        await it.look()
+        await it.reconcile()
         await until(lambda: not it.provisioner.working)
-        await it.look()
+        await it.reconcile()
         assert (it.stage(), len(it.helper.asked)) == (Stage.FAILED, 1)
         it.time += 0.6
         it.helper.failure = HelperError(ErrorCode.BUSY, "an earlier one")
-        await it.look()
+        await it.reconcile()
         await until(lambda: not it.provisioner.working)
-        await it.look()
+        await it.reconcile()
         assert (it.stage(), len(it.helper.asked)) == (Stage.BUSY, 2)
         it.time += 1.1
         it.helper.failure = None
-        await it.look()
+        await it.reconcile()
         await until(lambda: not it.provisioner.working)
         assert len(it.helper.asked) == 4
-        await it.look()  # the tree has not changed
+        await it.reconcile()  # the tree has not changed
         assert (it.stage(), len(it.helper.asked)) == (Stage.WORKING, 4)
         it.helper.connected = False
         it.time += 60
-        await it.look()
+        await it.reconcile()
         assert it.provisioner.progress[PF].reason == "the helper has gone"
         it.configuration = Configuration(QatConf(services=("dc",)))
         it.tree.write("6b:00.0", "qat/cfg_services", "dc\n")
         for vf in VFS:
             it.tree.vf(str(vf), "6b:00.0", "vfio-pci", group=vf.function)
-        await it.look()
+        await it.reconcile()
         assert it.stage() is Stage.DONE

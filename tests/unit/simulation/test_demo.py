@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from qat_server.observability.status import HelperState, Status, VfStatus
+from qat_server.helper_client.client import HelperState
+from qat_server.observability.status import Status, VfStatus
 from qat_shared.pci import PciAddress
 from qat_simulation.demo.audit import _lines, examples
 from qat_simulation.demo.groups import Groups, groups_of

@@ -1,1 +1,1 @@
-"""`qat-plugin doctor`: what a node or VM lacks for the plugin, and what to do about it."""
+"""`qat-plugin doctor`: reads the node, asks helper and server, and says in words what to do."""

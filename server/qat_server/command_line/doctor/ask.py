@@ -11,11 +11,10 @@ from typing import Final
 import msgspec
 
 from qat_server.command_line.doctor.facts import DEAD, Helper
-from qat_server.command_line.settings import STATUS_SOCKET
 from qat_server.command_line.status_client import StatusError, fetch_local
 from qat_server.helper_client.client import HelperClient, HelperError
 from qat_server.instrumentation.counters import Counters
-from qat_server.observability.status import decode
+from qat_server.observability.status import STATUS_SOCKET, decode
 from qat_shared.pci import PciAddress
 
 PATIENCE: Final = 5.0

@@ -11,10 +11,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.binding.apparmor import AppArmor, look
-from qat_server.devices.kernel_drivers import PF_DRIVERS, VF_DRIVERS
-from qat_server.devices.pci_bus import pci_addresses
-from qat_server.devices.small_file import read_text
+from qat_server.binding.apparmor import AppArmor, read_apparmor, read_text
+from qat_server.devices.pci_bus import PF_DRIVERS, VF_DRIVERS, pci_addresses
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
 from qat_shared.messages import DPDK_DRIVERS
 from qat_shared.pci import PciAddress
@@ -101,7 +99,7 @@ def read_facts(sysfs: Path, proc: Path, dev: Path, plugin_directory: Path, helpe
         denylist_disabled=_switch(sysfs / "module/vfio_pci/parameters/disable_denylist"),
         noiommu=_switch(sysfs / "module/vfio/parameters/enable_unsafe_noiommu_mode"),
         vfio_device=(dev / "vfio/vfio").exists(),
-        apparmor=look(sysfs, proc),
+        apparmor=read_apparmor(sysfs, proc),
         selinux_enforcing=_switch(sysfs / "fs/selinux/enforce"),
         kubelet_roots=tuple(sorted(set(_kubelet_roots(proc)))),
         plugin_directory=_state(plugin_directory),

@@ -5,13 +5,13 @@ from pathlib import Path
 import grpc.aio
 
 from qat_server.helper_client.client import HelperError
-from qat_server.kubelet import channel as kubelet_channel
-from qat_server.kubelet.channel import KubeletDialer
 from qat_server.kubelet.device_plugin import OPTIONS
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub
 from qat_server.kubelet.registration.registrar import VERSION, CannotRegisterError, Timing
-from qat_server.kubelet.watch_streams import Streams
+from qat_server.kubelet.sockets import kubelet_channel
+from qat_server.kubelet.sockets.kubelet_channel import KubeletDialer
+from qat_server.kubelet.watch_streams import WatchStreams
 from qat_shared import NAMESPACE
 from qat_shared.messages import KubeletService
 
@@ -30,14 +30,14 @@ class SocketRegistrar:
             options=OPTIONS,
         )
 
-    async def needs_new_socket(self, streams: Streams) -> bool:
+    async def needs_new_socket(self, streams: WatchStreams) -> bool:
         """Never: Register may be called again and again."""
         return False
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Nothing: the kubelet is told."""
 
-    async def register(self, streams: Streams) -> None:
+    async def register(self, streams: WatchStreams) -> None:
         """One Register. Raises CannotRegisterError."""
         try:
             connected = await self._helper.open_kubelet_socket(

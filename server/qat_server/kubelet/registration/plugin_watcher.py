@@ -25,7 +25,7 @@ from qat_server.kubelet.generated.pluginregistration_v1_pb2_grpc import (
     add_RegistrationServicer_to_server,
 )
 from qat_server.kubelet.registration.registrar import VERSION, CannotRegisterError, Timing
-from qat_server.kubelet.watch_streams import Streams
+from qat_server.kubelet.watch_streams import WatchStreams
 from qat_shared import NAMESPACE
 
 TYPE: Final = "DevicePlugin"
@@ -46,7 +46,7 @@ class WatcherRegistrar(RegistrationServicer):
         self._refusal: str | None = None  # the kubelet's word, until `register` has taken it; empty: it is registered
         self._word = asyncio.Event()
 
-    async def needs_new_socket(self, streams: Streams) -> bool:
+    async def needs_new_socket(self, streams: WatchStreams) -> bool:
         """Unless a kubelet comes by itself, which a new socket would make start all over."""
         if not streams.fresh:
             with contextlib.suppress(TimeoutError):
@@ -59,7 +59,7 @@ class WatcherRegistrar(RegistrationServicer):
         self._forget()
         add_RegistrationServicer_to_server(self, server)
 
-    async def register(self, streams: Streams) -> None:
+    async def register(self, streams: WatchStreams) -> None:
         """Wait for the kubelet's word. Raises CannotRegisterError."""
         try:
             if streams.fresh:  # the kubelet has been here meanwhile, whatever it said before
@@ -70,7 +70,7 @@ class WatcherRegistrar(RegistrationServicer):
         if refusal:
             raise CannotRegisterError(refusal)
 
-    async def _answer(self, streams: Streams) -> str:
+    async def _answer(self, streams: WatchStreams) -> str:
         """The kubelet's word. Raises CannotRegisterError when none comes."""
         opened, ended = streams.opened, streams.ended
         with contextlib.suppress(TimeoutError):

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 import grpc.aio
 from msgspec import Struct
 
-from qat_server.kubelet.watch_streams import Streams
+from qat_server.kubelet.watch_streams import WatchStreams
 
 VERSION: Final = "v1beta1"
 
@@ -46,11 +46,11 @@ class Registrar(Protocol):
     def socket_path(self) -> Path:
         """Where the endpoint is to be served."""
 
-    async def needs_new_socket(self, streams: Streams) -> bool:
+    async def needs_new_socket(self, streams: WatchStreams) -> bool:
         """Whether only a new socket makes the kubelet register; the old one is being served meanwhile."""
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add what the kubelet asks on the endpoint's socket beside the DevicePlugin service."""
 
-    async def register(self, streams: Streams) -> None:
+    async def register(self, streams: WatchStreams) -> None:
         """Return when the kubelet knows of the endpoint, which is being served. Raises CannotRegisterError."""

@@ -18,7 +18,7 @@ from typing import Final, NoReturn, Protocol
 import grpc
 import grpc.aio
 
-from qat_server.kubelet.sockets import private_directory, short
+from qat_server.kubelet.sockets.grpc_socket import private_directory, short
 from qat_shared.messages import KubeletService
 
 _CHUNK: Final = 64 * 1024

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from qat_server import logs
-from qat_server.command_line.settings import Registration
 from qat_server.helper_client.client import HelperClient, HelperError, HelperUnavailableError
-from qat_server.kubelet.server_lock import only_server
+from qat_server.kubelet.sockets.server_lock import only_server
+from qat_shared.messages import SocketDirectory
 
 log = logs.get(__name__)
 
@@ -34,11 +34,11 @@ class DirectoryGoneError(Exception):
 
 
 class EndpointDirectory:
-    """`path` for one way to register. `waits_for` says what keeps the server from it, "" when nothing does."""
+    """`path`, which the helper knows as `directory`. `waits_for`: why the server cannot use it yet, "" when it can."""
 
-    def __init__(self, helper: HelperClient, registration: Registration, path: Path, node_directory: Path) -> None:
+    def __init__(self, helper: HelperClient, directory: SocketDirectory, path: Path, node_directory: Path) -> None:
         self._helper = helper
-        self._registration = registration
+        self._directory = directory
         self.path = path
         self._node_directory = node_directory
         self._helper_event = asyncio.Event()
@@ -61,7 +61,7 @@ class EndpointDirectory:
             self._helper_event.clear()
             try:
                 async with asyncio.timeout(PATIENCE if self._usable() else None):
-                    await self._helper.prepare_socket_directory(self._registration.socket_directory)
+                    await self._helper.prepare_socket_directory(self._directory)
             except HelperUnavailableError as error:
                 if self._usable():
                     return

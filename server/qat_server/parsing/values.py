@@ -10,6 +10,8 @@ from typing import Final
 
 from msgspec import Struct
 
+from qat_server.logs.settings import SEVERITIES
+
 _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 _UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -18,7 +20,6 @@ _PART: Final = re.compile(rf"({_NUMBER})(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
 _DURATION: Final = re.compile(rf"(?:{_PART.pattern})+", re.ASCII)
 _LONGEST_DURATION: Final = 24 * 3600.0
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
-SEVERITIES: Final = ("INFO", "WARNING", "ERROR", "FATAL")
 
 
 class HostPort(Struct, frozen=True):
@@ -37,13 +38,13 @@ def boolean(text: str) -> bool:
         return True
     if text in _FALSE:
         return False
-    raise ValueError(f"{_shown(text)} is not true or false")
+    raise ValueError(f"{shown(text)} is not true or false")
 
 
 def integer(text: str, least: int | None = None, most: int = 2**31 - 1) -> int:
     """A decimal number between `least` (None: any) and `most`."""
     if not re.fullmatch(r"[+-]?[0-9]{1,20}", text, re.ASCII):
-        raise ValueError(f"{_shown(text)} is not a whole number")
+        raise ValueError(f"{shown(text)} is not a whole number")
     number = int(text)
     if least is not None and number < least:
         raise ValueError(f"{number} is too small, the least is {least}")
@@ -59,7 +60,7 @@ def duration(text: str, least: float, zero_is_off: bool = False) -> float:
     elif _DURATION.fullmatch(text):
         seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
     else:
-        raise ValueError(f"{_shown(text)} is not a duration such as 5s, 500ms or 1m30s")
+        raise ValueError(f"{shown(text)} is not a duration such as 5s, 500ms or 1m30s")
     if seconds == 0 and zero_is_off:
         return 0.0
     if seconds < least:
@@ -76,16 +77,16 @@ def host_port(text: str) -> HostPort | None:
         return None
     host, colon, port = text.rpartition(":")
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) or int(port) > 65535:
-        raise ValueError(f"{_shown(text)} is not an address such as 127.0.0.1:9090 (the port is 0 to 65535)")
+        raise ValueError(f"{shown(text)} is not an address such as 127.0.0.1:9090 (the port is 0 to 65535)")
     if host.startswith("[") and host.endswith("]"):
         try:
             return HostPort(str(IPv6Address(host[1:-1])), int(port))
         except ValueError:
-            raise ValueError(f"{_shown(host)} is not an IPv6 address") from None
+            raise ValueError(f"{shown(host)} is not an IPv6 address") from None
     if ":" in host and "/" not in host:
-        raise ValueError(f"{_shown(text)}: an IPv6 address stands in brackets, as in [::1]:9090")
+        raise ValueError(f"{shown(text)}: an IPv6 address stands in brackets, as in [::1]:9090")
     if host and not _HOST.fullmatch(host):
-        raise ValueError(f"{_shown(host)} is not a host name or address")
+        raise ValueError(f"{shown(host)} is not a host name or address")
     return HostPort(host, int(port))
 
 
@@ -94,7 +95,7 @@ def names(text: str, known: frozenset[str], kind: str) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not found:
         raise ValueError(f"no {kind} is named; known are {listed(known)}")
-    unknown = [_shown(name) for name in found if name not in known]
+    unknown = [shown(name) for name in found if name not in known]
     if unknown:
         raise ValueError(f"unknown {kind} {', '.join(unknown)}; known are {listed(known)}")
     return found
@@ -106,7 +107,7 @@ def severity(text: str) -> int:
         return SEVERITIES.index(text.upper())
     if text in ("0", "1", "2", "3"):
         return int(text)
-    raise ValueError(f"{_shown(text)} is not INFO, WARNING, ERROR, FATAL or 0 to 3")
+    raise ValueError(f"{shown(text)} is not INFO, WARNING, ERROR, FATAL or 0 to 3")
 
 
 def vmodule(text: str) -> tuple[tuple[str, int], ...]:
@@ -117,7 +118,7 @@ def vmodule(text: str) -> tuple[tuple[str, int], ...]:
             continue  # a trailing comma
         pattern, equals, level = part.partition("=")
         if not pattern or not equals or not re.fullmatch(r"[0-9]{1,9}", level, re.ASCII):
-            raise ValueError(f"{_shown(part)} is not pattern=N, as in discovery=4,sim*=2")
+            raise ValueError(f"{shown(part)} is not pattern=N, as in discovery=4,sim*=2")
         if int(level):
             patterns.append((pattern, int(level)))
     return tuple(patterns)
@@ -128,5 +129,6 @@ def listed(names: frozenset[str] | tuple[str, ...]) -> str:
     return ", ".join(sorted(names) if isinstance(names, frozenset) else names)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """A user's text for a message: quoted, and cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,45 @@
+"""One moment of the server, as every room reports it.
+
+Readiness, /status and the metrics are functions of a `State`, so nothing is counted or judged twice.
+"""
+
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+from qat_server.devices.inventory import Inventory
+from qat_server.helper_client.client import HelperState
+from qat_server.kubelet.device import Listing
+from qat_server.kubelet.endpoint import EndpointState
+from qat_server.provisioning.progress import Progress
+from qat_shared.pci import PciAddress
+
+
+class State(Struct, frozen=True, kw_only=True):
+    """One moment. Addresses are those of VFs, but in `unhealthy`, `heartbeats`, `provisioning` and `changing` of PFs.
+
+    `waits_for`: why the server does not serve yet, "" when it does. `names`: resource of each VF. `foreign`: driver to
+    which somebody else bound a VF. `failures`: why a VF could not be bound. `held`: the pod that holds a VF.
+    `holders_unknown`: why it is not known what pods hold, "" when it is. `changing`: PFs that are being provisioned.
+    `configured`: a provisioning configuration is in force, or none is wanted. `sandbox`: missing part of each layer.
+    """
+
+    inventory: Inventory
+    waits_for: str = ""
+    listing: Listing = {}
+    names: Mapping[PciAddress, str] = {}
+    unhealthy: Mapping[PciAddress, str] = {}
+    heartbeats: Mapping[PciAddress, bool] = {}
+    endpoints: Mapping[str, EndpointState] = {}
+    helper: HelperState = HelperState()
+    foreign: Mapping[PciAddress, str] = {}
+    failures: Mapping[PciAddress, str] = {}
+    held: Mapping[PciAddress, str] = {}
+    holders_unknown: str = ""
+    provisioning: Mapping[PciAddress, Progress] = {}
+    changing: tuple[PciAddress, ...] = ()
+    configured: bool = True
+    provisioning_error: str = ""
+    uevents: int = 0
+    uevent_overruns: int = 0
+    sandbox: Mapping[str, str] = {}

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from qat_server.kubelet.allocation import AllocationPolicy
-from qat_simulation import demo
 from qat_simulation.demo import sequence
 
 PF, OTHER = "0000:6b:00.0", "0000:70:00.0"
@@ -188,7 +187,7 @@ def show(node: dict[str, Any], tmp_path: Path, width: int = 160) -> tuple[int, s
     file.write_text(json.dumps(node))
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     began = cpu()
-    status = demo.run(file, AllocationPolicy.BALANCED, False, console)
+    status = sequence.run(file, AllocationPolicy.BALANCED, False, console)
     assert isinstance(console.file, io.StringIO)
     return status, console.file.getvalue(), cpu() - began
 
@@ -222,7 +221,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     for text, said in (("{", "it is no JSON: Input data was truncated"), ('{"pfs": [{}]}', "missing required field")):
         file.write_text(text)
         console = Console(file=io.StringIO(), width=80, color_system=None)
-        assert demo.run(file, AllocationPolicy.BALANCED, False, console) == 1
+        assert sequence.run(file, AllocationPolicy.BALANCED, False, console) == 1
         assert isinstance(console.file, io.StringIO)
         (line,) = console.file.getvalue().splitlines()
         assert line.startswith(f"demo failed: {file}: the node description is not usable: ")

@@ -194,7 +194,7 @@ def test_writer_killed_while_it_waits_does_no_harm(kernel: Kernel) -> None:
         process.kill()
         assert process.wait(120) == -signal.SIGKILL
     handle.close()  # the kernel's part of the work goes on to its end
-    wait_until(lambda: read(kernel, attribute(VF, "enable")) == "0\n" and kernel._writers.idle)
+    wait_until(lambda: read(kernel, attribute(VF, "enable")) == "0\n" and kernel._programs.idle)
     kernel.probe(VF)
     assert kernel.driver(VF) == "vfio-pci"
 

@@ -51,7 +51,7 @@ def test_nothing_is_left_of_programs_that_ended(kernel: Kernel) -> None:
     def round_trip() -> None:
         with kernel.spawn(["/bin/true"]) as process:
             assert process.wait(120) == 0
-        wait_until(lambda: kernel._writers.gone)
+        wait_until(lambda: kernel._programs.ended)
 
     round_trip()
     before = set(os.listdir("/proc/self/fd")), threading.active_count()
@@ -75,14 +75,14 @@ def test_where_writes_cannot_be_intercepted_one_sentence_says_what_is_needed(ker
     with kernel.spawn(argv, stdout=subprocess.PIPE, text=True) as process:
         said, _ = process.communicate(timeout=60)
     assert said.startswith(
-        "the simulated node cannot intercept writes on this system (Device or resource busy): needed"
+        "the simulated node cannot intercept writes on this system (Device or resource busy): it needs"
     )
     assert "Linux 5.5 or newer with seccomp user notification" in said
 
 
 def test_unknown_machine_is_refused(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qat_simulation.interception.launch.MACHINES", {})
-    with pytest.raises(InterceptionError, match="not known for"):
+    with pytest.raises(InterceptionError, match="cannot intercept writes on "):
         kernel.spawn(["/bin/true"])
 
 

@@ -1,4 +1,4 @@
-"""The typer application: help, and the commands beside the server itself (demo, status, doctor, provision, ...).
+"""The typer application: help, and the commands (status, doctor, provision, ..., and those of extensions.py).
 
 The server does not come by here (main.py): typer's conversion of option values loads pydantic, 20 MiB in all that a
 running server would never use again. So the server's flags are declared here for --help only.
@@ -16,9 +16,10 @@ import msgspec
 import typer
 from typer.exceptions import TyperException
 
+from qat_server.command_line import extensions
 from qat_server.command_line import provision as command_line
 from qat_server.command_line.flags import SERVER_FLAGS, Flag, FlagError, from_environment, plain
-from qat_server.command_line.settings import SettingsError, allocation_policy, check_sysfs_root, parse
+from qat_server.command_line.settings import SettingsError, check_sysfs_root, parse
 from qat_server.kubelet.registration.directories import Registration, socket_directory
 from qat_server.observability.status import STATUS_SOCKET
 from qat_server.parsing import values
@@ -63,6 +64,7 @@ def _command_flags(*names: str) -> list[Flag]:
         known = command.commands
         command = known.get(name)
         if command is None:
+            extensions.check_installed(name)
             raise FlagError(f"unknown command {name[:60]!r}; there are {', '.join(sorted(known))}")
     found = [Flag("help", "", "", ""), Flag("h", "", "", "")]
     for parameter in command.params:
@@ -128,26 +130,8 @@ def server(**_: str | bool | None) -> None:
 command_line.add_to(app)
 
 
-@app.command()
-def demo(
-    keep: Annotated[bool, typer.Option("--keep", help="leave the node running until interrupted")] = False,
-    node: Annotated[str | None, typer.Option("--node", metavar="FILE", help="another node description (JSON)")] = None,
-    policy: Annotated[str, typer.Option("--policy", metavar="POLICY", help="balanced or packed")] = "balanced",
-) -> None:
-    """Run the real helper and server on a simulated node and show each step. Needs no hardware and no root."""
-    try:
-        chosen = allocation_policy(policy)
-    except ValueError as error:
-        raise SettingsError(f"--policy: {error}") from None
-    if node is not None and not Path(node).exists():
-        raise SettingsError(f"--node: there is no file {node[:200]!r}")
-    if node is not None and Path(node).is_dir():
-        raise SettingsError(f"--node: {node[:200]!r} is a directory; a file with a node description is needed")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # as in main.py
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it starts processes, none of which inherits gRPC
-    from qat_simulation import demo as simulation  # noqa: PLC0415 - the server never needs it
-
-    raise typer.Exit(simulation.run(Path(node) if node else None, chosen, keep))
+for _name, _function in extensions.commands().items():
+    app.command(_name)(_function)
 
 
 @app.command()

@@ -4,14 +4,14 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 
+from qat_server.command_line import extensions
 from qat_server.command_line.provision_once import ALL_DRIVERS, Once, Outcome, check, provision
 from qat_server.command_line.settings import SettingsError, check_sysfs_root
 from qat_server.devices.pci_bus import VF_DRIVERS
@@ -111,18 +111,12 @@ def _check(
     raise typer.Exit(0 if good else 1)
 
 
-@contextlib.contextmanager
-def _described(node: str) -> Iterator[Path]:
-    """The sysfs tree of a simulated node. Raises SettingsError."""
-    from qat_simulation.kernel.kernel import Kernel  # noqa: PLC0415 - only for this
-    from qat_simulation.node.description import NodeError, parse_node  # noqa: PLC0415
-
+def _described(node: str) -> AbstractContextManager[Path]:
+    """The sysfs root of a described node. Raises SettingsError, and FlagError where no distribution makes one."""
     try:
-        described = parse_node(Path(node).read_bytes())
-    except (OSError, NodeError) as error:
+        return extensions.described_node(Path(node))
+    except (OSError, ValueError) as error:
         raise SettingsError(f"--node: {error}") from None
-    with tempfile.TemporaryDirectory(prefix="qat-") as directory, Kernel(Path(directory), described) as kernel:
-        yield kernel.sysfs_root
 
 
 def _load(directory: str, node_name: str) -> Configuration:

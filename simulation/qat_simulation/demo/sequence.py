@@ -2,24 +2,47 @@
 
 import asyncio
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final
 
 from rich.console import Console
+from rich.markup import escape
 
 from qat_server.kubelet.allocation import AllocationPolicy
 from qat_shared.devices import VIRTUAL
 from qat_simulation.demo import audit, events, exploring, pods, starting
 from qat_simulation.demo.scene import Scene
+from qat_simulation.interception.supervisor import InterceptionError
 from qat_simulation.kubelet.config_map import ConfigMap
-from qat_simulation.node.description import Node
+from qat_simulation.kubelet.kubelet import AdmissionError
+from qat_simulation.node.description import Node, NodeError, demo_node, parse_node
 from qat_simulation.running_node import SimulationError, command, running_node
 
 LIMIT: Final = 27.0
 """Seconds that all steps have together: the demo promises to end in 30."""
 _HEALTH_INTERVAL: Final = 0.25  # seconds, so that the heartbeat's failure is soon seen
+
+
+def run(node: Path | None, policy: AllocationPolicy, keep: bool, console: Console | None = None) -> int:
+    """Run the demo; the exit status. `node` is a file with a node description (JSON), None the default node."""
+    # On a terminal lines end between words; what reads a pipe wants them whole.
+    console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    try:
+        for program in ("qat-helper", "qat-plugin"):
+            command(program)  # before anything is made
+        described = demo_node() if node is None else _read(node)
+        return asyncio.run(Demo(console, described, policy, keep).run())
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        console.print(f"[red]demo failed:[/red] {escape(why)}", soft_wrap=True)
+        return 1
+    except (SimulationError, NodeError, InterceptionError, AdmissionError) as error:
+        console.print(f"[red]demo failed:[/red] {escape(str(error))}", soft_wrap=True)
+        return 1
 
 
 class Demo:
@@ -113,3 +136,11 @@ def _last_words(scene: Scene, seconds: float) -> bool:
 def _vf_drivers(node: Node) -> str:
     ids = {pf.vf_device_id for pf in node.pfs} | {int(vf.device, 16) for vf in node.vfs}
     return ",".join(sorted({VIRTUAL[number].driver for number in ids})) or "4xxxvf"
+
+
+def _read(path: Path) -> Node:
+    """Raises NodeError that names the file, and OSError."""
+    try:
+        return parse_node(path.read_bytes())
+    except NodeError as error:
+        raise NodeError(f"{path}: {error}") from None

@@ -1,9 +1,9 @@
-"""The launcher: makes the kernel ask a supervisor about every write(2) of this process, then becomes the program.
+"""The launcher: installs a filter that sends every write(2) of this process to a supervisor, then runs the program.
 
-Run as `python -I -S launch.py SOCKET_FD -- PROGRAM ARGUMENT...` by interception.py. The filter is inherited by all
-children. Sends through the socket: the filter's listener (SCM_RIGHTS), or "seccomp ERRNO" where this kernel cannot do
-it; then, if the program cannot be started, "exec ERRNO"; the end of the stream means that it has been. Standard
-library only and as little of that as possible: each start waits for it.
+supervisor.py runs it as `python -I -S launch.py SOCKET_FD -- PROGRAM ARGUMENT...`. All children inherit the filter.
+It sends the filter's listener through the socket (SCM_RIGHTS), or "seccomp ERRNO" if this kernel does not support it;
+then "exec ERRNO" if the program cannot be started. The end of the stream means that the program has started.
+It imports little, and only from the standard library, because each start waits for it.
 """
 
 import ctypes
@@ -34,32 +34,32 @@ class _Program(ctypes.Structure):
 
 
 def filter_program(arch: int, write: int) -> bytes:
-    """Classic BPF on struct seccomp_data (number at 0, architecture at 4): ask about write, allow all else."""
-    load_word, jump_equal, give_back = 0x20, 0x15, 0x06
+    """Classic BPF on struct seccomp_data (number at 0, architecture at 4): notify on write, allow all else."""
+    load_word, jump_equal, return_constant = 0x20, 0x15, 0x06
     instructions = (
         (load_word, 0, 0, 4),
-        (jump_equal, 0, 3, arch),  # another architecture's numbers mean other calls
+        (jump_equal, 0, 3, arch),  # on another architecture, the numbers are of other calls
         (load_word, 0, 0, 0),
         (jump_equal, 0, 1, write),
-        (give_back, 0, 0, RET_USER_NOTIF),
-        (give_back, 0, 0, RET_ALLOW),
+        (return_constant, 0, 0, RET_USER_NOTIF),
+        (return_constant, 0, 0, RET_ALLOW),
     )
     return b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
 
 
 def install() -> int:
-    """Put the filter on this process; the listener's descriptor. Raises OSError."""
+    """Install the filter on this process and return the listener's descriptor. Raises OSError."""
     arch, seccomp, write = MACHINES[os.uname().machine]
     libc = ctypes.CDLL(None, use_errno=True)
     code = filter_program(arch, write)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(code) // 8, ctypes.addressof(buffer))
-    # Without its supervisor, this process would wait for ever in its next write.
+    # Without its supervisor, this process would block for ever in its next write.
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
-    # Without the second flag (Linux 5.19) a signal makes a waiting write start anew, and so ask twice.
+    # Without the second flag (Linux 5.19) a signal restarts a waiting write, which then notifies twice.
     for flags in (FLAG_NEW_LISTENER | FLAG_WAIT_KILLABLE_RECV, FLAG_NEW_LISTENER):
         listener = int(libc.syscall(seccomp, SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program)))
         if listener >= 0:
@@ -68,7 +68,7 @@ def install() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Install the filter, hand over its listener, become the program."""
+    """Install the filter, send its listener, run the program in this process."""
     sock = socket.socket(fileno=int(arguments[0]))
     sock.set_inheritable(False)
     command = arguments[2:]
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     except (OSError, KeyError) as error:
         sock.send(b"seccomp %d" % (getattr(error, "errno", None) or 0))
         return 1
-    # Not a write(2): from here on, those wait for the supervisor.
+    # Not a write(2): from here on, write(2) waits for the supervisor.
     sock.sendmsg([b"listener"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [listener]))])
     os.close(listener)
     try:

@@ -1,8 +1,8 @@
-"""Starts a program so that its writes beneath some folders are answered by us instead of by the file system.
+"""Starts a program and answers its writes beneath some directories in place of the file system.
 
-seccomp user notification (Linux 5.5): the program's write(2), and that of all its children, stops in the kernel until
-the supervisor has said what it returns. Writes elsewhere go on at once as they are. A handler may answer later, or
-never: that holds up the one writer only. This is no security boundary; it is how a plain folder can act like sysfs.
+It uses seccomp user notification (Linux 5.5): each write(2) of the program and its children blocks in the kernel until
+the supervisor sends its result. Writes elsewhere continue unchanged. A handler may answer later or never, which blocks
+only that writer. This is no security boundary; it makes a plain directory behave like sysfs.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from qat_simulation.interception import launch
 
 log = logging.getLogger(__name__)
 
-WRITE_LIMIT: Final = 4096  # sysfs takes one page of a write; the rest is the writer's to write again
+WRITE_LIMIT: Final = 4096  # sysfs accepts one page of a write; the writer has to write the rest again
 Handler = Callable[[str, bytes], "int | Future[int] | None"]
-"""Given a path and what is written to it: the number of bytes written, or a negative errno; or such a number later.
+"""Gets a path and the data written to it, and returns the number of bytes accepted, or a negative errno.
 
-None lets the write happen as it is.
+A Future answers later with such a number. None lets the write continue unchanged.
 """
 
 _NOTIF_RECV: Final = 0xC0502100
@@ -42,25 +42,24 @@ _DELETED: Final = " (deleted)"
 
 
 class InterceptionError(Exception):
-    """This system cannot intercept writes; the sentence says what it needs."""
+    """This system cannot intercept writes; the message says what is required."""
 
 
 class Supervisor:
-    """Answers the writes of one program and its children. Made by `spawn`; ends with them, or by `stop`."""
+    """Answers the writes of one program and its children. Made by `spawn`; ends with them, or on `stop`."""
 
     def __init__(self, listener: int, roots: Sequence[Path], handler: Handler) -> None:
-        self.intercepted = 0
         self._listener = listener
         self._roots = tuple(f"{os.path.realpath(root)}/" for root in roots)
         self._handler = handler
-        self._lock = threading.Lock()  # the listener must not be closed, and its number used again, beside an answer
-        self._complained = False
+        self._lock = threading.Lock()  # the listener must not be closed, and its number reused, during an answer
+        self._access_error_logged = False
         self._wake_end, self._wake = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="write supervisor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End. Writes of programs that are still running then fail with ENOSYS, so end those first."""
+        """End. Writes of programs that still run fail with ENOSYS from then on, so end the programs first."""
         with self._lock:
             self._close_wake()
         if threading.current_thread() is not self._thread:
@@ -68,13 +67,13 @@ class Supervisor:
 
     @property
     def ended(self) -> bool:
-        """Whether the program and all its children are gone, or `stop` was called."""
+        """Whether the program and all its children have ended, or `stop` was called."""
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
-        poll.register(self._wake_end, 0)  # only its hang-up
+        poll.register(self._wake_end, 0)  # only for its hang-up
         try:
             while True:
                 events = dict(poll.poll())
@@ -83,7 +82,7 @@ class Supervisor:
                 state = events.get(self._listener, 0)
                 if state & select.POLLIN:
                     self._receive()
-                elif state:  # POLLHUP: nobody has the filter any more
+                elif state:  # POLLHUP: no process has the filter any more
                     return
         finally:
             with self._lock:
@@ -98,7 +97,7 @@ class Supervisor:
             self._wake = -1
 
     def _receive(self) -> None:
-        buffer = bytearray(256)  # longer than the kernel's struct, should it grow
+        buffer = bytearray(256)  # longer than the kernel's struct, in case it grows
         try:
             fcntl.ioctl(self._listener, _NOTIF_RECV, buffer)
         except OSError as error:
@@ -109,7 +108,7 @@ class Supervisor:
         result: int | Future[int] | None
         try:
             result = self._decide(notification, pid, descriptor, address, count)
-        except Exception:  # the outermost edge of this thread: one write must not end the others'
+        except Exception:  # the outermost edge of this thread: an error in one write must not stop the others
             log.exception("a write could not be answered")
             result = -errno.EIO
         if isinstance(result, Future):
@@ -120,15 +119,15 @@ class Supervisor:
     def _decide(
         self, notification: int, pid: int, descriptor: int, address: int, count: int
     ) -> "int | Future[int] | None":
-        """What the write returns; None: let it happen."""
+        """The write's result; None lets it continue."""
         try:
-            # The kernel looks at the lower half of the register only.
+            # The kernel uses only the lower half of the register.
             path = os.readlink(f"/proc/{pid}/fd/{descriptor & 0xFFFFFFFF}")
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
-                self._complain(pid, error)
+                self._log_access_error(pid, error)
             return None
-        # A file that we have replaced since the writer opened it. To sysfs it is the same attribute.
+        # The file was replaced since the writer opened it. In sysfs it would still be the same attribute.
         path = path.removesuffix(_DELETED)
         if not path.startswith(self._roots):
             return None
@@ -136,14 +135,13 @@ class Supervisor:
             data = _read_memory(pid, address, min(count, WRITE_LIMIT))
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
-                self._complain(pid, error)
+                self._log_access_error(pid, error)
                 return -errno.EIO
             return -errno.EFAULT
         except OverflowError:
             return -errno.EFAULT
-        if not self._valid(notification):  # the process id may be another's by now, and so may be what was read
+        if not self._valid(notification):  # the pid may have been reused, and the data read from another process
             return -errno.EINTR
-        self.intercepted += 1
         return self._handler(path, data)
 
     def _valid(self, notification: int) -> bool:
@@ -166,15 +164,15 @@ class Supervisor:
             try:
                 fcntl.ioctl(self._listener, _NOTIF_SEND, response)
             except OSError as error:
-                if error.errno != errno.ENOENT:  # ENOENT: the writer did not live to hear it
+                if error.errno != errno.ENOENT:  # ENOENT: the writer was killed before the answer
                     raise
 
-    def _complain(self, pid: int, error: OSError) -> None:
-        if not self._complained:
-            self._complained = True
+    def _log_access_error(self, pid: int, error: OSError) -> None:
+        if not self._access_error_logged:
+            self._access_error_logged = True
             log.error(
-                "writes of a supervised process cannot be looked at: it must be of our own user and dumpable, "
-                "and kernel.yama.ptrace_scope at most 1",
+                "writes of a supervised process cannot be intercepted: it must be dumpable and run as the same user, "
+                "and kernel.yama.ptrace_scope must be at most 1",
                 extra={"fields": {"pid": pid, "why": os.strerror(error.errno or 0)}},
             )
 
@@ -182,29 +180,29 @@ class Supervisor:
 def spawn(
     argv: Sequence[str], roots: Sequence[Path], handler: Handler, **popen: Any
 ) -> "tuple[subprocess.Popen[Any], Supervisor]":
-    """Start a program whose writes beneath `roots` go to `handler`; further arguments are those of Popen.
+    """Start a program whose writes beneath `roots` go to `handler`; further arguments are Popen's.
 
-    Raises OSError as Popen does when the program cannot be started, InterceptionError where the system cannot do it.
-    The handler is called in the supervisor's thread: an answer that takes long must be a Future.
+    Raises OSError as Popen does if the program cannot be started, InterceptionError if this system cannot intercept.
+    The handler runs in the supervisor's thread: an answer that takes long must be a Future.
     """
     if os.uname().machine not in launch.MACHINES:
-        raise InterceptionError(f"intercepting writes is not known for {os.uname().machine}: {_NEEDED}")
+        raise InterceptionError(f"the simulated node cannot intercept writes on {os.uname().machine}: {_REQUIREMENTS}")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
             passed = (*popen.pop("pass_fds", ()), theirs.fileno())
-            # The launcher needs nothing but the standard library: -I -S makes its start as fast as can be.
+            # The launcher needs only the standard library: -I -S makes its start faster.
             launcher = [sys.executable, "-I", "-S", launch.__file__, str(theirs.fileno()), "--", *argv]
             process = subprocess.Popen(launcher, pass_fds=passed, **popen)
         try:
             message, descriptors, _, _ = socket.recv_fds(ours, 64, 1)
             if not descriptors:
-                raise InterceptionError(_why_not(message))
+                raise InterceptionError(_not_supported(message))
             supervisor = Supervisor(descriptors[0], roots, handler)
         except BaseException:
             _end(process)
             raise
-        failure = ours.recv(64)  # the end of the stream is the program's start
+        failure = ours.recv(64)  # the stream ends when the program has started
     if failure:
         _end(process)
         supervisor.stop()
@@ -213,14 +211,16 @@ def spawn(
     return process, supervisor
 
 
-_NEEDED: Final = "needed are Linux 5.5 or newer with seccomp user notification, on x86_64 or aarch64"
+_REQUIREMENTS: Final = "it needs Linux 5.5 or newer with seccomp user notification, on x86_64 or aarch64"
 
 
-def _why_not(message: bytes) -> str:
+def _not_supported(message: bytes) -> str:
     reason = ""
     with contextlib.suppress(IndexError, ValueError):
         reason = f" ({os.strerror(int(message.split()[1]))})"
-    return f"the simulated node cannot intercept writes on this system{reason}: {_NEEDED}, not already used by another"
+    return (
+        f"the simulated node cannot intercept writes on this system{reason}: {_REQUIREMENTS}, and no other supervisor"
+    )
 
 
 def _end(process: "subprocess.Popen[Any]") -> None:

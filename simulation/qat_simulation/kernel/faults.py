@@ -1,14 +1,15 @@
-"""Faults that a test or a person puts into the emulated kernel: writes that fail, are slow, or never come back.
+"""Faults injected into the emulated kernel by a test or a person: writes that fail, are slow, or never return.
 
-They concern writes to one attribute (state or qat/state, driver_override, unbind, ...; for bind, unbind and
-drivers_probe the device is the one written), of one device or of all. "probe" is the moment when a driver takes one.
+A fault applies to writes to one attribute (state or qat/state, driver_override, unbind, ...), of one device or of all.
+For bind, unbind and drivers_probe the device is the one in the written text. The attribute "probe" stands for a driver
+that probes a device.
 """
 
 import time
 from dataclasses import dataclass
 
 from qat_simulation.kernel.bus import Bus
-from qat_simulation.kernel.model import failure
+from qat_simulation.kernel.model import os_error
 
 
 @dataclass(slots=True)
@@ -20,26 +21,26 @@ class _Fault:
     seconds: float = 0.0
     hangs: bool = False
 
-    def concerns(self, attribute: str, address: str) -> bool:
+    def matches(self, attribute: str, address: str) -> bool:
         same = self.attribute in (attribute, attribute.rpartition("/")[2])
         return same and self.address in (None, address)
 
 
 class Faults:
-    """All faults there are now. Every method is called with the bus's monitor held."""
+    """The active faults. Every method is called with the bus's monitor held."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._faults: list[_Fault] = []
         self.hanging = 0
-        """Writes that wait until they are released."""
+        """How many writes wait for `release`."""
 
     def fail(self, attribute: str, address: str | None, number: int, times: int) -> None:
-        """The next `times` writes fail with this errno, and do nothing."""
+        """Let the next `times` writes fail with this errno and change nothing."""
         self._faults.append(_Fault(attribute, address, errno=number, times=times))
 
     def delay(self, attribute: str, address: str | None, seconds: float) -> None:
-        """Each write takes so long before it does anything; 0 ends that."""
+        """Let each write wait this long before it takes effect; 0 removes the delay."""
         self._faults = [
             fault
             for fault in self._faults
@@ -49,11 +50,11 @@ class Faults:
             self._faults.append(_Fault(attribute, address, seconds=seconds))
 
     def hang(self, attribute: str, address: str | None) -> None:
-        """Writes wait until `release`."""
+        """Let writes wait until `release`."""
         self._faults.append(_Fault(attribute, address, hangs=True))
 
     def release(self, attribute: str, address: str | None) -> None:
-        """End the hanging that was asked for with the same arguments; writes that waited go on."""
+        """Remove the hang that was set with the same arguments; writes that waited continue."""
         self._faults = [
             fault
             for fault in self._faults
@@ -62,23 +63,23 @@ class Faults:
         self._bus.monitor.notify_all()
 
     def apply(self, attribute: str, address: str) -> None:
-        """Let a write have its faults: waits, and raises OSError."""
-        seconds = max((fault.seconds for fault in self._of(attribute, address)), default=0.0)
+        """Apply the faults that match a write: waits, and raises OSError."""
+        seconds = max((fault.seconds for fault in self._matching(attribute, address)), default=0.0)
         deadline = time.monotonic() + seconds
         while seconds and (left := deadline - time.monotonic()) > 0:
             self._bus.wait(left)
-        while any(fault.hangs for fault in self._of(attribute, address)):
+        while any(fault.hangs for fault in self._matching(attribute, address)):
             self.hanging += 1
             try:
                 self._bus.wait()
             finally:
                 self.hanging -= 1
-        for fault in self._of(attribute, address):
+        for fault in self._matching(attribute, address):
             if fault.errno:
                 fault.times -= 1
                 if fault.times <= 0:
                     self._faults.remove(fault)
-                raise failure(fault.errno)
+                raise os_error(fault.errno)
 
-    def _of(self, attribute: str, address: str) -> list[_Fault]:
-        return [fault for fault in self._faults if fault.concerns(attribute, address)]
+    def _matching(self, attribute: str, address: str) -> list[_Fault]:
+        return [fault for fault in self._faults if fault.matches(attribute, address)]

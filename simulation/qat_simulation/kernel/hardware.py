@@ -1,4 +1,4 @@
-"""What is plugged into the emulated node, and how it comes onto the bus: at the start, at a rescan, at a hot plug."""
+"""The hardware plugged into the emulated node, and how it is added to the bus: at the start, on rescan or hot plug."""
 
 import functools
 from typing import Final
@@ -14,11 +14,18 @@ from qat_simulation.node.description import LoneVf, Node, OtherDevice, Pf
 
 _QAT_CLASS: Final = 0x0B4000
 _VFIO_PCI: Final = "module/vfio_pci"
-_FOLDERS: Final = ("bus/pci/devices", "bus/pci/drivers", "kernel/iommu_groups", "class/uio", "class/vfio", "devices")
+_DIRECTORIES: Final = (
+    "bus/pci/devices",
+    "bus/pci/drivers",
+    "kernel/iommu_groups",
+    "class/uio",
+    "class/vfio",
+    "devices",
+)
 
 
 class Hardware:
-    """The node's description, kept in step with what is plugged in. Called with the bus's monitor held."""
+    """The node's description, kept up to date with the plugged-in devices. Called with the bus's monitor held."""
 
     def __init__(self, bus: Bus, node: Node) -> None:
         self._bus = bus
@@ -26,12 +33,14 @@ class Hardware:
         bus.rescan = self._rescan
 
     def build(self) -> None:
-        """Make the whole node as it is described."""
+        """Make the whole node as described."""
         tree, node = self._bus.tree, self._node
-        for folder in _FOLDERS:
-            tree.folder(folder)
-        tree.folder("module/vfio/parameters", [("enable_unsafe_noiommu_mode", f"{'NY'[node.noiommu]}\n", 0o644)])
-        tree.folder("kernel/debug", mode=0o700)
+        for directory in _DIRECTORIES:
+            tree.make_directory(directory)
+        tree.make_directory(
+            "module/vfio/parameters", [("enable_unsafe_noiommu_mode", f"{'NY'[node.noiommu]}\n", 0o644)]
+        )
+        tree.make_directory("kernel/debug", mode=0o700)
         tree.put("bus/pci/drivers_probe", "", 0o200)
         tree.put("bus/pci/drivers_autoprobe", "1\n", 0o644)
         tree.put("bus/pci/rescan", "", 0o200)
@@ -39,22 +48,24 @@ class Hardware:
         named += [device.driver for device in node.vfs]
         named += [device.driver for device in node.others]
         for name in dict.fromkeys((*node.loaded_kernel_drivers, *node.drivers, *filter(None, named))):
-            self._bus.add_driver(drivers.make_driver(name, noiommu=not node.iommu))
+            self._bus.add_driver(drivers.make_driver(self._bus, name))
         if "vfio-pci" in self._bus.drivers:
-            tree.folder(f"{_VFIO_PCI}/parameters", [("disable_denylist", f"{'NY'[node.disable_denylist]}\n", 0o444)])
+            tree.make_directory(
+                f"{_VFIO_PCI}/parameters", [("disable_denylist", f"{'NY'[node.disable_denylist]}\n", 0o444)]
+            )
         for hardware in self._present():
             self._plug(hardware, as_described=True)
 
     def add_pf(self, pf: Pf) -> None:
-        """Plug in a PF in the state that it describes. Raises NodeError when it cannot be on this node."""
+        """Plug in a PF in the described state. Raises NodeError if it does not fit this node."""
         self._node = msgspec.structs.replace(self._node, pfs=(*self._node.pfs, pf))
         for name in filter(None, (pf.driver, pf.vf_driver)):
             if name not in self._bus.drivers:
-                self._bus.add_driver(drivers.make_driver(name, noiommu=not self._bus.iommu))
+                self._bus.add_driver(drivers.make_driver(self._bus, name))
         self._plug(pf, as_described=True)
 
     def forget(self, address: str) -> None:
-        """It is plugged out: a rescan does not find it any more."""
+        """Remove a device from the description: a rescan does not find it any more."""
         node = self._node
         self._node = msgspec.structs.replace(
             node,
@@ -97,13 +108,13 @@ class Hardware:
         if not as_described or not isinstance(hardware, Pf):
             return
         if isinstance(device.driver, drivers.QatPf) and hardware.state == "down":
-            device.driver.go_down(bus, device)
+            device.driver.go_down(device)
         if hardware.enabled_vfs:
             place = functools.partial(self._place, wanted=hardware.vf_driver)
             drivers.enable_sriov(bus, device, hardware.enabled_vfs, place)
 
     def _place(self, device: Device, wanted: str | None) -> None:
-        """Bind a new device as its description says: by the kernel's own choice, not at all, or to a driver."""
+        """Bind a new device as described: by the kernel's own choice, to no driver (""), or to a named one."""
         if wanted == "":
             return
         if wanted is not None and not self._bus.drivers[wanted].matches(device):

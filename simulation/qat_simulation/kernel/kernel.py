@@ -1,13 +1,12 @@
-"""The emulated kernel of a simulated node: a tree that looks like sysfs, and answers to what is written there.
+"""The emulated kernel of a simulated node: a tree that looks like sysfs, and store functions for writes to it.
 
-Processes read the tree as files. What a process started with `spawn` writes beneath it comes here (writers.py) and is
-answered as the real kernel's store functions answer (stores.py). Uevents go out on a socket. docs/simulation.md says
-what is faithful and what is not.
+Processes read the tree as files. Writes to it by a process that `spawn` started are intercepted and answered as the
+real kernel's store functions answer (stores.py). Uevents are sent on a socket. docs/simulation.md lists what is
+emulated faithfully and what differs.
 """
 
 import contextlib
 import errno
-import functools
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,13 @@ from msgspec import Struct
 
 from qat_shared.pci import PciAddress
 from qat_simulation.interception import supervisor as interception
-from qat_simulation.interception.writers import Writers
-from qat_simulation.kernel import drivers
+from qat_simulation.interception.programs import Programs
+from qat_simulation.kernel import drivers, stores
 from qat_simulation.kernel.bus import Bus
 from qat_simulation.kernel.faults import Faults
 from qat_simulation.kernel.hardware import Hardware
-from qat_simulation.kernel.model import Device, failure
-from qat_simulation.kernel.sysfs import attributes, stores
+from qat_simulation.kernel.model import Device, os_error
+from qat_simulation.kernel.sysfs import attributes
 from qat_simulation.kernel.sysfs.tree import Tree
 from qat_simulation.kernel.uevents import Broadcaster
 from qat_simulation.kernel.vfio_files import OpenVfio, VfioFiles
@@ -35,7 +34,7 @@ Address = PciAddress | str
 
 
 class DeviceState(Struct, frozen=True):
-    """A device as it is at one moment."""
+    """A snapshot of one device."""
 
     driver: str | None
     override: str | None
@@ -47,7 +46,7 @@ class DeviceState(Struct, frozen=True):
 class Kernel:
     """Builds the node in `directory` (sys/, uevents.sock) and runs until `close`. Safe to use from several threads.
 
-    Methods that do what a person would do by hand raise OSError with the kernel's errno, and wait as a shell would.
+    Methods that stand for a person's shell commands raise OSError with the kernel's errno, and wait as a shell does.
     """
 
     def __init__(self, directory: Path, node: Node) -> None:
@@ -55,18 +54,16 @@ class Kernel:
         self.sysfs_root = directory / "sys"
         self.uevents_path = directory / "uevents.sock"
         self.roots = (self.sysfs_root, directory / ".kernel")
-        """Where writes are this kernel's to answer: what is in the tree, or was."""
+        """The directories whose files' writes this kernel answers: the tree, and files that were removed from it."""
         self.defects: list[str] = []
         self._tree = Tree(*self.roots)
         self._uevents = Broadcaster(self.uevents_path)
         self._bus = bus = Bus(self._tree, self._uevents, node)
         self._faults = Faults(bus)
-        bus.entries = attributes.entries
-        bus.refresh = functools.partial(attributes.refresh, self._tree)
         bus.probe_fault = lambda device: self._faults.apply("probe", str(device.address))
         self._vfio_files = VfioFiles(bus)
         self._hardware = Hardware(bus, node)
-        self._writers = Writers(self.roots, self.write, self.defects)
+        self._programs = Programs(self.roots, self.write, self.defects)
         try:
             with bus.monitor:
                 self._hardware.build()
@@ -77,7 +74,7 @@ class Kernel:
     # Writes
 
     def write(self, path: str, data: bytes | str) -> int:
-        """What write(2) on an attribute does, faults included; the number of bytes taken. Raises OSError."""
+        """Do what write(2) on an attribute does, faults included; the number of bytes accepted. Raises OSError."""
         data = data.encode() if isinstance(data, str) else data
         if not data:
             return 0  # kernfs does not call the store function
@@ -95,29 +92,29 @@ class Kernel:
         return len(data)
 
     def intercepted(self, path: str, data: bytes) -> "int | Future[int]":
-        """Answer a write of a process to a file beneath the sysfs root, as a handler of interception.py does."""
-        return self._writers.answer(path, data)
+        """Answer a process's write to a file under the sysfs root; a `Handler` of interception/supervisor.py."""
+        return self._programs.answer(path, data)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """While the block runs, this kernel changes nothing in its tree: for those who do so themselves."""
+        """Change nothing in the tree while the block runs, for callers that change it themselves."""
         with self._bus.monitor:
             yield
 
     def spawn(self, argv: Sequence[str], **popen: Any) -> "subprocess.Popen[Any]":
-        """Start a program whose writes beneath the sysfs root come to this kernel; further arguments are Popen's.
+        """Start a program whose writes under the sysfs root this kernel answers; further arguments are Popen's.
 
-        Raises OSError when it cannot be started, InterceptionError where the system cannot intercept.
+        Raises OSError if it cannot be started, InterceptionError if this system cannot intercept writes.
         """
-        return self._writers.spawn(argv, **popen)
+        return self._programs.spawn(argv, **popen)
 
     def close(self) -> None:
-        """Kill what was spawned and still runs, wake every write that waits (ESHUTDOWN), end all threads."""
-        self._writers.kill()
+        """Kill the spawned programs that still run, wake every waiting write (ESHUTDOWN), end all threads."""
+        self._programs.kill()
         with self._bus.monitor:
             self._bus.closed = True
             self._bus.monitor.notify_all()
-        self._writers.end()
+        self._programs.end()
         self._uevents.close()
 
     def __enter__(self) -> "Kernel":
@@ -126,17 +123,16 @@ class Kernel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # By hand
-
+    # What a person does by hand
     def bind(self, address: Address, driver: str) -> None:
         """echo ADDRESS > drivers/DRIVER/bind."""
         self._by_hand(f"bus/pci/drivers/{driver}/bind", str(address))
 
     def unbind(self, address: Address) -> None:
-        """echo ADDRESS > driver/unbind. ENODEV when no driver has it."""
+        """echo ADDRESS > driver/unbind. Raises OSError (ENODEV) if the device has no driver."""
         driver = self.driver(address)
         if driver is None:
-            raise failure(errno.ENODEV)
+            raise os_error(errno.ENODEV)
         self._by_hand(f"bus/pci/drivers/{driver}/unbind", str(address))
 
     def set_driver_override(self, address: Address, driver: str | None) -> None:
@@ -148,11 +144,11 @@ class Kernel:
         self._by_hand("bus/pci/drivers_probe", str(address))
 
     def remove(self, address: Address) -> None:
-        """echo 1 > remove: the device goes, and `rescan` finds it again. VFs of a PF do not have it: ENOENT."""
+        """echo 1 > remove: remove the device until the next `rescan`. VFs of a PF have no such file: ENOENT."""
         self._attribute(address, "remove", "1")
 
     def unplug(self, address: Address) -> None:
-        """The device is pulled out: it goes, and does not come back. A VF by itself, too, although that is rare."""
+        """Pull out the device: it is removed, and no rescan finds it. A single VF can be pulled out too."""
         with self._bus.monitor:
             self._hardware.forget(str(address))
             device = self._device(address)
@@ -164,7 +160,7 @@ class Kernel:
         self._by_hand("bus/pci/rescan", "1")
 
     def add_pf(self, pf: Pf) -> None:
-        """Plug in a device, in the state that its description says. Raises NodeError when it cannot be on this node."""
+        """Plug in a PF in the described state. Raises NodeError if it does not fit this node."""
         with self._bus.monitor:
             self._hardware.add_pf(pf)
 
@@ -181,26 +177,26 @@ class Kernel:
         self._attribute(address, "qat/cfg_services", services)
 
     def set_heartbeat(self, address: Address, status: Literal[0, -1]) -> None:
-        """Let the PF's firmware live (0) or hang (-1)."""
+        """Let the PF's firmware answer (0) or hang (-1). Raises OSError (ENODEV) if the device is no PF."""
         with self._bus.monitor:
             device = self._device(address)
             if device.qat is None:
-                raise failure(errno.ENODEV)
+                raise os_error(errno.ENODEV)
             device.qat.heartbeat = status
             drivers.show_debugfs(self._bus, device)
 
     def add_driver(self, name: str) -> None:
         """modprobe."""
         with self._bus.monitor:
-            self._bus.add_driver(drivers.make_driver(name, noiommu=not self._bus.iommu))
+            self._bus.add_driver(drivers.make_driver(self._bus, name))
 
     def remove_driver(self, name: str) -> None:
-        """modprobe -r. Raises OSError: ENOENT, EAGAIN while a device is open through it."""
+        """modprobe -r. Raises OSError: ENOENT, or EAGAIN while a device of this driver is open."""
         with self._bus.monitor:
             self._bus.remove_driver(name)
 
     def open_vfio(self, address: Address) -> OpenVfio:
-        """Open a device as a DPDK process does. Raises OSError: ENODEV when not on vfio-pci, EBUSY when open."""
+        """Open a device as a DPDK process does. Raises OSError: ENODEV if not on vfio-pci, EBUSY if open."""
         with self._bus.monitor:
             return self._vfio_files.open(self._device(address))
 
@@ -212,7 +208,7 @@ class Kernel:
             self._faults.fail(attribute, _text(address), number, times)
 
     def delay(self, attribute: str, seconds: float, address: Address | None = None) -> None:
-        """Let writes to an attribute take so long; 0 ends it."""
+        """Delay writes to an attribute by this time; 0 removes the delay."""
         with self._bus.monitor:
             self._faults.delay(attribute, _text(address), seconds)
 
@@ -222,19 +218,18 @@ class Kernel:
             self._faults.hang(attribute, _text(address))
 
     def release(self, attribute: str, address: Address | None = None) -> None:
-        """End what `hang` began."""
+        """Remove a hang; writes that waited continue."""
         with self._bus.monitor:
             self._faults.release(attribute, _text(address))
 
     def hanging(self) -> int:
-        """How many writes wait now because of `hang`."""
+        """How many writes wait because of `hang`."""
         with self._bus.monitor:
             return self._faults.hanging
 
-    # Looking
-
+    # State
     def driver(self, address: Address) -> str | None:
-        """The driver that a device's link shows, None for none. Raises OSError ENODEV without such a device."""
+        """The driver that the device's link shows, None for none. Raises OSError (ENODEV) without such a device."""
         with self._bus.monitor:
             device = self._device(address)
             return device.driver.name if device.driver is not None and device.linked else None
@@ -257,14 +252,14 @@ class Kernel:
         parsed = PciAddress.parse(address) if isinstance(address, str) else address
         device = self._bus.devices.get(parsed)
         if device is None:
-            raise failure(errno.ENODEV)
+            raise os_error(errno.ENODEV)
         return device
 
     def _attribute(self, address: Address, name: str, text: str) -> None:
         self._by_hand(f"{self._device(address).path}/{name}", text)
 
     def _by_hand(self, path: str, text: str) -> None:
-        """As `write`, but the faults are not for this one."""
+        """As `write`, but without faults."""
         with self._bus.monitor:
             self._bus.check_open()
             stores.find(self._bus, path, f"{text}\n".encode()).run()

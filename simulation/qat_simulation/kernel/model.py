@@ -1,30 +1,26 @@
-"""The things on the emulated PCI bus: devices with their SR-IOV and QAT sides, and what a driver is.
+"""The objects on the emulated PCI bus: devices with their SR-IOV and QAT state, and the base class of drivers.
 
-State only: who may change it when is the bus's to say (bus.py), and nothing here touches the tree.
+State only. The bus decides who may change it and when (bus.py); nothing here touches the tree.
 """
 
 import heapq
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from qat_shared.pci import PciAddress
 from qat_simulation.node.description import Pf
 
-if TYPE_CHECKING:
-    from qat_simulation.kernel.bus import Bus
-
 DRIVERS = "bus/pci/drivers"
 
 
-def failure(number: int) -> OSError:
-    """The OSError of an errno."""
+def os_error(number: int) -> OSError:
+    """The OSError for an errno."""
     return OSError(number, os.strerror(number))
 
 
 @dataclass(eq=False, slots=True)
 class Sriov:
-    """A PF's SR-IOV capability. `number` is what sriov_numvfs shows."""
+    """A PF's SR-IOV capability. `number` is the value of sriov_numvfs."""
 
     pf: Pf
     number: int = 0
@@ -34,9 +30,9 @@ class Sriov:
 
 @dataclass(eq=False, slots=True)
 class Qat:
-    """A QAT PF as its driver and its firmware have it. Lives as long as the hardware, bound or not.
+    """The state of a QAT PF's driver and firmware. It lasts as long as the hardware, bound or not.
 
-    `pm_idle` is None where the driver has no such attribute.
+    `pm_idle` is None if the driver has no such attribute.
     """
 
     pf: Pf
@@ -49,9 +45,9 @@ class Qat:
 
 @dataclass(eq=False, slots=True)
 class Device:
-    """One PCI function. `linked`: its driver link is there (it goes before the driver has let go).
+    """One PCI function. `linked`: its driver link exists (it is removed before the driver has released the device).
 
-    `shown`: what the attributes on disk say, where that has changed before.
+    `file_texts` has the present text of each attribute's file that was rewritten since the device was added.
     """
 
     address: PciAddress
@@ -71,21 +67,21 @@ class Device:
     qat: Qat | None = None
     locked: bool = False
     dead: bool = False
-    shown: dict[str, str] = field(default_factory=dict)
+    file_texts: dict[str, str] = field(default_factory=dict)
 
     @property
     def enabled(self) -> bool:
-        """pci_enable_device was called: vfio-pci does so when it is opened, all other drivers when they bind."""
+        """Whether pci_enable_device was called: vfio-pci calls it on open, all other drivers when they bind."""
         return self.driver is not None and (self.opened or self.driver.enables)
 
     @property
     def suspended(self) -> bool:
-        """vfio-pci lets a device sleep while nobody has it open."""
+        """Whether the device is runtime-suspended: vfio-pci suspends a device while no process has it open."""
         return self.driver is not None and not self.enabled
 
     @property
     def uevent_fields(self) -> list[str]:
-        """What the PCI bus puts into each uevent (pci_uevent)."""
+        """The fields that the PCI bus adds to each uevent (pci_uevent)."""
         fields = [f"DRIVER={self.driver.name}"] if self.driver is not None else []
         return [
             *fields,
@@ -98,7 +94,7 @@ class Device:
 
     @property
     def modalias(self) -> str:
-        """The name under which modules say that they can drive it."""
+        """The string that modules' aliases are matched with."""
         major, minor, interface = self.class_code >> 16, self.class_code >> 8 & 0xFF, self.class_code & 0xFF
         return (
             f"pci:v{self.vendor:08X}d{self.device_id:08X}sv{self.vendor:08X}sd00000000"
@@ -107,7 +103,7 @@ class Device:
 
 
 class Driver:
-    """A driver that takes the devices of its id table and needs nothing. `enables` as in Device.enabled."""
+    """A driver that accepts every device of its id table and has no state. `enables` as in Device.enabled."""
 
     enables = True
 
@@ -119,33 +115,33 @@ class Driver:
         self.path = f"{DRIVERS}/{name}"
 
     def matches(self, device: Device) -> bool:
-        """As pci_match_device: an override matches its driver and no other, whatever the ids."""
+        """As in pci_match_device: an override matches its driver and no other, whatever the ids."""
         if device.override is not None:
             return device.override == self.name
         ids = (device.vendor, device.device_id)
         return ids in self.dynamic or ids in self.ids
 
-    def probe(self, bus: "Bus", device: Device) -> None:
-        """Take the device. Raises OSError when it will not."""
+    def probe(self, device: Device) -> None:
+        """Accept the device. Raises OSError if the driver does not accept it."""
 
-    def remove(self, bus: "Bus", device: Device) -> None:
-        """Let go of the device; may wait."""
+    def remove(self, device: Device) -> None:
+        """Release the device; may wait."""
 
 
-class Numbers:
+class NumberAllocator:
     """Numbers from 0 on, the lowest free one first."""
 
     def __init__(self) -> None:
         self._free: list[int] = []
         self._next = 0
 
-    def take(self) -> int:
-        """The lowest number not taken."""
+    def allocate(self) -> int:
+        """The lowest free number."""
         if self._free:
             return heapq.heappop(self._free)
         self._next += 1
         return self._next - 1
 
-    def give_back(self, number: int) -> None:
-        """The number is free again."""
+    def free(self, number: int) -> None:
+        """Make the number available again."""
         heapq.heappush(self._free, number)

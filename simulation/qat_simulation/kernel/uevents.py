@@ -1,8 +1,8 @@
 """The kernel's uevents on a Unix socket: one SEQPACKET packet for each, in the kernel's own format.
 
-A packet is `bind@/devices/...`, then KEY=value strings, all ended by NUL; keys come in the order of the kernel's
-lib/kobject_uevent.c. Every client that is connected gets every packet. One that does not read loses a packet, and its
-connection with it, as a netlink listener gets ENOBUFS: it has to look at everything again.
+A packet is `bind@/devices/...` and KEY=value strings, each ended by NUL; the keys have the order of the kernel's
+lib/kobject_uevent.c. Every connected client gets every packet. A client whose buffer is full loses a packet and its
+connection, as a netlink listener gets ENOBUFS: it has to do a full resync.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ from pathlib import Path
 
 
 def packet(action: str, device_path: str, subsystem: str, fields: Iterable[str], sequence: int) -> bytes:
-    """One uevent; `device_path` begins with "/" and has no "/sys" before it, `fields` are KEY=value."""
+    """One uevent's bytes. `device_path` begins with "/" and has no "/sys" in front; `fields` are KEY=value."""
     parts = (f"{action}@{device_path}", f"ACTION={action}", f"DEVPATH={device_path}", f"SUBSYSTEM={subsystem}")
     return "".join(f"{part}\0" for part in (*parts, *fields, f"SEQNUM={sequence}")).encode()
 
 
 class Broadcaster:
-    """Listens on a Unix socket and sends packets to whoever is connected. Safe to use from several threads."""
+    """Listens on a Unix socket and sends packets to all clients. Safe to use from several threads."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class Broadcaster:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._listener.bind(os.fspath(path))
-            path.chmod(0o666)  # netlink is open to everybody too
+            path.chmod(0o666)  # netlink is open to every user too
             self._listener.listen(16)
         except OSError:
             self._listener.close()
@@ -40,7 +40,7 @@ class Broadcaster:
         self._thread.start()
 
     def send(self, action: str, device_path: str, subsystem: str, fields: Iterable[str]) -> None:
-        """Send one uevent to all clients, without ever waiting for one of them."""
+        """Send one uevent to all clients, without waiting for any of them."""
         with self._lock:
             self._sequence += 1
             if not self._clients:
@@ -72,7 +72,7 @@ class Broadcaster:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            with contextlib.suppress(OSError):  # as much as the system allows; a burst is some thousand packets
+            with contextlib.suppress(OSError):  # as much as the system allows; a burst has some thousand packets
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
             with self._lock:
                 for gone in [known for known in self._clients if _ended(known)]:

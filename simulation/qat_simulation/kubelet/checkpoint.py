@@ -1,4 +1,4 @@
-"""The emulated kubelet's checkpoint: what it remembers over a restart. In a format of its own, under the real name."""
+"""The emulated kubelet's checkpoint: the state that survives a restart. The name is the real one, the format is not."""
 
 import os
 import zlib
@@ -14,7 +14,7 @@ NAME: Final = "kubelet_internal_checkpoint"
 
 
 class Checkpoint(Struct):
-    """The resources that were registered, and what pods hold."""
+    """The registered resources, and the devices that pods hold."""
 
     resources: list[str]
     pods: Pods
@@ -34,7 +34,7 @@ def write(directory: Path, checkpoint: Checkpoint) -> None:
 
 
 def read(directory: Path) -> Checkpoint:
-    """A checkpoint that cannot be read is as good as none: the real kubelet too goes on without."""
+    """Read the checkpoint. A missing or broken one counts as empty: the real kubelet too continues without it."""
     try:
         file = msgspec.json.decode((directory / NAME).read_bytes(), type=_File)
         if zlib.crc32(bytes(file.data)) != file.checksum:
@@ -45,7 +45,7 @@ def read(directory: Path) -> Checkpoint:
 
 
 def clean_up(directory: Path) -> None:
-    """CleanupPluginDirectory: sockets at the top go, whosever they are; subdirectories and files stay."""
+    """CleanupPluginDirectory: remove all sockets at the top; subdirectories and other files stay."""
     for path in directory.iterdir():
         if path.name != NAME and path.is_socket():
             path.unlink()

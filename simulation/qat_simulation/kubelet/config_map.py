@@ -1,4 +1,4 @@
-"""A directory as the kubelet mounts a ConfigMap there: all files are replaced at once, by one rename of a link.
+"""A directory like a ConfigMap's mount by the kubelet: one rename of a link replaces all files at once.
 
     qat.conf -> ..data/qat.conf        ..data -> ..2026_11_24_06_00_00.1        ..2026_11_24_06_00_00.1/qat.conf
 
@@ -16,7 +16,7 @@ _DATA: Final = "..data"
 
 
 class ConfigMap:
-    """Made empty; `write` puts another version in its place."""
+    """Empty at first; `write` replaces the version that is mounted."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -25,7 +25,7 @@ class ConfigMap:
         self.write({})
 
     def write(self, files: Mapping[str, str]) -> None:
-        """Replace all files by these: names and texts."""
+        """Replace all files; `files` has their names and texts."""
         data = self.directory / _DATA
         before = os.readlink(data) if data.is_symlink() else None
         version = f"..2026_11_24_06_00_00.{next(self._versions)}"

@@ -1,8 +1,8 @@
-"""The kubelet's device manager: which devices a container gets, beside the books that say which there are.
+"""The kubelet's device manager: decides which devices a container gets, and records them in the inventory.
 
 Follows pkg/kubelet/cm/devicemanager/manager.go (v1.36) step by step, its faults included: an empty Allocate answer
 leaks the devices, devices of ended pods are freed only at the next request, and a device that leaves the list at the
-wrong moment is a nil dereference, here KubeletPanicError. Go's random order of sets is a seeded shuffle.
+wrong moment is a nil dereference, here KubeletPanicError. A seeded shuffle stands for Go's random order of sets.
 """
 
 import random
@@ -11,16 +11,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from qat_simulation.kubelet import topology
-from qat_simulation.kubelet.admission import AdmissionError, KubeletPanicError, TopologyAffinityError
-from qat_simulation.kubelet.device_books import DeviceBooks, PluginClient
-from qat_simulation.kubelet.pods import Held
+from qat_simulation.kubelet.device_inventory import DeviceInventory, PluginClient
+from qat_simulation.kubelet.pods import (
+    AdmissionError,
+    ContainerDevices,
+    KubeletPanicError,
+    TopologyAffinityError,
+)
 from qat_simulation.kubelet.topology import Hint, TopologyPolicy
 
 NO_NUMA: Final = -1
 
 
-class DeviceManager(DeviceBooks):
-    """Allocates out of the books, and into them."""
+class DeviceManager(DeviceInventory):
+    """The inventory, with allocation."""
 
     def __init__(
         self,
@@ -35,12 +39,15 @@ class DeviceManager(DeviceBooks):
         self._random = random.Random(seed)  # noqa: S311 - not a secret
 
     async def allocate(self, pod: str, container: str, requests: Mapping[str, int]) -> None:
-        """Hints, then devices, for one container. Raises AdmissionError or KubeletPanicError."""
+        """Compute the hint for one container, then allocate devices. Raises AdmissionError or KubeletPanicError.
+
+        `requests` maps resources to numbers of devices.
+        """
         self.collect()
         hint = self._affinity(pod, container, requests)
         for resource, wanted in requests.items():
             if resource not in self._healthy and resource not in self._allocated:
-                continue  # none that a plugin has: somebody else's to refuse
+                continue  # not a plugin's resource: another part of the kubelet rejects it
             devices = await self._choose(pod, container, resource, wanted, hint)
             if not devices:
                 continue
@@ -55,7 +62,7 @@ class DeviceManager(DeviceBooks):
             for device in sorted(devices):
                 for node in self._nodes(resource, device) or (NO_NUMA,):
                     by_numa.setdefault(node, []).append(device)
-            held = Held(by_numa, answer.container_responses[0].SerializeToString())
+            held = ContainerDevices(by_numa, answer.container_responses[0].SerializeToString())
             self.pods.setdefault(pod, {}).setdefault(container, {})[resource] = held
 
     def _affinity(self, pod: str, container: str, requests: Mapping[str, int]) -> Hint:
@@ -76,7 +83,7 @@ class DeviceManager(DeviceBooks):
             if len(held) != wanted:
                 return []
             for device in held:
-                self._nodes(resource, device)  # a device that is not listed any more: the real one crashes
+                self._nodes(resource, device)  # the real kubelet crashes if a device is not listed any more
             return topology.hints(devices, held, wanted, self._numa_nodes)
         available = self._healthy[resource] - self._allocated.get(resource, set())
         if len(available) < wanted:
@@ -84,7 +91,7 @@ class DeviceManager(DeviceBooks):
         return topology.hints(devices, available, wanted, self._numa_nodes)
 
     async def _choose(self, pod: str, container: str, resource: str, wanted: int, hint: Hint) -> set[str]:
-        """devicesToAllocate: none when the container has them already."""
+        """devicesToAllocate: none if the container has its devices already."""
         held = self._container(pod, container, resource)
         if held and len(held) != wanted:
             raise AdmissionError(
@@ -109,22 +116,23 @@ class DeviceManager(DeviceBooks):
                 f" Requested: {wanted}, Available: {len(available)}"
             )
         aligned, unaligned, without = self._by_affinity(resource, available, hint)
-        taken = _Taking(wanted, self._allocated.setdefault(resource, set()), self._unsorted)
+        selection = _Selection(wanted, self._allocated.setdefault(resource, set()), self._unsorted)
         if wanted < len(aligned):
             preferred = await self._preferred(resource, aligned, set(), wanted)
-            taken.store = self._allocated.setdefault(resource, set())  # made anew, perhaps, while the plugin was asked
-            if taken.from_(preferred & aligned) or taken.from_(aligned):
-                return taken.devices
-        elif taken.from_(aligned):
-            return taken.devices
+            # The set may have been replaced while the plugin was asked.
+            selection.allocated = self._allocated.setdefault(resource, set())
+            if selection.add(preferred & aligned) or selection.add(aligned):
+                return selection.devices
+        elif selection.add(aligned):
+            return selection.devices
         else:
-            # The sets are those of before the question, as in the real one.
-            preferred = await self._preferred(resource, available | taken.devices, set(taken.devices), wanted)
-            taken.store = self._allocated.setdefault(resource, set())
-            if taken.from_(preferred & available) or taken.from_(unaligned) or taken.from_(without):
-                return taken.devices
+            # The other sets are from before the question, as in the real kubelet.
+            preferred = await self._preferred(resource, available | selection.devices, set(selection.devices), wanted)
+            selection.allocated = self._allocated.setdefault(resource, set())
+            if selection.add(preferred & available) or selection.add(unaligned) or selection.add(without):
+                return selection.devices
         raise AdmissionError(
-            f"unexpectedly allocated less resources than required. Requested: {wanted}, Got: {len(taken.devices)}"
+            f"unexpectedly allocated less resources than required. Requested: {wanted}, Got: {len(selection.devices)}"
         )
 
     async def _preferred(self, resource: str, available: set[str], must_include: set[str], size: int) -> set[str]:
@@ -137,7 +145,7 @@ class DeviceManager(DeviceBooks):
             raise AdmissionError(f"device plugin GetPreferredAllocation rpc failed with err: {error}") from error
 
     def _by_affinity(self, resource: str, available: set[str], hint: Hint) -> tuple[set[str], set[str], set[str]]:
-        """filterByAffinity: on the hinted NUMA nodes, on others, on none."""
+        """filterByAffinity: the devices on the hinted NUMA nodes, on others, and on none."""
         if not self._aligned(resource) or hint.nodes is None:
             return set(), set(), available
         nodes = {device: frozenset(self._nodes(resource, device)) for device in available}
@@ -174,19 +182,20 @@ class DeviceManager(DeviceBooks):
         return shuffled
 
 
-class _Taking:
-    """allocateRemainingFrom: takes devices until there are enough, marking them as allocated."""
+class _Selection:
+    """allocateRemainingFrom: adds devices until there are enough, and marks them as allocated."""
 
-    def __init__(self, wanted: int, store: set[str], order: Callable[[Iterable[str]], list[str]]) -> None:
+    def __init__(self, wanted: int, allocated: set[str], order: Callable[[Iterable[str]], list[str]]) -> None:
         self.devices: set[str] = set()
-        self.store = store
+        self.allocated = allocated
         self._wanted = wanted
         self._order = order
 
-    def from_(self, devices: set[str]) -> bool:
+    def add(self, devices: set[str]) -> bool:
+        """Add devices of this set; whether there are enough now."""
         for device in self._order(devices - self.devices):
             if len(self.devices) == self._wanted:
                 break
-            self.store.add(device)
+            self.allocated.add(device)
             self.devices.add(device)
         return len(self.devices) == self._wanted

@@ -1,4 +1,7 @@
-"""The gRPC services of the emulated kubelet: Registration, and PodResources v1. Thin: kubelet.py has the state."""
+"""The emulated kubelet's gRPC services, Registration and PodResources v1, and its checks of a registration.
+
+They have no state: the device manager and kubelet.py have it.
+"""
 
 # ruff: noqa: N802 - the RPCs' names are the protocol's
 
@@ -14,7 +17,7 @@ from qat_server.kubelet.generated import podresources_v1_pb2 as resources_pb
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationServicer
 from qat_server.kubelet.generated.podresources_v1_pb2_grpc import PodResourcesListerServicer
 from qat_simulation.kubelet.device_manager import NO_NUMA, DeviceManager
-from qat_simulation.kubelet.pods import Held
+from qat_simulation.kubelet.pods import ContainerDevices
 
 Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
@@ -24,11 +27,11 @@ _NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", re.A
 
 
 class RegisterRefusedError(Exception):
-    """Register fails; the text is the kubelet's own."""
+    """Register fails; the text is the real kubelet's."""
 
 
 def check_request(version: str, resource: str) -> None:
-    """The checks of plugin/v1beta1/server.go, Register, with its words. Raises RegisterRefusedError."""
+    """The checks of plugin/v1beta1/server.go, Register, with the same messages. Raises RegisterRefusedError."""
     if version not in SUPPORTED_VERSIONS:
         supported = " ".join(f'"{version}"' for version in SUPPORTED_VERSIONS)
         raise RegisterRefusedError(
@@ -39,13 +42,13 @@ def check_request(version: str, resource: str) -> None:
 
 
 def check_plugin(name: str, versions: Sequence[str]) -> None:
-    """The checks of plugin/v1beta1/handler.go, ValidatePlugin, with its words. Raises RegisterRefusedError."""
+    """The checks of plugin/v1beta1/handler.go, ValidatePlugin, with the same messages. Raises RegisterRefusedError."""
     if not set(SUPPORTED_VERSIONS) & set(versions):
-        why = f"manager version, {SUPPORTED_VERSIONS[0]}, is not among plugin supported versions"
-        raise RegisterRefusedError(f"plugin validation failed with err: {why} [{' '.join(versions)}]")
+        reason = f"manager version, {SUPPORTED_VERSIONS[0]}, is not among plugin supported versions"
+        raise RegisterRefusedError(f"plugin validation failed with err: {reason} [{' '.join(versions)}]")
     if not is_extended_resource(name):
-        why = f'invalid name of device plugin socket: the ResourceName "{name}" is invalid'
-        raise RegisterRefusedError(f"plugin validation failed with err: {why}")
+        reason = f'invalid name of device plugin socket: the ResourceName "{name}" is invalid'
+        raise RegisterRefusedError(f"plugin validation failed with err: {reason}")
 
 
 def is_extended_resource(name: str) -> bool:
@@ -57,7 +60,7 @@ def is_extended_resource(name: str) -> bool:
 
 
 class Registration(RegistrationServicer):
-    """Hands each request to `register`, which raises RegisterRefusedError."""
+    """Passes each request to `register`, which raises RegisterRefusedError."""
 
     def __init__(self, register: Callable[[pb.RegisterRequest], Awaitable[None]]) -> None:
         self._register = register
@@ -72,7 +75,7 @@ class Registration(RegistrationServicer):
 
 
 class PodResources(PodResourcesListerServicer):
-    """Shows the pods that are active and what their containers hold."""
+    """Reports the active pods and the devices that their containers hold."""
 
     def __init__(self, manager: Callable[[], DeviceManager], pods: Callable[[], Mapping[str, tuple[str, ...]]]) -> None:
         self._manager = manager
@@ -81,14 +84,14 @@ class PodResources(PodResourcesListerServicer):
     async def List(
         self, request: resources_pb.ListPodResourcesRequest, context: Context
     ) -> resources_pb.ListPodResourcesResponse:
-        """All pods, also those that hold nothing."""
+        """All pods, also those without devices."""
         self._manager().collect()
         return resources_pb.ListPodResourcesResponse(pod_resources=[self._pod(pod) for pod in self._pods()])
 
     async def GetAllocatableResources(
         self, request: resources_pb.AllocatableResourcesRequest, context: Context
     ) -> resources_pb.AllocatableResourcesResponse:
-        """All healthy devices, in use or not."""
+        """All healthy devices, allocated or not."""
         answer = resources_pb.AllocatableResourcesResponse()
         for resource, devices in self._manager().healthy_devices().items():
             for device in devices:
@@ -117,7 +120,7 @@ class PodResources(PodResourcesListerServicer):
         return answer
 
 
-def _fill(answer: resources_pb.ContainerResources, held: Mapping[str, Held]) -> None:
+def _fill(answer: resources_pb.ContainerResources, held: Mapping[str, ContainerDevices]) -> None:
     for resource, devices in held.items():
         for node, ids in sorted(devices.by_numa.items()):
             topology = None if node == NO_NUMA else resources_pb.TopologyInfo(nodes=[resources_pb.NUMANode(ID=node)])

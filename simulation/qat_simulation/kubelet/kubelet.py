@@ -1,9 +1,7 @@
-"""An emulated kubelet: its sockets, registration, device manager and pod resources, as the real one behaves (v1.36).
+"""An emulated kubelet: sockets, registration, device manager and pod resources, which behave as the real ones (v1.36).
 
-Start, stop, kill and restart it, admit and free pods, look at capacity and allocatable. All in one event loop; nothing
-runs that `stop` does not end. What a device plugin can feel is ported from the kubelet's source (device_manager.py,
-device_books.py, topology.py, plugins.py, plugin_client.py, plugin_watcher.py, kubelet_services.py), its traps included;
-the pods are only names.
+Callers start, stop, kill and restart it, admit and free pods, and read capacity and allocatable. It runs in one event
+loop, and `stop` ends all of it.
 """
 
 import asyncio
@@ -19,14 +17,19 @@ from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import add_Regis
 from qat_server.kubelet.generated.podresources_v1_pb2_grpc import add_PodResourcesListerServicer_to_server
 from qat_server.kubelet.sockets import grpc_socket
 from qat_server.kubelet.sockets.grpc_socket import BoundSocket
-from qat_simulation.kubelet import checkpoint
-from qat_simulation.kubelet import grpc_services as kubelet_services
-from qat_simulation.kubelet.admission import AdmissionError, KubeletPanicError, TopologyAffinityError
+from qat_simulation.kubelet import checkpoint, grpc_services
 from qat_simulation.kubelet.checkpoint import Checkpoint
 from qat_simulation.kubelet.device_manager import DeviceManager
 from qat_simulation.kubelet.plugin_watcher import PERIOD, PluginWatcher
 from qat_simulation.kubelet.plugins import Hostility, Plugins, Registration
-from qat_simulation.kubelet.pods import Allocation, ContainerAllocation, started_with
+from qat_simulation.kubelet.pods import (
+    AdmissionError,
+    Allocation,
+    ContainerAllocation,
+    KubeletPanicError,
+    TopologyAffinityError,
+    container_settings,
+)
 from qat_simulation.kubelet.topology import TopologyPolicy
 
 __all__ = [
@@ -47,7 +50,7 @@ DIAL_TIMEOUT: Final = 10.0
 class Kubelet:
     """One kubelet with its directory (as /var/lib/kubelet).
 
-    `watcher_period`: seconds between two looks at plugins_registry.
+    `watcher_period`: seconds between two reconciliations of plugins_registry.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class Kubelet:
 
     @property
     def hostility(self) -> Hostility:
-        """How it is broken; may be set at any time."""
+        """The way in which it is broken; may be set at any time."""
         return self.plugins.hostility
 
     @hostility.setter
@@ -88,7 +91,7 @@ class Kubelet:
 
     @property
     def registrations(self) -> list[Registration]:
-        """All that were asked of it, over all its lives."""
+        """All registrations that were attempted, over all restarts."""
         return self.plugins.registrations
 
     @property
@@ -98,7 +101,7 @@ class Kubelet:
 
     @property
     def registry_directory(self) -> Path:
-        """Where plugins have sockets to be found."""
+        """Where the plugin watcher finds plugins' sockets."""
         return self.directory / "plugins_registry"
 
     @property
@@ -108,11 +111,10 @@ class Kubelet:
 
     @property
     def settled(self) -> bool:
-        """Whether the plugin watcher will change nothing by itself."""
+        """Whether the plugin watcher has nothing to reconcile."""
         return self._watcher is None or self._watcher.settled
 
-    # Its life
-
+    # Start and stop
     async def start(self) -> None:
         """Read the checkpoint, clean the directory, serve."""
         pod_resources = self.directory / "pod-resources"
@@ -126,11 +128,11 @@ class Kubelet:
             self._raw = await asyncio.start_unix_server(self._misbehave, path)
             return
         server = grpc.aio.server()
-        add_RegistrationServicer_to_server(kubelet_services.Registration(self.plugins.register), server)
+        add_RegistrationServicer_to_server(grpc_services.Registration(self.plugins.register), server)
         await self._serve(server, path)
         if self._serves_pod_resources:
             server = grpc.aio.server()
-            service = kubelet_services.PodResources(lambda: self._manager, lambda: self._pods)
+            service = grpc_services.PodResources(lambda: self._manager, lambda: self._pods)
             add_PodResourcesListerServicer_to_server(service, server)
             await self._serve(server, pod_resources / "kubelet.sock")
         self._watcher = PluginWatcher(self.registry_directory, self.plugins, self._clock, self._watcher_period)
@@ -138,7 +140,7 @@ class Kubelet:
         self._changed()
 
     async def stop(self, kill: bool = False) -> None:
-        """End it. Killed, it leaves its sockets' files behind, which refuse connections."""
+        """Stop it. With `kill`, its sockets' files remain and refuse connections."""
         if self._raw is not None:
             self._raw.close()
             await self._raw.wait_closed()
@@ -157,22 +159,21 @@ class Kubelet:
         self._changed()
 
     async def restart(self, kill: bool = False) -> None:
-        """A new life in the same directory; pods go on."""
+        """Stop it and start it in the same directory; pods keep running."""
         await self.stop(kill)
         await self.start()
 
-    # What one sees of it
-
+    # State
     def capacity(self) -> dict[str, int]:
-        """Devices by resource (with its namespace), unhealthy ones included."""
+        """Number of devices by resource (with its namespace), unhealthy ones included."""
         return self._manager.capacity()
 
     def allocatable(self) -> dict[str, int]:
-        """Healthy devices by resource, in use or not."""
+        """Number of healthy devices by resource, allocated or not."""
         return self._manager.allocatable()
 
     def allocatable_free(self) -> dict[str, int]:
-        """Healthy devices by resource that no pod holds."""
+        """Number of healthy devices by resource that no pod holds."""
         return self._manager.free()
 
     def devices_of(self, pod: str) -> set[str]:
@@ -181,7 +182,7 @@ class Kubelet:
         return {device for held in containers.values() for each in held.values() for device in each.devices}
 
     async def wait_for(self, predicate: Callable[[], object], seconds: float = 60.0) -> None:
-        """Return once `predicate()` is true; it is asked at each change of the kubelet's state. Raises TimeoutError."""
+        """Return once `predicate()` is true; it is called after each change of state. Raises TimeoutError."""
         async with asyncio.timeout(seconds):
             while not predicate():
                 self._change.clear()
@@ -192,7 +193,7 @@ class Kubelet:
     async def allocate(self, pod: str, requests: Sequence[tuple[str, str, int]]) -> Allocation:
         """Admit a pod ("name" or "namespace/name"): (container, resource, number) in order. Raises AdmissionError.
 
-        KubeletPanicError says that the real kubelet would have crashed. A pod that is there already is admitted anew,
+        Raises KubeletPanicError where the real kubelet would crash. A pod that is running already is admitted again,
         as after a restart, and keeps its devices.
         """
         key = _key(pod)
@@ -213,10 +214,10 @@ class Kubelet:
             self._write_checkpoint()
         self._changed()
         held = self._manager.pods.get(key, {})
-        return Allocation({container: started_with(held.get(container, {})) for container in by_container})
+        return Allocation({container: container_settings(held.get(container, {})) for container in by_container})
 
     def free(self, pod: str) -> None:
-        """The pod has ended. Its devices are freed when the kubelet next looks, as in the real one."""
+        """End a pod. Its devices are freed when the kubelet next reads the allocations, as in the real one."""
         self._pods.pop(_key(pod), None)
         self._manager.active.discard(_key(pod))
         self._changed()
@@ -243,8 +244,8 @@ class Kubelet:
         checkpoint.write(self.plugin_directory, Checkpoint(self._manager.resources(), self._manager.pods))
 
     def _read_checkpoint(self) -> None:
-        kept = checkpoint.read(self.plugin_directory)
-        self._manager.restore(kept.resources, kept.pods)
+        saved = checkpoint.read(self.plugin_directory)
+        self._manager.restore(saved.resources, saved.pods)
         self._manager.active = set(self._pods)
 
     def _changed(self) -> None:

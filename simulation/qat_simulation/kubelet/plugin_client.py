@@ -11,18 +11,18 @@ import grpc.aio
 
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import DevicePluginStub
-from qat_simulation.kubelet.admission import AdmissionError
+from qat_simulation.kubelet.pods import AdmissionError
 
 _OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0), ("grpc.enable_http_proxy", 0))
 _T = TypeVar("_T")
 
 
 class DialError(Exception):
-    """The plugin's endpoint could not be reached, or did not tell its options."""
+    """The plugin's endpoint could not be reached, or did not answer GetDevicePluginOptions."""
 
 
 class PluginConnection:
-    """Made by a Register of `resource`; of no use before `connect` and after `close`."""
+    """Made by a Register of `resource`; usable between `connect` and `close`."""
 
     def __init__(self, resource: str, path: Path) -> None:
         self.resource = resource
@@ -32,7 +32,7 @@ class PluginConnection:
         self._stub = DevicePluginStub(self._channel)
 
     async def connect(self, seconds: float) -> None:
-        """Dial for `seconds`, then ask for the options without a limit, as the kubelet does. Raises DialError."""
+        """Dial for `seconds`, then ask for the options without a deadline, as the kubelet does. Raises DialError."""
         try:
             async with asyncio.timeout(seconds):
                 await self._channel.channel_ready()
@@ -44,7 +44,7 @@ class PluginConnection:
             raise DialError(f"failed to get device plugin options: {error}") from error
 
     async def watch(self, listed: Callable[[Sequence[pb.Device]], None]) -> None:
-        """Consume the ListAndWatch stream until it ends, in whatever way."""
+        """Consume the ListAndWatch stream until it ends or fails."""
         with contextlib.suppress(AdmissionError):
             stream = self._stub.ListAndWatch(pb.Empty())
             while True:
@@ -54,7 +54,7 @@ class PluginConnection:
                 listed(answer.devices)
 
     async def open_and_end_stream(self) -> None:
-        """What no sane kubelet does."""
+        """Open the ListAndWatch stream and cancel it after the first list, which no real kubelet does."""
         with contextlib.suppress(AdmissionError):
             stream = self._stub.ListAndWatch(pb.Empty())
             await self._call(stream.read())
@@ -70,12 +70,12 @@ class PluginConnection:
         return list(answer.container_responses[0].deviceIDs) if answer.container_responses else []
 
     async def allocate(self, devices: Sequence[str]) -> pb.AllocateResponse:
-        """Allocate for one container, without a limit of time. Raises AdmissionError."""
+        """Allocate for one container, without a deadline. Raises AdmissionError."""
         request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=devices)])
         return await self._call(self._stub.Allocate(request))
 
     async def close(self) -> None:
-        """Close the connection; calls under way fail."""
+        """Close the connection; pending calls fail."""
         await self._channel.close()
 
     async def _call(self, call: Awaitable[_T]) -> _T:
@@ -90,5 +90,5 @@ class PluginConnection:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # grpc.aio says so to those who wait for a call whose channel is closed.
+            # grpc.aio cancels calls whose channel is closed.
             raise AdmissionError("rpc error: code = Canceled desc = grpc: the client connection is closing") from None

@@ -1,10 +1,10 @@
-"""The kubelet's plugin manager (pkg/kubelet/pluginmanager, v1.36): plugins register by having a socket.
+"""The kubelet's plugin manager (pkg/kubelet/pluginmanager, v1.36): it registers plugins whose sockets it finds.
 
-Theory of operation: what appears as a socket in plugins_registry, or in any directory there, is wanted from then on
-under a new id; what is deleted is wanted no more. Once a second the two lists are compared: a registered plugin that
-is not wanted, or wanted under another id, is deregistered; a wanted one that is not registered is asked for its name
-and registered. One operation at a time for each path; after one that failed there is a pause for that path, from half
-a second to two minutes, and only a success ends it.
+Theory of operation: a socket that appears in plugins_registry, or in any directory there, is desired from then on under
+a new id; a deleted one is no longer desired. Once a second the two lists are reconciled. A registered plugin that is
+not desired, or desired under another id, is deregistered. A desired one that is not registered is asked for its name
+and registered. Each path has one operation at a time. After a failed operation the path has a backoff from half a
+second to two minutes, and only a success ends it.
 """
 
 import asyncio
@@ -28,18 +28,18 @@ PERIOD: Final = 1.0  # loopSleepDuration
 DIAL_TIMEOUT: Final = 10.0
 INFO_TIMEOUT: Final = 1.0
 NOTIFY_TIMEOUT: Final = 5.0
-PAUSE_FIRST: Final = 0.5
-PAUSE_LAST: Final = 122.0
+BACKOFF_FIRST: Final = 0.5
+BACKOFF_LAST: Final = 122.0
 
 _OPTIONS: Final = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0), ("grpc.enable_http_proxy", 0))
 
 
 class PluginRefusedError(Exception):
-    """The plugin cannot be registered; the text is what it is told."""
+    """The plugin cannot be registered; the text is the one that the plugin gets."""
 
 
 class Handler(Protocol):
-    """What the device manager does for plugins of its type."""
+    """The device manager's handler for plugins of its type."""
 
     async def plugin_found(self, name: str, endpoint: str, versions: Sequence[str]) -> None:
         """ValidatePlugin and RegisterPlugin. Raises PluginRefusedError."""
@@ -54,16 +54,16 @@ class _Registered(Struct, frozen=True):
 
 
 class _Operation:
-    """What is being done for a path, or was done without success."""
+    """An operation for a path that is pending or has failed. `backoff` in seconds."""
 
     def __init__(self) -> None:
         self.pending = True
-        self.pause = 0.0
+        self.backoff = 0.0
         self.not_before = 0.0
 
 
 class PluginWatcher:
-    """Works between `start` and `stop`; made for one life of a kubelet. `period` in seconds."""
+    """Runs between `start` and `stop`, once; a kubelet makes a new one at each start. `period` in seconds."""
 
     def __init__(self, directory: Path, handler: Handler, clock: Callable[[], float], period: float = PERIOD) -> None:
         self._directory = directory
@@ -71,20 +71,20 @@ class PluginWatcher:
         self._clock = clock
         self._period = period
         self._ids = itertools.count(1)
-        self._wanted: dict[Path, int] = {}
+        self._desired: dict[Path, int] = {}
         self._registered: dict[Path, _Registered] = {}
         self._operations: dict[Path, _Operation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._inotify = Inotify(self._created, self._deleted)
 
     def start(self) -> None:
-        """Make the directory, find what is there, go on."""
+        """Make the directory, find the sockets in it, and begin to reconcile."""
         os.makedirs(self._directory, mode=0o750, exist_ok=True)
         self._traverse(self._directory)
         self._spawn(self._reconcile_forever())
 
     async def stop(self) -> None:
-        """End whatever is under way; nobody is told."""
+        """Cancel all operations; no plugin is notified."""
         self._inotify.close()
         for task in self._tasks:
             task.cancel()
@@ -92,17 +92,17 @@ class PluginWatcher:
 
     @property
     def settled(self) -> bool:
-        """Whether all that was found is registered, as it was last found, and nothing else."""
-        return self._wanted == {path: registered.id for path, registered in self._registered.items()}
+        """Whether exactly the sockets that were found are registered, with their last ids."""
+        return self._desired == {path: registered.id for path, registered in self._registered.items()}
 
     # pluginwatcher/plugin_watcher.go
 
     def _traverse(self, top: Path) -> None:
-        """Watch a directory and all below, also those that a dot would hide when they appear by themselves."""
+        """Watch a directory and all below. It includes hidden directories, which `_created` would ignore."""
         for directory, _, names in os.walk(top):
             try:
                 self._inotify.add(Path(directory))
-            except OSError:  # it has gone
+            except OSError:  # it was removed meanwhile
                 continue
             for name in sorted(names):
                 self._created(Path(directory) / name)
@@ -117,10 +117,10 @@ class PluginWatcher:
         if stat.S_ISDIR(mode):
             self._traverse(path)
         elif stat.S_ISSOCK(mode):
-            self._wanted[path] = next(self._ids)
+            self._desired[path] = next(self._ids)
 
     def _deleted(self, path: Path) -> None:
-        self._wanted.pop(path, None)
+        self._desired.pop(path, None)
 
     # reconciler/reconciler.go
 
@@ -131,14 +131,14 @@ class PluginWatcher:
 
     def _reconcile(self) -> None:
         for path, registered in list(self._registered.items()):
-            if self._wanted.get(path) != registered.id:
+            if self._desired.get(path) != registered.id:
                 self._run(path, partial(self._deregister, path, registered.name))
-        for path, number in self._wanted.items():
+        for path, number in self._desired.items():
             if path not in self._registered or self._registered[path].id != number:
                 self._run(path, partial(self._register, path, number))
 
     def _run(self, path: Path, function: Callable[[], Coroutine[object, object, None]]) -> None:
-        """goroutinemap.go: unless one is under way for the path, or the pause after a failure is not over."""
+        """goroutinemap.go: start the operation, unless one is pending for the path or its backoff is not over."""
         operation = self._operations.get(path)
         if operation is None:
             operation = self._operations[path] = _Operation()
@@ -154,8 +154,8 @@ class PluginWatcher:
             await function()
         except (PluginRefusedError, grpc.aio.AioRpcError, TimeoutError):
             operation.pending = False
-            operation.pause = min(operation.pause * 2 or PAUSE_FIRST, PAUSE_LAST)
-            operation.not_before = self._clock() + operation.pause
+            operation.backoff = min(operation.backoff * 2 or BACKOFF_FIRST, BACKOFF_LAST)
+            operation.not_before = self._clock() + operation.backoff
         else:
             del self._operations[path]
 
@@ -174,7 +174,7 @@ class PluginWatcher:
             try:
                 if info.type != TYPE:
                     raise PluginRefusedError(f"no handler registered for plugin type: {info.type} at socket {path}")
-                # Before its registration is done, so that it can be deregistered meanwhile.
+                # Before the registration is complete, so that the plugin can be deregistered meanwhile.
                 self._registered[path] = _Registered(number, info.name)
                 await self._handler.plugin_found(info.name, info.endpoint or str(path), info.supported_versions)
             except PluginRefusedError as refused:

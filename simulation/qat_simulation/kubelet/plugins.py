@@ -1,7 +1,7 @@
-"""The device plugins that the emulated kubelet knows: who registered, in which of the two ways, and one client a name.
+"""The emulated kubelet's device plugins: registrations of both kinds, and one client for each resource name.
 
-After pkg/kubelet/cm/devicemanager/plugin/v1beta1/{server,handler}.go (v1.36). The trap to know: clients are kept by
-resource name, and whoever's stream ends drops the *newest* client of that name.
+Follows pkg/kubelet/cm/devicemanager/plugin/v1beta1/{server,handler}.go (v1.36). One oddity matters: clients are kept by
+resource name, and the end of any plugin's stream drops the *newest* client of that name.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
-from qat_simulation.kubelet import grpc_services as kubelet_services
+from qat_simulation.kubelet import grpc_services
 from qat_simulation.kubelet.device_manager import DeviceManager
 from qat_simulation.kubelet.grpc_services import RegisterRefusedError
 from qat_simulation.kubelet.plugin_client import DialError, PluginConnection
@@ -21,21 +21,21 @@ from qat_simulation.kubelet.plugin_watcher import PluginRefusedError
 
 
 class Hostility(StrEnum):
-    """Ways for a kubelet to be broken. CLOSE and GARBAGE take effect when it starts, the others at once."""
+    """Ways in which a kubelet is broken. CLOSE and GARBAGE take effect when it starts, the others at once."""
 
     NONE = "none"
     HANG = "hang"  # Register is never answered
     REFUSE = "refuse"  # Register is refused as if of a wrong version
-    NO_STREAM = "no-stream"  # registers, but never asks for the devices
-    END_STREAM = "end-stream"  # registers, and ends each stream after the first list
+    NO_STREAM = "no-stream"  # registers the plugin, but never calls ListAndWatch
+    END_STREAM = "end-stream"  # registers the plugin, and ends each stream after the first list
     CLOSE = "close"  # closes each connection at once
-    GARBAGE = "garbage"  # answers with what is no HTTP/2
+    GARBAGE = "garbage"  # answers with bytes that are not HTTP/2
 
 
 class Registration(Struct, frozen=True):
-    """A Register request, or a plugin that was found: `error` is "" if accepted, `at` by the kubelet's clock.
+    """A Register request, or a plugin found by the watcher. `error` is "" if accepted; `at` is the kubelet's clock.
 
-    `endpoint` as it was named; that of a plugin that was found is absolute.
+    `endpoint` is as the plugin named it; that of a plugin found by the watcher is absolute.
     """
 
     resource: str
@@ -46,10 +46,10 @@ class Registration(Struct, frozen=True):
 
 
 class Plugins:
-    """Those of one kubelet over all its lives, `directory` being where relative endpoints are.
+    """The plugins of one kubelet over all its restarts. Relative endpoints are in `directory`.
 
-    `manager` gives the device manager of the present life. `on_listed` is called after each list of devices that it has
-    got, `on_change` after everything else that can be seen. `registrations` are all that were asked for.
+    `manager` returns the device manager since the last start. `on_listed` is called after each list of devices that it
+    got, `on_change` after every other visible change. `registrations` are all that were attempted.
     """
 
     def __init__(
@@ -76,19 +76,19 @@ class Plugins:
     async def register(self, request: pb.RegisterRequest) -> None:
         """The registration service. Raises RegisterRefusedError."""
         resource = request.resource_name
-        with self._noting(resource, request.endpoint, request.version):
-            [version] = self._as_heard([request.version])
-            kubelet_services.check_request(version, resource)
-            await self._perhaps_hang()
-            # filepath.Join takes an absolute endpoint for a relative one too.
+        with self._recorded(resource, request.endpoint, request.version):
+            [version] = self._altered([request.version])
+            grpc_services.check_request(version, resource)
+            await self._hang_if_hostile()
+            # filepath.Join treats an absolute endpoint as a relative one too.
             await self._connect(resource, self._directory / request.endpoint.lstrip("/"))
 
     async def plugin_found(self, name: str, endpoint: str, versions: Sequence[str]) -> None:
-        """The plugin watcher's handler: a relative endpoint is one of the kubelet's working directory."""
+        """The plugin watcher's handler: a relative endpoint is relative to the kubelet's working directory."""
         try:
-            with self._noting(name, endpoint, " ".join(versions)):
-                kubelet_services.check_plugin(name, self._as_heard(versions))
-                await self._perhaps_hang()
+            with self._recorded(name, endpoint, " ".join(versions)):
+                grpc_services.check_plugin(name, self._altered(versions))
+                await self._hang_if_hostile()
                 try:
                     await self._connect(name, Path(endpoint))
                 except DialError as failure:
@@ -97,47 +97,47 @@ class Plugins:
             raise PluginRefusedError(str(refused)) from refused
 
     async def plugin_gone(self, name: str) -> None:
-        """The plugin watcher's handler: whose socket it was does not count, the newest client is dropped."""
+        """The plugin watcher's handler: the newest client is dropped, whichever plugin had the socket."""
         current = self._clients.get(name)
         if current is not None:
             await self._disconnect(current)
 
     async def end(self) -> None:
-        """Disconnect from all, at the end of the kubelet's life."""
+        """Disconnect from all plugins, when the kubelet stops."""
         for connection in list(self._clients.values()):
             await self._disconnect(connection)
         for task in self._watching:
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
-        for connection in list(self._open):  # those that a later registration displaced
+        for connection in list(self._open):  # the ones that a later registration replaced
             await self._close(connection)
 
-    def _as_heard(self, versions: Sequence[str]) -> Sequence[str]:
+    def _altered(self, versions: Sequence[str]) -> Sequence[str]:
         return [f"not {version}" for version in versions] if self.hostility is Hostility.REFUSE else versions
 
-    async def _perhaps_hang(self) -> None:
+    async def _hang_if_hostile(self) -> None:
         if self.hostility is Hostility.HANG:
             await asyncio.Event().wait()
 
     @contextlib.contextmanager
-    def _noting(self, resource: str, endpoint: str, version: str) -> Iterator[None]:
-        def note(error: str) -> None:
+    def _recorded(self, resource: str, endpoint: str, version: str) -> Iterator[None]:
+        def record(error: str) -> None:
             self.registrations.append(Registration(resource, endpoint, version, error, self._clock()))
             self._on_change()
 
         if self.hostility is Hostility.HANG:
-            note("hangs")
+            record("hangs")
             yield
             return
         try:
             yield
         except (RegisterRefusedError, DialError) as failure:
-            note(str(failure))
+            record(str(failure))
             raise RegisterRefusedError(str(failure)) from failure
-        note("")
+        record("")
 
     async def _connect(self, resource: str, path: Path) -> None:
-        """connectClient: the newest client of a name replaces the older one, which goes on unknown to it."""
+        """connectClient: the newest client of a name replaces the older one, whose stream continues."""
         connection = PluginConnection(resource, path)
         self._open.add(connection)
         self._clients[connection.resource] = connection
@@ -154,7 +154,7 @@ class Plugins:
             task.add_done_callback(self._watching.discard)
 
     async def _watch(self, connection: PluginConnection) -> None:
-        """runClient: at the end of the stream the client that has this name *now* is dropped."""
+        """runClient: when the stream ends, the client that has this name *now* is dropped."""
         if self.hostility is Hostility.END_STREAM:
             await connection.open_and_end_stream()
         else:

@@ -1,4 +1,4 @@
-"""What the emulated kubelet knows of pods: what each container holds, and what a container is started with."""
+"""The emulated kubelet's pods: the devices and settings of each container, and the errors of admission."""
 
 from typing import Generic, Protocol, TypeVar
 
@@ -7,8 +7,20 @@ from msgspec import Struct
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
 
 
-class Held(Struct):
-    """What one container got of one resource: devices by NUMA node (-1 for none), and the plugin's answer."""
+class AdmissionError(Exception):
+    """The pod is rejected; the text is the one that its status would show."""
+
+
+class TopologyAffinityError(AdmissionError):
+    """The topology policy rejects the pod."""
+
+
+class KubeletPanicError(Exception):
+    """The real kubelet would have crashed here."""
+
+
+class ContainerDevices(Struct):
+    """One container's devices of one resource, by NUMA node (-1 for none), and the plugin's encoded answer."""
 
     by_numa: dict[int, list[str]]
     answer: bytes
@@ -19,12 +31,12 @@ class Held(Struct):
         return {device for devices in self.by_numa.values() for device in devices}
 
 
-Pods = dict[str, dict[str, dict[str, Held]]]
+Pods = dict[str, dict[str, dict[str, ContainerDevices]]]
 """Pod (namespace/name), container, resource."""
 
 
-class Given(Protocol):
-    """What one container is started with: device ids, and paths on the host."""
+class ContainerSettings(Protocol):
+    """The settings that one container is started with: device ids, variables, and paths on the host."""
 
     @property
     def devices(self) -> tuple[str, ...]: ...
@@ -39,11 +51,11 @@ class Given(Protocol):
     def mounts(self) -> tuple[str, ...]: ...
 
 
-_Container = TypeVar("_Container", bound=Given)
+_Container = TypeVar("_Container", bound=ContainerSettings)
 
 
 class AdmittedPod(Struct, Generic[_Container], frozen=True):
-    """What a pod got from some kubelet, by container. The properties are of all containers together."""
+    """The settings of a pod that some kubelet admitted, by container. The properties combine all containers."""
 
     containers: dict[str, _Container]
 
@@ -54,7 +66,7 @@ class AdmittedPod(Struct, Generic[_Container], frozen=True):
 
     @property
     def envs(self) -> dict[str, str]:
-        """The environment; of several containers, whose variables have the same names, the first one's counts."""
+        """The environment variables; if several containers have the same one, the first one's value."""
         merged: dict[str, str] = {}
         for each in self.containers.values():
             merged = each.envs | merged
@@ -72,7 +84,7 @@ class AdmittedPod(Struct, Generic[_Container], frozen=True):
 
 
 class ContainerAllocation(Struct, frozen=True):
-    """What a container is started with; `device_nodes` and `mounts` are paths on the host."""
+    """The settings of one container; `device_nodes` and `mounts` are paths on the host."""
 
     devices: tuple[str, ...]
     envs: dict[str, str]
@@ -81,11 +93,11 @@ class ContainerAllocation(Struct, frozen=True):
 
 
 class Allocation(AdmittedPod[ContainerAllocation], frozen=True):
-    """What a pod got from the emulated kubelet."""
+    """A pod that the emulated kubelet admitted."""
 
 
-def started_with(held: dict[str, Held]) -> ContainerAllocation:
-    """deviceRunContainerOptions: of settings in which resources contradict each other, the first stays."""
+def container_settings(held: dict[str, ContainerDevices]) -> ContainerAllocation:
+    """deviceRunContainerOptions: if resources give conflicting settings, the first one's are used."""
     devices: list[str] = []
     envs: dict[str, str] = {}
     nodes: dict[str, None] = {}

@@ -1,4 +1,4 @@
-"""NUMA hints as the kubelet's device manager makes them and its topology manager merges them. Pure.
+"""NUMA hints: made as by the kubelet's device manager, merged as by its topology manager. Pure.
 
 Follows pkg/kubelet/cm/devicemanager/topology_hints.go and topologymanager/policy*.go (v1.36), scope "container". Two
 hints that are not preferred are compared by width alone.
@@ -21,7 +21,7 @@ class TopologyPolicy(StrEnum):
 
 
 class Hint(Struct, frozen=True):
-    """NUMA nodes that would do (None: any), and whether no narrower set could ever do."""
+    """A set of NUMA nodes that is sufficient (None: any), and whether no smaller set could ever be."""
 
     nodes: frozenset[int] | None
     preferred: bool

@@ -141,15 +141,15 @@ def test_demo_is_given_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     node = tmp_path / "node.json"
     node.touch()
     got: list[tuple[object, ...]] = []
-    demo = ModuleType("qat_simulation.demo")
+    sequence = ModuleType("qat_simulation.demo.sequence")
 
     def run(*arguments: object) -> int:
         got.append(arguments)
         return 1
 
-    demo.__dict__["run"] = run
-    monkeypatch.setitem(sys.modules, "qat_simulation.demo", demo)
-    monkeypatch.setattr("qat_simulation.demo", demo, raising=False)
+    sequence.__dict__["run"] = run
+    monkeypatch.setitem(sys.modules, "qat_simulation.demo.sequence", sequence)
+    monkeypatch.setattr("qat_simulation.demo.sequence", sequence, raising=False)
 
     assert main.run(["demo"], {}) == 1
     assert main.run(["demo", "-keep", "-policy", "packed", "-node", str(node)], {}) == 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from qat_simulation.kernel.kernel import Kernel
-from qat_simulation.kernel.sysfs.written import boolean, unsigned
+from qat_simulation.kernel.sysfs.attributes import boolean, unsigned
 from support.emulated_kernel import PF, VF, attribute, emulated, read, real
 from support.mixed_node import DOWN, DRV, GO_DOWN, MIXED, NONE, NUMVFS, OFF, OLD, OVERRIDE, SERVICES, STATE, TO_VFIO
 

@@ -26,16 +26,16 @@ def test_modes_hold_under_any_umask(tmp_path: Path) -> None:
     try:
         tree = Tree(tmp_path / "sys", tmp_path / ".kernel")
         tree.put("a", "", 0o644)
-        tree.folder("b", [("c", "", 0o444)])
+        tree.make_directory("b", [("c", "", 0o444)])
         assert [(tree.root / name).stat().st_mode & 0o777 for name in ("a", "b", "b/c")] == [0o644, 0o755, 0o444]
     finally:
         os.umask(before)
 
 
 def test_links_are_relative_and_can_be_replaced(tree: Tree) -> None:
-    tree.folder("bus/pci/drivers/one")
-    tree.folder("bus/pci/drivers/two")
-    tree.folder("devices/pci0000:6b/0000:6b:00.1", [("power/control", "on\n", 0o644)])
+    tree.make_directory("bus/pci/drivers/one")
+    tree.make_directory("bus/pci/drivers/two")
+    tree.make_directory("devices/pci0000:6b/0000:6b:00.1", [("power/control", "on\n", 0o644)])
     for name in ("one", "two"):
         tree.link("devices/pci0000:6b/0000:6b:00.1/driver", f"bus/pci/drivers/{name}")
         assert os.readlink(tree.root / "devices/pci0000:6b/0000:6b:00.1/driver") == f"../../../bus/pci/drivers/{name}"
@@ -52,13 +52,13 @@ def test_emptied_file_is_restored(tree: Tree) -> None:
 
 
 def test_nothing_is_left_aside(tree: Tree) -> None:
-    tree.folder("a", [("b/c", "1", 0o444)])
+    tree.make_directory("a", [("b/c", "1", 0o444)])
     tree.put("d", "1")
     tree.link("e", "a")
     tree.link("e", "d")
-    tree.remove_folder("a")
-    tree.remove_folder("a")
+    tree.remove_directory("a")
+    tree.remove_directory("a")
     tree.unlink("e")
     tree.unlink("e")
     assert os.listdir(tree.root) == ["d"]
-    assert os.listdir(tree.aside) == []
+    assert os.listdir(tree.staging) == []

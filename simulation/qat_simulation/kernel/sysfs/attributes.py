@@ -1,21 +1,24 @@
-"""What each attribute of a PCI device shows, and which a device has. After pci-sysfs.c, iov.c and adf_sysfs.c.
+"""The attributes of PCI devices: which ones a device has, their text, and how written values are parsed.
 
-A change of state is followed by `refresh` of the attributes that show it: nothing else writes them.
+After pci-sysfs.c, iov.c and adf_sysfs.c. Whoever changes a device's state calls `refresh` for the attributes that show
+it; nothing else writes them.
 """
 
+import errno
+import string
 from collections.abc import Callable
 from typing import Final
 
 from msgspec import Struct
 
-from qat_simulation.kernel.model import Device, Qat, Sriov
+from qat_simulation.kernel.model import Device, Qat, Sriov, os_error
 from qat_simulation.kernel.sysfs.tree import Entry, Tree
 
 NUM_RPS: Final = 64
 
 
 class Attribute(Struct, frozen=True):
-    """Its mode, and its text (None: it cannot be read)."""
+    """The file's mode, and the function that makes its text (None: it cannot be read)."""
 
     mode: int
     show: Callable[[Device], str] | None = None
@@ -66,7 +69,7 @@ QAT: Final = {
 ALL: Final = COMMON | SRIOV | QAT
 
 NOT_ON_VFS: Final = ("remove", "rescan")
-"""VFs come and go with their PF only (pci_dev_hp_attrs_are_visible)."""
+"""Attributes that VFs do not have: VFs are added and removed only with their PF (pci_dev_hp_attrs_are_visible)."""
 
 
 def _first(sriov: Sriov) -> int:
@@ -75,9 +78,9 @@ def _first(sriov: Sriov) -> int:
 
 
 def entries(device: Device) -> list[Entry]:
-    """The files of a new device. qat/ comes with its driver."""
+    """The files of a new device. qat/ is added by its driver."""
     table = COMMON if device.sriov is None else COMMON | SRIOV
-    device.shown.clear()
+    device.file_texts.clear()
     return [
         (name, attribute.show(device) if attribute.show else "", attribute.mode)
         for name, attribute in table.items()
@@ -86,16 +89,47 @@ def entries(device: Device) -> list[Entry]:
 
 
 def refresh(tree: Tree, device: Device, *names: str) -> None:
-    """Show the device's state as it is now in these attributes."""
+    """Write the device's present state to the files of these attributes."""
     for name in names:
         attribute = ALL[name]
         if attribute.show is None:
             continue
-        text, before = attribute.show(device), device.shown.get(name, "")
+        text, before = attribute.show(device), device.file_texts.get(name, "")
         if text == before:
             continue
         if len(text) == len(before) == len("0\n"):
             tree.overwrite(f"{device.path}/{name}", text)
         else:
             tree.put(f"{device.path}/{name}", text, attribute.mode)
-        device.shown[name] = text
+        device.file_texts[name] = text
+
+
+# How written values are parsed; an invalid one is EINVAL.
+
+
+def line(text: str) -> str:
+    """The text without one newline at its end (sysfs_streq)."""
+    return text.removesuffix("\n")
+
+
+def unsigned(text: str, limit: int) -> int:
+    """kstrtou*(buf, 0): decimal, 0x, or 0 for octal. Raises OSError (EINVAL), also below 0 and above the limit."""
+    digits = line(text).removeprefix("+").lower()
+    base = 16 if digits.startswith("0x") else 8 if digits.startswith("0") and len(digits) > 1 else 10
+    digits = digits.removeprefix("0x") if base == 16 else digits
+    if not digits or not set(digits) <= set(string.hexdigits[:base]):
+        raise os_error(errno.EINVAL)
+    number = int(digits, base)
+    if number > limit:
+        raise os_error(errno.EINVAL)
+    return number
+
+
+def boolean(text: str) -> bool:
+    """kstrtobool: y, t, 1, on; n, f, 0, off; only the first letters count. Raises OSError (EINVAL)."""
+    start = text[:2].lower()
+    if start[:1] in ("y", "t", "1") or start == "on":
+        return True
+    if start[:1] in ("n", "f", "0") or start == "of":
+        return False
+    raise os_error(errno.EINVAL)

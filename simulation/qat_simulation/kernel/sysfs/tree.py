@@ -1,7 +1,7 @@
-"""The sysfs tree on disk: plain files, folders and links, each change seen by readers at once or not at all.
+"""The sysfs tree on disk: plain files, directories and links. Readers see each change completely or not at all.
 
-Nothing is decided here. Files and folders are made in a folder beside the tree and renamed into it, so that no reader
-ever finds half of one, and none finds a temporary name. Paths are relative to the sysfs root.
+Files and directories are made in a staging directory and renamed into the tree, so that no reader finds an incomplete
+one or a temporary name. Paths are relative to the sysfs root. Nothing is decided here.
 """
 
 import contextlib
@@ -12,23 +12,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 Entry = tuple[str, str, int]
-"""A file: its path, what it holds, its mode."""
+"""A file: its path, its text, its mode."""
 
 _EMPTY_PARENT = frozenset({"", "."})
 
 
 class Tree:
-    """`root` is the sysfs root, `aside` the folder for what is not in the tree yet, or no more."""
+    """`root` is the sysfs root, `staging` the directory for files on their way into the tree or out of it."""
 
-    def __init__(self, root: Path, aside: Path) -> None:
+    def __init__(self, root: Path, staging: Path) -> None:
         self.root = root
-        self.aside = aside
+        self.staging = staging
         root.mkdir(parents=True)
-        aside.mkdir(parents=True)
-        # A process-wide umask cannot be changed safely beside other threads, so modes are repaired where it bites.
+        staging.mkdir(parents=True)
+        # Changing the process-wide umask is not safe while other threads run, so masked modes are set afterwards.
         self._repair_modes = bool(_umask() & ~0o022)
         self._names = itertools.count()
-        self._root = f"{root}/"  # this is the hot path: text is quicker than Path
+        self._root = f"{root}/"  # on the hot path, text is quicker than Path
 
     def put(self, path: str, text: str, mode: int = 0o444) -> None:
         """Make or replace a file."""
@@ -37,7 +37,7 @@ class Tree:
         os.rename(temporary, self._root + path)
 
     def overwrite(self, path: str, text: str) -> None:
-        """Change a file in place where that is as good as at once: a digit and a newline for another."""
+        """Change a file in place. Only for one digit and a newline, which readers see at once."""
         descriptor = os.open(self._root + path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(descriptor, text.encode())
@@ -45,7 +45,7 @@ class Tree:
             os.close(descriptor)
 
     def restore(self, path: str, text: str, mode: int) -> None:
-        """Put a file back if a writer has emptied it by opening it with O_TRUNC, which real sysfs ignores."""
+        """Restore a file that a writer has emptied by opening it with O_TRUNC, which real sysfs ignores."""
         try:
             intact = os.stat(self._root + path).st_size == len(text)
         except FileNotFoundError:
@@ -54,7 +54,7 @@ class Tree:
             self.put(path, text, mode)
 
     def link(self, path: str, target: str) -> None:
-        """Make or replace a link to `target`, which is relative to the root too; the link itself is relative."""
+        """Make or replace a link to `target`. Both paths are relative to the root; the link's text is relative."""
         text = os.path.relpath(target, os.path.dirname(path))
         try:
             os.symlink(text, self._root + path)
@@ -64,12 +64,12 @@ class Tree:
             os.rename(temporary, self._root + path)
 
     def unlink(self, path: str) -> None:
-        """Remove a file or link; nothing happens when there is none."""
+        """Remove a file or link, if it exists."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._root + path)
 
-    def folder(self, path: str, entries: Iterable[Entry] = (), mode: int = 0o755) -> None:
-        """Make a folder with files in it (their paths relative to it), all at once. Its parent is made as needed."""
+    def make_directory(self, path: str, entries: Iterable[Entry] = (), mode: int = 0o755) -> None:
+        """Make a directory with files (paths relative to it) in one step. Missing parents are made."""
         temporary = self._temporary()
         os.mkdir(temporary, mode)
         made = set(_EMPTY_PARENT)
@@ -88,8 +88,8 @@ class Tree:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             os.rename(temporary, target)
 
-    def remove_folder(self, path: str) -> None:
-        """Remove a folder and all in it; nothing happens when there is none."""
+    def remove_directory(self, path: str) -> None:
+        """Remove a directory and its contents, if it exists."""
         temporary = self._temporary()
         try:
             os.rename(self._root + path, temporary)
@@ -98,7 +98,7 @@ class Tree:
         shutil.rmtree(temporary)
 
     def _temporary(self) -> str:
-        return f"{self.aside}/{next(self._names)}"
+        return f"{self.staging}/{next(self._names)}"
 
     def _write(self, path: str, text: str, mode: int) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)

@@ -1,7 +1,7 @@
-"""The books of the kubelet's device manager: what plugins have listed, which devices are healthy, which pods hold some.
+"""The device manager's state: the devices that plugins have listed, which ones are healthy, and which pods hold some.
 
 Follows pkg/kubelet/cm/devicemanager/manager.go (v1.36): the capacity of a resource outlives its plugin for a while, and
-devices of ended pods are freed only when somebody looks.
+devices of ended pods are freed only when the allocations are next read.
 """
 
 import time
@@ -16,11 +16,11 @@ GRACE: Final = 300.0
 
 
 class PluginClient(Protocol):
-    """The connection to one device plugin. All raise AdmissionError with the RPC's error."""
+    """The connection to one device plugin. All methods raise AdmissionError with the RPC's error."""
 
     @property
     def options(self) -> pb.DevicePluginOptions:
-        """What it answered to GetDevicePluginOptions."""
+        """The plugin's answer to GetDevicePluginOptions."""
 
     async def preferred(self, available: Sequence[str], must_include: Sequence[str], size: int) -> list[str]:
         """GetPreferredAllocation for one container."""
@@ -35,8 +35,8 @@ class _Endpoint:
         self.stopped_at = stopped_at
 
 
-class DeviceBooks:
-    """Those of one kubelet's life. `active` are the pods that have not ended."""
+class DeviceInventory:
+    """The state of one kubelet from start to stop. `active` are the pods that have not ended."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -48,14 +48,13 @@ class DeviceBooks:
         self.pods: Pods = {}
         self.active: set[str] = set()
 
-    # What the plugins' connections report
-
+    # Reports of the plugins' connections
     def connected(self, resource: str, client: PluginClient) -> None:
         """PluginConnected."""
         self._endpoints[resource] = _Endpoint(client, None)
 
     def disconnected(self, resource: str) -> None:
-        """PluginDisconnected: whatever was healthy is unhealthy, and the grace begins."""
+        """PluginDisconnected: healthy devices become unhealthy, and the grace period begins."""
         endpoint = self._endpoints.get(resource)
         if endpoint is None:
             return
@@ -73,7 +72,7 @@ class DeviceBooks:
             (self._healthy if device.health == "Healthy" else self._unhealthy)[resource].add(device.ID)
 
     def restore(self, resources: Iterable[str], pods: Pods) -> None:
-        """readCheckpoint: all resources stopped and empty until their plugins register."""
+        """readCheckpoint: all resources are stopped and have no devices until their plugins register."""
         self.pods = pods
         self.active = set(pods)
         self._allocated = self._held()
@@ -82,10 +81,9 @@ class DeviceBooks:
             self._unhealthy[resource] = set()
             self._endpoints[resource] = _Endpoint(None, self._clock())
 
-    # What the node's status shows
-
+    # The node's status
     def capacity(self) -> dict[str, int]:
-        """By resource, unhealthy devices included."""
+        """Number of devices by resource, unhealthy ones included."""
         self._forget_stopped()
         return {
             resource: len(devices) + len(self._unhealthy.get(resource, ()))
@@ -93,12 +91,12 @@ class DeviceBooks:
         }
 
     def allocatable(self) -> dict[str, int]:
-        """By resource, healthy devices only; devices in use are counted too."""
+        """Number of healthy devices by resource, allocated ones included."""
         self._forget_stopped()
         return {resource: len(devices) for resource, devices in self._healthy.items()}
 
     def free(self) -> dict[str, int]:
-        """By resource whose plugin has listed devices, what new pods could still get."""
+        """Number of devices that new pods can get, by resource whose plugin has listed devices."""
         self.collect()
         return {
             resource: len(self._healthy.get(resource, set()) - self._allocated.get(resource, set()))
@@ -113,11 +111,11 @@ class DeviceBooks:
         }
 
     def resources(self) -> list[str]:
-        """Those that the checkpoint names."""
+        """The resources that the checkpoint names."""
         return sorted(self._healthy)
 
     def collect(self) -> None:
-        """UpdateAllocatedDevices: free what ended pods held. Without such a pod, leaked devices stay so."""
+        """UpdateAllocatedDevices: free the devices of ended pods. If there are none, leaked devices stay allocated."""
         ended = self.pods.keys() - self.active
         if ended:
             for pod in ended:

@@ -72,7 +72,7 @@ ANSWERS: dict[str, tuple[bytes, int, bytes | None]] = {
     "POST without the body it promised": (request("/healthz", "POST", "Content-Length: 3000000"), 405, None),
     "GET with a body": (request("/healthz", "GET", "Content-Length: 3") + b"abc", 200, b"ok\n"),
     "DELETE": (request("/status", "DELETE"), 405, None),
-    "defect": (request("/broken"), 500, b"internal error, see the log\n"),
+    "defect": (request("/broken"), 500, b"internal error; see the log\n"),
     "no HTTP": (b"hello\r\n\r\n", 400, None),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None),
     "no Host": (b"GET /healthz HTTP/1.1\r\n\r\n", 400, None),

@@ -46,7 +46,7 @@ async def test_nothing_is_wrong_once_both_run_and_much_is_before() -> None:
     async with running_node(node) as running:
         status, said = await doctor(running)
         assert status == 1
-        assert said["2 VFs on 4xxxvf, not on vfio-pci"] == "note"
+        assert said["2 VFs bound to 4xxxvf; expected vfio-pci"] == "note"
         assert [text for text, level in said.items() if level == "problem"] == [
             f"cannot reach the helper at {running.helper_socket}: No such file or directory: "
             "is qat-helper running? (--helper-socket)"
@@ -73,8 +73,8 @@ async def test_a_node_that_cannot_work() -> None:
         problems = [text for text, level in said.items() if level == "problem"]
         assert status == 1
         for text in (
-            "0000:70:00.0 is on no driver, not on 4xxx",
-            "0000:6b:00.0 has no VFs, of 2 that it can have",
+            "0000:70:00.0 is not bound to a driver; expected 4xxx",
+            "0000:6b:00.0 has 0 of 2 VFs enabled",
             "the IOMMU is off: /sys/kernel/iommu_groups is empty",
             "vfio-pci is not loaded",
         ):
@@ -96,6 +96,6 @@ async def test_a_bind_that_apparmor_may_have_refused_is_told_with_what_to_set() 
         assert status == 1
         (finding,) = [finding for finding in findings if "AppArmor" in finding["text"]]
         assert finding["level"] == "problem"
-        assert finding["text"].endswith("refused (Permission denied) to bind 0000:6b:00.1")
+        assert finding["text"].endswith("not permitted to bind 0000:6b:00.1 (Permission denied)")
         for text in (finding["advice"], said):
             assert "appArmorProfile {type: Unconfined}" in text

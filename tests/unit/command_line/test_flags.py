@@ -70,7 +70,7 @@ ERRORS = {
         "unknown flag --max-devices: did you mean --max-num-devices?",
     ),
     "a value that sticks to its flag": (["-v4"], "unknown flag -v4: did you mean -v?"),
-    "far": (["--zzz"], "unknown flag --zzz: --help lists all"),
+    "far": (["--zzz"], "unknown flag --zzz: --help lists all flags"),
     "no value, two dashes": (["--dpdk-driver"], "flag --dpdk-driver needs a value (DRIVER)"),
     "no value": (["-dpdk-driver"], "flag -dpdk-driver needs a value (DRIVER)"),
     "three dashes": (["---v"], "bad flag syntax: '---v'"),

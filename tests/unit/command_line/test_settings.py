@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from qat_server.command_line.settings import SettingsError, check_sysfs_root, parse
+from qat_server.command_line.flags import SERVER_FLAGS, from_environment, read
+from qat_server.command_line.settings import Settings, SettingsError, check_sysfs_root, parse
 from qat_server.kubelet.allocation import AllocationPolicy
 from qat_server.kubelet.registration.directories import longest_socket
 from qat_server.kubelet.registration.plugin_watcher import socket_name
-from qat_server.main import settings_from
 from qat_server.parsing.values import HostPort
 from qat_shared.messages import DpdkDriver, SocketDirectory
 
@@ -91,12 +91,12 @@ BAD = {
     "digits of another script": ("max-num-devices", "٣", "not a whole number"),
     "very large number": ("max-num-devices", "9" * 19, "is too large"),
     "huge number": ("max-num-devices", "9" * 5000, "is not a whole number"),
-    "kernel mode": ("mode", "kernel", "comes with a later version"),
+    "kernel mode": ("mode", "kernel", "is planned for a later version"),
     "unknown mode": ("mode", "turbo", "unknown mode 'turbo'; the only one is dpdk"),
     "unknown registration": (
         "registration",
         "post",
-        "unknown way to register 'post'; known are kubelet-socket, plugin-watcher",
+        "unknown registration method 'post'; known are kubelet-socket, plugin-watcher",
     ),
     "no port": ("metrics-address", "localhost", "not an address such as 127.0.0.1:9090"),
     "port too large": ("metrics-address", "localhost:65536", "the port is 0 to 65535"),
@@ -112,12 +112,12 @@ BAD = {
     "too short": ("health-interval", "1ms", "too short, the least is 0.01s, or 0 for off"),
     "too long": ("resync-interval", "25h", "too long, the most is 24h"),
     "resync off": ("resync-interval", "0", "too short, the least is 0.01s"),
-    "kubelet directory too long": ("kubelet-dir", "/" + "k" * 80, "bytes long, the system allows 107"),
-    "too long in bytes only": ("kubelet-dir", "/" + "é" * 35, "bytes long, the system allows 107"),
-    "helper socket too long": ("helper-socket", "/" + "h" * 107, "is 108 bytes long, the system allows 107"),
-    "helper socket empty": ("helper-socket", "", "a path is needed"),
+    "kubelet directory too long": ("kubelet-dir", "/" + "k" * 80, "bytes long, but the system allows 107"),
+    "too long in bytes only": ("kubelet-dir", "/" + "é" * 35, "bytes long, but the system allows 107"),
+    "helper socket too long": ("helper-socket", "/" + "h" * 107, "is 108 bytes long, but the system allows 107"),
+    "helper socket empty": ("helper-socket", "", "a path is required"),
     "uevents from nowhere": ("uevents", "udev", "is neither netlink nor unix:PATH"),
-    "uevents without a path": ("uevents", "unix:", "a path is needed"),
+    "uevents without a path": ("uevents", "unix:", "a path is required"),
     "uevents too long": ("uevents", "unix:/" + "u" * 107, "bytes long"),
     "log format": ("log-format", "xml", "unknown format 'xml'; known are text, json"),
     "verbosity": ("v", "loud", "'loud' is not a whole number"),
@@ -151,6 +151,10 @@ def test_unknown_name_is_a_defect() -> None:
         parse({"colour": "red"})
 
 
+def settings_from(arguments: list[str], environment: dict[str, str]) -> Settings:
+    return parse(read(arguments, SERVER_FLAGS).values, from_environment(environment))
+
+
 def test_flag_wins_over_environment_over_default() -> None:
     environment = {"QAT_PLUGIN_MAX_NUM_DEVICES": "8", "QAT_PLUGIN_ALLOCATION_POLICY": "packed", "QAT_PLUGIN_V": ""}
 
@@ -162,9 +166,9 @@ def test_flag_wins_over_environment_over_default() -> None:
 
 
 def test_a_bad_text_is_named_after_where_it_was_given() -> None:
-    with pytest.raises(SettingsError, match=r"^QAT_PLUGIN_MODE: 'kernel' comes with a later version"):
+    with pytest.raises(SettingsError, match=r"^QAT_PLUGIN_MODE: 'kernel' is planned for a later version"):
         settings_from([], {"QAT_PLUGIN_MODE": "kernel"})
-    with pytest.raises(SettingsError, match=r"^--mode: 'kernel' comes with a later version"):
+    with pytest.raises(SettingsError, match=r"^--mode: 'kernel' is planned for a later version"):
         settings_from(["-mode=kernel"], {"QAT_PLUGIN_MODE": "dpdk"})
 
 

@@ -209,15 +209,21 @@ class _Endpoint:
             await writer.drain()
 
     async def _close(self, writer: asyncio.StreamWriter) -> None:
-        """Close the connection; unsent data has `answer_seconds` to be sent."""
+        """Close the connection; unsent data has `answer_seconds` to be sent.
+
+        It is not aborted once closed: asyncio's transport, unlike uvloop's, raises AttributeError then.
+        """
         try:
             writer.close()
             async with asyncio.timeout(self._limits.answer_seconds):
                 await writer.wait_closed()
-        except (OSError, TimeoutError):
-            pass
-        finally:
+        except TimeoutError:
             writer.transport.abort()
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
+        except OSError:
+            pass  # the connection is lost already
 
 
 def _name(sock: socket.socket) -> str:

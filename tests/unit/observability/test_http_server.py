@@ -22,13 +22,16 @@ HANDLERS: dict[str, Handler] = {
     "/readyz": lambda: Response(503, b"no helper\nno device\n"),
     "/status": lambda: Response(200, b"{}", JSON),
     "/large": lambda: Response(200, b"x" * 8_000_000),
+    "/medium": lambda: Response(200, b"x" * 60_000),
     "/broken": broken,
 }
 
 
 @asynccontextmanager
-async def endpoint(limits: Limits | None = None) -> AsyncIterator[int]:
+async def endpoint(limits: Limits | None = None, send_buffer: int | None = None) -> AsyncIterator[int]:
     (sock,) = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
     port: int = sock.getsockname()[1]
     task = asyncio.create_task(serve([sock], HANDLERS, limits))
     try:
@@ -146,6 +149,14 @@ async def test_large_answer_arrives_whole() -> None:
         answer = await exchange(port, request("/large"))
 
     assert len(answer.partition(b"\r\n\r\n")[2]) == 8_000_000
+
+
+async def test_answer_still_being_sent_at_the_close_arrives_whole() -> None:
+    """It is below asyncio's high-water mark, so that drain() returns at once, but above the socket's buffer."""
+    async with endpoint(send_buffer=4096) as port:
+        for _ in range(3):
+            answer = await exchange(port, request("/medium"))
+            assert len(answer.partition(b"\r\n\r\n")[2]) == 60_000
 
 
 SILENT: dict[str, bytes] = {

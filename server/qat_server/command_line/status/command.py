@@ -31,12 +31,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="print the server's answer unchanged, as JSON")] = False,
 ) -> None:
     """Show the PFs, VFs, resources and helper state of this node's server. Run it as the server's user or as root."""
-    from qat_server.command_line.status.client import (  # noqa: PLC0415 - only this command needs it
-        StatusError,
-        decoded,
-        fetch,
-        fetch_local,
-    )
+    from qat_server.command_line.status import client  # noqa: PLC0415 - only this command needs it
 
     try:
         address = values.host_port(metrics_address)
@@ -44,11 +39,11 @@ def status(
         raise SettingsError(f"--metrics-address: {error}") from None
     try:
         if address is not None:
-            text = fetch(address)
+            text = client.fetch(address)
         else:
-            text = fetch_local([socket_directory(kubelet_dir, way) / STATUS_SOCKET for way in Registration])
-        answer = decoded(text)
-    except StatusError as error:
+            text = client.fetch_local([socket_directory(kubelet_dir, way) / STATUS_SOCKET for way in Registration])
+        answer = client.decoded(text)
+    except client.StatusError as error:
         sys.stderr.write(f"{PROGRAM}: {error}\n")
         raise typer.Exit(1) from None
     if as_json:

@@ -81,7 +81,7 @@ images: ## build both images (BASE, BUILDER, TAG, OPTIONS: see deployments/image
 	@deployments/images/build
 
 .PHONY: check
-check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code and reference are current
+check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code, reference and map are current
 	@echo "==> check: ruff, mypy, import-linter, generated code"
 	@$(BIN)/ruff format --check -q $(SOURCES)
 	@$(BIN)/ruff check -q $(SOURCES)
@@ -89,6 +89,7 @@ check: $(READY) ## static checks: ruff, mypy strict, import rules, generated cod
 	@PYTHONPATH=shared:helper:server:simulation $(BIN)/lint-imports
 	@protos/generate --check
 	@$(BIN)/python docs/reference.py --check
+	@$(BIN)/python docs/rooms.py --check
 
 .PHONY: format
 format: $(READY) ## format the sources and apply the safe lint fixes
@@ -105,8 +106,9 @@ protos: $(READY) ## generate server/qat_server/kubelet/generated from protos/
 	@protos/generate
 
 .PHONY: docs
-docs: $(READY) ## write docs/configuration.md out of the flags
+docs: $(READY) ## write docs/configuration.md from the flags, and the map of rooms in docs/architecture.md
 	@$(BIN)/python docs/reference.py
+	@$(BIN)/python docs/rooms.py
 
 .PHONY: lock
 lock: ## resolve requirements/*.in into locked files with hashes (needs uv)

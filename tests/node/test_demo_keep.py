@@ -72,7 +72,7 @@ class Kept:
     @property
     def node(self) -> Path:
         """Its directory."""
-        found = re.search(r"The node goes on in (\S+)", "".join(self.seen))
+        found = re.search(r"The node keeps running in (\S+)", "".join(self.seen))
         assert found
         return Path(found[1])
 
@@ -93,25 +93,27 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
 def test_what_ends_is_started_again_and_all_that_is_told_is_done(kept: Kept) -> None:
     for name in ("helper", "server"):
         kept.tell(f"kill {name}", f"> SIGKILL to the {name}")
-        kept.until(f"the {name} ended with status -9: it is started again")
+        kept.until(f"the {name} ended with status -9: restarting it")
         kept.until(f"> the {name} runs again, pid")
     kept.tell("free pod-a", "> pod-a has ended")
     kept.tell("kubelet restart", "> the kubelet runs")
-    kept.tell("kubelet restart now", "> it is: kubelet stop|start|restart".replace("|", r"\|"))
+    kept.tell("kubelet restart now", "> usage: kubelet stop|start|restart".replace("|", r"\|"))
     kept.tell("reboot", "> unknown command 'reboot': help lists")
     kept.tell("unplug 0000:99:00.1", "> unplug 0000:99:00.1: No such device")
     kept.tell("close 0000:6b:00.1", "> 0000:6b:00.1 was not opened here")
     kept.tell("open 0000:6b:00.1", "> 0000:6b:00.1 is open")
     kept.tell("close 0000:6b:00.1", "> 0000:6b:00.1 is closed")
-    kept.tell("pod p qat.intel.com/none 1", "> the kubelet knows no 'qat.intel.com/none'; there is qat.intel.com/cy")
+    kept.tell(
+        "pod p qat.intel.com/none 1", "> the kubelet has no resource 'qat.intel.com/none'; it has qat.intel.com/cy"
+    )
     while True:  # until the server that was started again has registered
         said = kept.tell("pod p qat.intel.com/cy 1", "> (p got 0000:6b:00|pod p .*)")[1]
         if said.startswith("p got"):
             break
     kept.tell("pod q qat.intel.com/cy 9", "> pod q qat.intel.com/cy 9: ")
     kept.tell(f"heartbeat {PF} 7", "> a heartbeat is 0 .* or -1")
-    kept.tell(f"services {PF} dc", "> .*/qat.toml wants dc of")
-    kept.tell("help", "> one command a line:")
+    kept.tell(f"services {PF} dc", "> .*/qat.toml sets services dc for")
+    kept.tell("help", "> one command on each line:")
     assert kept.process.poll() is None
     node = kept.node
     kept.process.send_signal(signal.SIGINT)

@@ -17,7 +17,7 @@ class Bad(NamedTuple):
 
 
 BAD = [
-    Bad("no JSON", "{", "the node description is not usable: it is no JSON: Input data was truncated"),
+    Bad("no JSON", "{", "the node description is not usable: it is not JSON: Input data was truncated"),
     Bad(
         "no such state",
         '{"pfs": [{"address": "0000:6b:00.0", "state": "sideways"}]}',
@@ -57,9 +57,11 @@ BAD = [
     Bad(
         "unknown service",
         '{"pfs": [{"address": "0000:6b:00.0", "services": "rsa"}]}',
-        "services: 'rsa' cannot be on 4940",
+        "services: 4940 does not accept 'rsa'",
     ),
-    Bad("too many services", '{"pfs": [{"address": "0000:6b:00.0", "services": "sym;asym;dc"}]}', "cannot be on 4940"),
+    Bad(
+        "too many services", '{"pfs": [{"address": "0000:6b:00.0", "services": "sym;asym;dc"}]}', "4940 does not accept"
+    ),
     Bad("two on one address", '{"pfs": [{"address": "0000:6b:00.0"}, {"address": "0000:6b:00.0"}]}', "is taken by PF"),
     Bad(
         "a PF where a VF is",
@@ -70,12 +72,12 @@ BAD = [
     Bad(
         "vfio-pci without IOMMU",
         '{"iommu": false, "pfs": [{"address": "0000:6b:00.0", "vf_driver": "vfio-pci"}]}',
-        "vf_driver: vfio-pci takes no device on a node without IOMMU",
+        "vf_driver: vfio-pci rejects all devices on a node without IOMMU",
     ),
     Bad(
         "unknown driver of VFs",
         '{"pfs": [{"address": "0000:6b:00.0", "vf_driver": "foo"}]}',
-        "PF 0000:6b:00.0: vf_driver: 'foo' is none of 4xxxvf, vfio-pci, igb_uio; others are named in drivers first",
+        "PF 0000:6b:00.0: vf_driver: 'foo' is none of 4xxxvf, vfio-pci, igb_uio; list other drivers in drivers",
     ),
     Bad(
         "unknown driver of a VF alone",
@@ -85,7 +87,7 @@ BAD = [
     Bad(
         "denied by vfio-pci",
         '{"disable_denylist": false, "pfs": [{"address": "0000:6b:00.0", "device": "37c8", "vf_driver": "vfio-pci"}]}',
-        "vf_driver: vfio-pci does not take c6xxvf's devices; set disable_denylist",
+        "vf_driver: vfio-pci rejects c6xxvf's devices; set disable_denylist",
     ),
     Bad("driver is a path", '{"pfs": [{"address": "0000:6b:00.0", "vf_driver": "../x"}]}', "$.pfs[0].vf_driver"),
 ]

@@ -78,14 +78,14 @@ def record(sequence: int, event: str, operation: str = "", asked: int = 0) -> di
     return {"sequence": sequence, "event": event, "operation": operation, "asked": asked}
 
 
-def test_one_line_is_no_lines() -> None:
+def test_one_line_is_counted_in_the_singular() -> None:
     assert [_lines("the helper's start", number) for number in (1, 2)] == [
         "1 more line of the helper's start",
         "2 more lines of the helper's start",
     ]
 
 
-def test_an_end_is_shown_with_its_own_beginning_and_all_in_order() -> None:
+def test_an_operation_is_shown_with_its_own_result_in_the_log_s_order() -> None:
     log = [
         record(1, "start"),
         record(2, "asked", "BindDriver"),

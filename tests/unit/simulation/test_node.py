@@ -1,4 +1,4 @@
-"""Node descriptions: what can be said, what is refused, and the addresses that come of it."""
+"""Node descriptions: valid and invalid ones, the addresses of VFs, and the services of each generation."""
 
 import re
 from typing import NamedTuple
@@ -94,13 +94,13 @@ BAD = [
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
-def test_bad_description_is_refused_with_one_sentence(case: Bad) -> None:
+def test_invalid_description_is_rejected_with_one_sentence(case: Bad) -> None:
     with pytest.raises(NodeError, match=re.escape(case.sentence)) as caught:
         parse_node(case.text.encode("utf-8", "surrogateescape"))
     assert "\n" not in str(caught.value)
 
 
-def test_demo_node_survives_json() -> None:
+def test_demo_node_is_the_same_after_json() -> None:
     assert parse_node(msgspec.json.encode(demo_node())) == demo_node()
 
 
@@ -116,7 +116,7 @@ def test_vf_addresses_are_those_of_the_hardware(device: str, addresses: list[str
     assert [str(pf.vf_address(number)) for number in (0, 1, 6, 7, 15)] == addresses
 
 
-def test_vf_addresses_go_on_into_the_next_bus() -> None:
+def test_vf_addresses_continue_on_the_next_bus() -> None:
     pf = Pf(address="0000:6b:1f.7", vf_offset=2, vf_stride=4)
     assert [str(pf.vf_address(number)) for number in (0, 1, 2)] == ["0000:6c:00.1", "0000:6c:00.5", "0000:6c:01.1"]
 

@@ -53,7 +53,7 @@ class Sequence:
         self.node = node
         self.policy = policy
         self.keep = keep
-        self._steps_finished = False
+        self._interactive = False
 
     async def run(self) -> int:
         """Run all steps and return the exit status. A signal ends the demo as cleanly as the last step does."""
@@ -72,7 +72,7 @@ class Sequence:
         except asyncio.CancelledError:
             if not received:
                 raise
-            if not self._steps_finished:
+            if not self._interactive:
                 return 128 + received[0]
             self.console.print("removed")
             return 0
@@ -89,7 +89,7 @@ class Sequence:
                 ) from None
             passed = _print_summary(demo, time.monotonic() - began)
             if self.keep:
-                self._steps_finished = True
+                self._interactive = True
                 await interactive.run_until_cancelled(demo)
             elif passed:
                 program = command("qat-plugin")[0]

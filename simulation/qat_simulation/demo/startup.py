@@ -19,6 +19,20 @@ from qat_simulation.running_node import SimulationError
 _RETRY_TIME: Final = 1.5  # seconds in which the server retries after a failure, and may succeed
 
 
+class _Settled:
+    """Whether nothing is pending, and failures (if any) have lasted longer than the server's retries."""
+
+    def __init__(self) -> None:
+        self._failed_since: float | None = None
+
+    def __call__(self, *, pending: bool, failed: bool) -> bool:
+        if pending or not failed:
+            self._failed_since = None
+            return not pending
+        self._failed_since = self._failed_since or time.monotonic()
+        return time.monotonic() - self._failed_since > _RETRY_TIME
+
+
 def show_node(demo: DemoRun) -> None:
     """Print the node's devices. Raises NodeError if no VF exists and the plugin can enable none."""
     node, devices = demo.node, demo.node.kernel.snapshot()
@@ -68,18 +82,13 @@ async def provision(demo: DemoRun) -> None:
     pfs = demo.pfs_without_vfs
     if not pfs:
         return
-    failed_since: float | None = None
+    settled = _Settled()
 
     def finished(status: Status) -> bool:
-        nonlocal failed_since
         stages = {each.pf: each.stage for each in status.provisioning if each.pf in pfs}
-        if stages.keys() != pfs or not set(stages.values()) <= {"done", "failed", "impossible"}:
-            failed_since = None
-            return False
-        if set(stages.values()) == {"done"}:
-            return True
-        failed_since = failed_since or time.monotonic()
-        return time.monotonic() - failed_since > _RETRY_TIME
+        found = set(stages.values())
+        pending = stages.keys() != pfs or not found <= {"done", "failed", "impossible"}
+        return settled(pending=pending, failed=found != {"done"})
 
     demo.current = "VFs enabled by the helper"
     with demo.console.status(f"{demo.current} ..."):
@@ -102,19 +111,13 @@ async def provision(demo: DemoRun) -> None:
 
 async def bind(demo: DemoRun) -> None:
     """Wait until each VF is bound, or the server reports why not."""
-    node, found = demo.node, VfOutcomes()
-    failed_since: float | None = None
+    node, found, settled = demo.node, VfOutcomes(), _Settled()
 
     def decided(status: Status) -> bool:
-        nonlocal failed_since, found
+        nonlocal found
         found = outcomes(status, demo.description, node.kernel.snapshot())
-        if not status.ready or found.pending or not found.total or not _failed_pfs_are_known(demo, status):
-            failed_since = None
-            return False
-        if not found.failed:
-            return True
-        failed_since = failed_since or time.monotonic()
-        return time.monotonic() - failed_since > _RETRY_TIME
+        pending = found.pending or not found.total or not status.ready or not _failed_pfs_are_known(demo, status)
+        return settled(pending=bool(pending), failed=bool(found.failed))
 
     if not any(device.pf for device in node.kernel.snapshot().values()) and not demo.description.vfs:
         return  # no VF could be enabled: `provision` has reported it

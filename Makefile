@@ -16,7 +16,7 @@ help: ## list the targets
 venv: $(READY) ## make .venv/ with qat-helper and qat-plugin in its bin
 
 $(READY): requirements/dev.txt shared/pyproject.toml helper/pyproject.toml server/pyproject.toml simulation/pyproject.toml
-	@echo "==> .venv: installing the locked requirements (requirements/dev.txt) and the three distributions"
+	@echo "==> .venv: installing the locked requirements (requirements/dev.txt) and the four distributions"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt

@@ -36,7 +36,7 @@ def found(node: NodeObservations, **settings: str) -> list[Finding]:
     return [finding for finding in run_checks(node, parse(given)) if finding.level is not Level.OK]
 
 
-def test_of_a_good_node_nothing_is_said_but_that_it_is_good() -> None:
+def test_a_good_node_has_only_good_findings() -> None:
     assert found(GOOD) == []
     assert {finding.check for finding in run_checks(GOOD, parse())} == {
         "devices",
@@ -55,7 +55,7 @@ def functions(*changed: QatFunction) -> dict[str, object]:
     return {"functions": tuple(by_address[key] for key in sorted(by_address))}
 
 
-ONE_WRONG: dict[str, tuple[dict[str, object], Level, str, str]] = {
+ONE_FAULT: dict[str, tuple[dict[str, object], Level, str, str]] = {
     "no device": ({"functions": ()}, Level.PROBLEM, "there is no QAT device on any PCI bus", "4940 4941"),
     "unreadable device": (
         {"problems": ("0000:6b:00.0: device: not text",)},
@@ -88,7 +88,7 @@ ONE_WRONG: dict[str, tuple[dict[str, object], Level, str, str]] = {
         "sriov_numvfs",
     ),
     "no IOMMU": ({"groups": {}}, Level.PROBLEM, "the IOMMU is off", "intel_iommu=on"),
-    "no IOMMU though the kernel was told": (
+    "no IOMMU, with intel_iommu=on": (
         {"groups": {}, "command_line": "quiet intel_iommu=on"},
         Level.PROBLEM,
         "the IOMMU is off",
@@ -108,7 +108,7 @@ ONE_WRONG: dict[str, tuple[dict[str, object], Level, str, str]] = {
         "1 VF bound to 4xxxvf; expected vfio-pci",
         "binds them",
     ),
-    "VF that is somebody else's": (
+    "VF on another driver": (
         functions(QatFunction(VF, 0x4941, "uio_pci_generic", 2)),
         Level.PROBLEM,
         "0000:6b:00.1 is bound to uio_pci_generic",
@@ -164,12 +164,12 @@ ONE_WRONG: dict[str, tuple[dict[str, object], Level, str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("changes", "level", "text", "advice"), ONE_WRONG.values(), ids=ONE_WRONG)
-def test_one_thing_that_is_wrong(changes: dict[str, object], level: Level, text: str, advice: str) -> None:
+@pytest.mark.parametrize(("changes", "level", "text", "advice"), ONE_FAULT.values(), ids=ONE_FAULT)
+def test_one_fault(changes: dict[str, object], level: Level, text: str, advice: str) -> None:
     findings = found(msgspec.structs.replace(GOOD, **changes))
-    said = [finding for finding in findings if text in finding.text]
-    assert [finding.level for finding in said] == [level], findings
-    assert advice in said[0].advice
+    matching = [finding for finding in findings if text in finding.text]
+    assert [finding.level for finding in matching] == [level], findings
+    assert advice in matching[0].advice
 
 
 def test_devices_that_are_not_served() -> None:

@@ -79,7 +79,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), ERRORS.values(), ids=ERRORS.keys())
-def test_what_cannot_be_read_says_so(arguments: list[str], sentence: str) -> None:
+def test_errors(arguments: list[str], sentence: str) -> None:
     with pytest.raises(FlagError) as caught:
         read(arguments, SERVER_FLAGS)
 
@@ -90,8 +90,8 @@ DEMO = (Flag("keep", "false", "", ""), Flag("node", "", "FILE", ""))
 PLAIN = {
     "spaces become equals": (["-node", "a b"], ["--node=a b"]),
     "a true boolean stays": (["-keep"], ["--keep"]),
-    "a false one goes": (["-keep", "-keep=false"], []),
-    "what is left is left": (["-keep", "more", "-x"], ["--keep", "more", "-x"]),
+    "a false boolean is dropped": (["-keep", "-keep=false"], []),
+    "the rest is unchanged": (["-keep", "more", "-x"], ["--keep", "more", "-x"]),
 }
 
 

@@ -15,7 +15,7 @@ from qat_shared import VERSION
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
-    """Stands in for the run loop; the settings that it was given. Logging is left alone."""
+    """Replaces the run loop; the settings of each call. Logging is not configured."""
     got: list[Settings] = []
     process = ModuleType("qat_server.process")
 

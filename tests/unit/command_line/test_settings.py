@@ -1,4 +1,4 @@
-"""Settings: what each flag's text means, and one sentence for each that means nothing."""
+"""Settings: the value of each flag's text, and one sentence for each invalid text."""
 
 from pathlib import Path
 
@@ -165,7 +165,7 @@ def test_flag_wins_over_environment_over_default() -> None:
     assert settings.logging.verbosity == 0
 
 
-def test_a_bad_text_is_named_after_where_it_was_given() -> None:
+def test_an_error_names_the_flag_or_the_variable() -> None:
     with pytest.raises(SettingsError, match=r"^QAT_PLUGIN_MODE: 'kernel' is planned for a later version"):
         settings_from([], {"QAT_PLUGIN_MODE": "kernel"})
     with pytest.raises(SettingsError, match=r"^--mode: 'kernel' is planned for a later version"):
@@ -193,7 +193,7 @@ def test_sysfs_root(tmp_path: Path) -> None:
     check_sysfs_root(tmp_path)
 
 
-def test_what_is_no_sysfs_root(tmp_path: Path) -> None:
+def test_invalid_sysfs_roots(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for root in (tmp_path, tmp_path / "missing", file):

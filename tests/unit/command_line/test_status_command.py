@@ -19,7 +19,7 @@ STATUS = encode(status_from(State(inventory=Inventory(pfs=(), vfs=(), cut=(), pr
 
 @pytest.fixture
 def status_server() -> Iterator[tuple[str, list[bytes]]]:
-    """Its address, and a list whose last item is what it answers."""
+    """The server's address, and a list whose last item is its answer."""
     bodies = [STATUS]
 
     class Answer(BaseHTTPRequestHandler):

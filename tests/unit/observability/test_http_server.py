@@ -1,4 +1,4 @@
-"""The HTTP endpoint, over real sockets: what is answered, what is refused, and what a hostile client can cost."""
+"""The HTTP server over real sockets: answers, refusals, and the limits for hostile clients."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ ANSWERS: dict[str, tuple[bytes, int, bytes | None]] = {
     "query": (request("/healthz?verbose=1"), 200, b"ok\n"),
     "HTTP/1.0": (b"GET /healthz HTTP/1.0\r\n\r\n", 200, b"ok\n"),
     "HEAD": (request("/healthz", "HEAD"), 200, b""),
-    "HEAD of what is not there": (request("/nothing", "HEAD"), 404, b""),
+    "HEAD of an unknown path": (request("/nothing", "HEAD"), 404, b""),
     "not found": (request("/nothing"), 404, None),
     "not found, no text": (request("/%ff%00"), 404, None),
     "path that climbs": (request("/../../etc/passwd"), 404, None),

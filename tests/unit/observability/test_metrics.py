@@ -1,4 +1,4 @@
-"""Metrics: the text that Prometheus gets of one moment and of what was counted."""
+"""Metrics: the text that Prometheus scrapes for a State and Counters."""
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families

@@ -1,4 +1,4 @@
-"""The local status socket: who may open it, and that it takes the place of a dead one and of no living one."""
+"""The local status socket: its permissions, and that it replaces a stale socket but not a live one."""
 
 import os
 import socket

@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from qat_server.binding.apparmor import AppArmor
-from qat_server.command_line.doctor.checks import Finding, Level, run_checks
+from qat_server.command_line.doctor.checks import run_checks
+from qat_server.command_line.doctor.findings import Finding, Level
 from qat_server.command_line.doctor.observations import NO_HEARTBEAT, HelperAnswer, NodeObservations, QatFunction
 from qat_server.command_line.settings import parse
 from support.sysfs_tree import address

@@ -6,11 +6,9 @@ drivers, SR-IOV, IOMMU, VF driver, security modules, kubelet, helper.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
 from typing import Final
 
-from msgspec import Struct
-
+from qat_server.command_line.doctor.findings import Finding, Level
 from qat_server.command_line.doctor.observations import NO_HEARTBEAT, NodeObservations, QatFunction
 from qat_server.command_line.settings import Settings
 from qat_shared.devices import PHYSICAL, VIRTUAL
@@ -28,23 +26,6 @@ _MODULES: Final = {
 _DENYLISTED: Final = frozenset({"dh895xccvf", "c3xxxvf", "c6xxvf"})
 _DENYLIST_SINCE: Final = (5, 9)  # vfio_pci_dev_in_denylist
 _SHOWN: Final = 4
-
-
-class Level(StrEnum):
-    """The severity of a finding. Only problems prevent the plugin from working."""
-
-    OK = "ok"
-    NOTE = "note"
-    PROBLEM = "problem"
-
-
-class Finding(Struct, frozen=True):
-    """The result of a check: `check` is its topic, `text` the finding, `advice` the action to take, or "" for none."""
-
-    check: str
-    level: Level
-    text: str
-    advice: str = ""
 
 
 def run_checks(node: NodeObservations, settings: Settings) -> list[Finding]:

@@ -4,21 +4,16 @@ import asyncio
 import logging
 import sys
 from pathlib import Path
-from typing import Final
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from qat_server.command_line import tables
-from qat_server.command_line.doctor.checks import Finding, Level, run_checks
+from qat_server.command_line.doctor.checks import run_checks
+from qat_server.command_line.doctor.findings import Level, show
 from qat_server.command_line.doctor.observations import observe_node
 from qat_server.command_line.doctor.queries import query_helper, query_server
 from qat_server.command_line.settings import Settings
 from qat_shared.devices import PHYSICAL
-
-_MARKS: Final = {Level.OK: ("✓", "green"), Level.NOTE: ("!", "yellow"), Level.PROBLEM: ("✗", "red")}
 
 
 def run(settings: Settings, *, as_json: bool) -> int:
@@ -36,24 +31,5 @@ def run(settings: Settings, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(msgspec.json.encode(findings).decode() + "\n")
     else:
-        _show(findings, Console() if sys.stdout.isatty() else Console(width=160))
+        show(findings, Console() if sys.stdout.isatty() else Console(width=160))
     return int(any(finding.level is Level.PROBLEM for finding in findings))
-
-
-def _show(findings: list[Finding], console: Console) -> None:
-    """Print one line for each finding, with its advice below."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for finding in findings:
-        mark, colour = _MARKS[finding.level]
-        table.add_row(Text(mark, colour), finding.check, Text(tables.plain(finding.text)))
-        if finding.advice:
-            table.add_row("", "", Text(f"→ {tables.plain(finding.advice)}"))
-    console.print(table)
-    problems = sum(finding.level is Level.PROBLEM for finding in findings)
-    if problems:
-        console.print(Text(f"{problems} problem{'s' * (problems > 1)}: see ✗ above", "red"))
-    else:
-        console.print(Text("found nothing that prevents the plugin from working", "green"))

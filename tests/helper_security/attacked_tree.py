@@ -18,8 +18,9 @@ from qat_shared.messages import AnyReply, BindDriver, DpdkDriver, ReleaseDriver
 from qat_shared.pci import PciAddress
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.node.description import Node, OtherDevice, Pf
+from support.conditions import wait_until
 from support.emulated_kernel import PF, VF, emulated
-from support.helper_process import COMMAND, Client, helper_options, wait_until
+from support.helper_process import COMMAND, Client, helper_options
 
 ADDRESS = PciAddress.parse(VF)
 NIC = "0000:00:07.0"

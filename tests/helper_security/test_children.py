@@ -15,8 +15,9 @@ from helper_security.figures import tried
 from qat_helper.child import Child
 from qat_helper.node import Outcome
 from qat_shared.messages import AnyRequest, BindDriver, DpdkDriver, ErrorCode, Failure, Heartbeat, ReadHeartbeat
+from support.conditions import wait_until
 from support.forks import noted
-from support.helper_process import PF, VF, failure, heartbeat, helper, wait_until
+from support.helper_process import PF, VF, failure, heartbeat, helper
 from support.sysfs_tree import address
 
 

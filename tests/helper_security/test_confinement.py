@@ -17,7 +17,8 @@ from qat_helper import sandbox
 from qat_shared import confinement
 from qat_shared.messages import PROTOCOL, BindDriver, Bound, DpdkDriver, Heartbeat, Hello, ReadHeartbeat, Welcome
 from qat_shared.seccomp import read_profile
-from support.helper_process import PF, VF, Helper, forked, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import PF, VF, Helper, forked, helper
 from support.sysfs_tree import address
 
 HERE = Path(__file__).parent

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from support.helper_process import COMMAND, Helper, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import COMMAND, Helper, helper
 
 SECCOMP = Path(__file__).parents[2] / "seccomp"
 NONE: list[str] = []

@@ -28,7 +28,8 @@ from qat_shared.messages import (
     ReadDeviceConfig,
     ReadHeartbeat,
 )
-from support.helper_process import PF, VF, Client, Helper, forked, heartbeat, helper, needs_root, served, wait_until
+from support.conditions import wait_until
+from support.helper_process import PF, VF, Client, Helper, forked, heartbeat, helper, needs_root, served
 from support.sysfs_tree import address
 
 MEMORY = 24 * 1024

@@ -17,7 +17,8 @@ from helper_security.figures import most, tried, wanted
 from qat_helper.operations import OPERATIONS
 from qat_shared.codec import ProtocolError, decode_request, encode
 from qat_shared.messages import MAX_MESSAGE, AnyRequest, Failure, Heartbeat
-from support.helper_process import Helper, heartbeat, helper, served, wait_until
+from support.conditions import wait_until
+from support.helper_process import Helper, heartbeat, helper, served
 
 DECODER = wanted("QAT_FUZZ_DECODER", 100_000)
 SOCKET = wanted("QAT_FUZZ_SOCKET", 20_000)

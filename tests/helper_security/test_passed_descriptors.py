@@ -16,7 +16,8 @@ from helper_security.chain import interrupted
 from qat_helper.serve import MAX_PASSED
 from qat_shared.codec import decode_reply
 from qat_shared.messages import MAX_MESSAGE, Connected, Heartbeat, KubeletService, OpenKubeletSocket
-from support.helper_process import Helper, heartbeat, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import Helper, heartbeat, helper
 
 GOOD = {"op": "ReadHeartbeat", "id": 1, "address": [0, 0x6B, 0, 0]}
 OLD_KERNEL = """

@@ -22,7 +22,8 @@ from qat_shared.messages import (
     OpenKubeletSocket,
     ReadHeartbeat,
 )
-from support.helper_process import PF, Helper, failure, forked, heartbeat, needs_root, served, wait_until
+from support.conditions import wait_until
+from support.helper_process import PF, Helper, failure, forked, heartbeat, needs_root, served
 from support.sysfs_tree import address
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qat_shared.messages import PROTOCOL, Hello, Welcome
-from support.helper_process import Client, Helper, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import Client, Helper, helper
 
 ACTIVATE = shutil.which("systemd-socket-activate")
 

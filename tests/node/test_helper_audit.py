@@ -28,7 +28,8 @@ from qat_shared.messages import (
     PrepareSocketDirectory,
     ReadHeartbeat,
 )
-from support.helper_process import COMMAND, PF, VF, Client, Helper, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import COMMAND, PF, VF, Client, Helper, helper
 from support.sysfs_tree import address
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")

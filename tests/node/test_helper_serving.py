@@ -37,7 +37,8 @@ from qat_shared.messages import (
     ReadHeartbeat,
     Welcome,
 )
-from support.helper_process import PF, VF, VF2, Helper, failure, forked, heartbeat, helper, needs_root, wait_until
+from support.conditions import wait_until
+from support.helper_process import PF, VF, VF2, Helper, failure, forked, heartbeat, helper, needs_root
 from support.sysfs_tree import address
 
 

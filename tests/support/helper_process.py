@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from qat_shared.messages import (
     ReadHeartbeat,
     Welcome,
 )
+from support.conditions import wait_until
 from support.sysfs_tree import SysfsTree, address
 
 PF, VF, VF2 = "6b:00.0", "6b:00.1", "6b:00.2"
@@ -46,14 +46,6 @@ def helper_options(sysfs_root: Path, kubelet_directory: Path, socket_path: Path,
         f"--server-gid={os.getegid()}",
         f"--audit-log={audit_log}",
     ]
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Return once it is true; a generous limit."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.005)
 
 
 class Client:

@@ -116,17 +116,17 @@ class _Vf:
 
     def set_override(self, driver: str | None) -> None:
         """Raises OperationError, as all that write do."""
-        self._write(self._device.descriptor, "driver_override", driver or "\n", "set its driver_override")
+        write(self._device, "driver_override", driver or "\n", "set its driver_override")
 
     def unbind(self, current: str | None) -> None:
         """Take it from its driver. The kernel refuses when that is no longer `current`."""
         if current is not None:
             name = f"bus/pci/drivers/{current}/unbind"
-            self._write(self._root, name, self._address, f"unbind it from {current}")
+            write(self._device, name, self._address, f"unbind it from {current}", self._root)
 
     def probe(self) -> None:
         """Offer it to the drivers."""
-        self._write(self._root, "bus/pci/drivers_probe", self._address, "probe it")
+        write(self._device, "bus/pci/drivers_probe", self._address, "probe it", self._root)
 
     def undo(self, driver: str | None, override: str | None) -> str:
         """After a failure: back to how it was, as far as that can be done. What to add to the failure's sentence."""
@@ -137,9 +137,6 @@ class _Vf:
         except OperationError as error:
             return f"; and then: {error.message}"
         return ""
-
-    def _write(self, directory: int, name: str, text: str, doing: str) -> None:
-        write(self._device, name, text, doing, directory)
 
     def _hint(self, wanted: str) -> str:
         if wanted == "vfio-pci" and self._device.read_int("device", 16) in _DENYLIST:

@@ -163,7 +163,7 @@ class Server:
             if peer.sock.recvmsg(1, room, socket.MSG_PEEK)[2] & socket.MSG_CTRUNC:
                 self._drop(peer)
                 return
-            packet, _, flags, _ = peer.sock.recvmsg(MAX_MESSAGE + 1)
+            packet = peer.sock.recvmsg(MAX_MESSAGE + 1)[0]  # decode_request refuses a longer one, cut or not
         except BlockingIOError:
             return
         except OSError:
@@ -173,8 +173,6 @@ class Server:
             self._drop(peer)
             return
         try:
-            if flags & socket.MSG_TRUNC:
-                raise ProtocolError(f"the packet is longer than {MAX_MESSAGE} bytes")
             request = decode_request(packet)
         except ProtocolError as error:
             trouble = peer.turned_away or OperationError(ErrorCode.MALFORMED, str(error))

@@ -118,9 +118,9 @@ seccomp.LIBRARY = "libseccomp-that-is-not-there.so.2"
 sys.exit(main.main())
 """
 LACKING = {
-    "landlock": ([sys.executable, "-c", WITHOUT_LANDLOCK], "not offered by this kernel"),
+    "landlock": ([sys.executable, "-c", WITHOUT_LANDLOCK], "not available in this kernel"),
     "seccomp": ([sys.executable, "-c", WITHOUT_LIBSECCOMP], "libseccomp-that-is-not-there.so.2"),
-    "capabilities": (["setpriv", "--bounding-set=-setpcap"], "the bounding set is not empty"),
+    "capabilities": (["setpriv", "--bounding-set=-setpcap"], "cannot empty the bounding set"),
 }
 
 

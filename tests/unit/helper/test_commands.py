@@ -212,10 +212,10 @@ rates.all = { burst = 100, per_second = 2 }
 EXPLAINED = (
     "Who may ask: the uid of --server-uid, and uid 1000, 1001.",
     "It may ask for:",
-    "  BindDriver: Bind a VF of the device table to a DPDK driver, taking it from its kernel VF driver if need be. "
+    "  BindDriver: Bind a VF of the device table to a DPDK driver; unbind it from its kernel VF driver if needed. "
     "At most 64 at once, then 0.5 a second.",
-    "  ReadHeartbeat: Have a PF's firmware answer a heartbeat query.",
-    "  PrepareSocketDirectory: Make qat.intel.com in a directory of the kubelet, usable by the server's group.",
+    "  ReadHeartbeat: Query the heartbeat of a PF's firmware.",
+    "  PrepareSocketDirectory: Create qat.intel.com in a directory of the kubelet, writable by the server's group.",
     "  Those that are audited, all together: at most 100 at once, then 2 a second.",
     "It is denied (rule operations):",
     "  OpenKubeletSocket: the server cannot register by the kubelet's socket, nor see which pods hold what",

@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from qat_helper.allowance import Allowance
-from qat_helper.audit import AuditError, AuditLog, Caller, Entry, Facts, printable
+from qat_helper.audit import AuditError, AuditLog, Caller, Entry, Fields, printable
 from qat_helper.child import Child
 from qat_helper.errors import OperationError, denied
 from qat_helper.node import Node, Outcome
@@ -102,7 +102,7 @@ def _physfn(root: Path, address: str) -> str:
         return ""
 
 
-def _facts(message: AnyRequest | AnyReply) -> Facts:
+def _facts(message: AnyRequest | AnyReply) -> Fields:
     return {
         name: value
         if value is None or isinstance(value, int)
@@ -211,12 +211,12 @@ class Dispatcher:
     def stop(self) -> None:
         """The last line of the audit log. Children still at work are left to end by themselves."""
         unfinished = [*self._waiting, *self._running.values()]
-        facts: Facts = dict(self._counted)
+        facts: Fields = dict(self._counted)
         if unfinished:
             shown = unfinished[:_SHOWN]
             facts["unfinished"] = ", ".join(f"{job.operation.name} (asked {job.asked})" for job in shown)
             facts["unfinished_number"] = len(unfinished)
-        self._audit.owe(Entry(event="stop", arguments=facts))
+        self._audit.enqueue(Entry(event="stop", arguments=facts))
 
     def _unanswered(self) -> list[Job]:
         return [job for job in (*self._waiting, *self._running.values()) if not job.timed_out]
@@ -300,7 +300,7 @@ class Dispatcher:
     def _end(self, job: Job, outcome: Outcome) -> None:
         self._at_work -= Counter(job.holds)
         if job.operation.audited:
-            self._audit.owe(job.entry(*_ending(job, outcome.reply), outcome.reply))
+            self._audit.enqueue(job.entry(*_ending(job, outcome.reply), outcome.reply))
         elif isinstance(outcome.reply, Failure):
             outcome = Outcome(self._refused(job, outcome.reply))
         if not job.timed_out:

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from qat_helper.audit import AuditError, AuditLog, Entry, Facts, Sync
-from qat_helper.console import say
+from qat_helper.audit import AuditError, AuditLog, Entry, Fields, Sync
+from qat_helper.console import log
 from qat_helper.copies import Copy, copier
 from qat_helper.listening import ListenError, listening
 from qat_helper.node import Node
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _serve(_parse(arguments))
     except (StartError, SysfsError, PolicyError, AuditError, ListenError) as error:
-        say(str(error))
+        log(str(error))
         return 2
     return 0
 
@@ -103,7 +103,7 @@ def _serve(options: argparse.Namespace) -> None:
         lacks = missing(sandbox)
         if lacks and options.require_sandbox:
             raise StartError(f"--require-sandbox, and the sandbox is not whole: {lacks}")
-        say(f"the sandbox is not whole: {lacks}" if lacks else f"sandbox: {', '.join(sandbox)}")
+        log(f"the sandbox is not whole: {lacks}" if lacks else f"sandbox: {', '.join(sandbox)}")
         node = Node(
             sysfs_root=root,
             kubelet_dir=options.kubelet_dir,
@@ -111,8 +111,8 @@ def _serve(options: argparse.Namespace) -> None:
             policy=policy,
             sandbox=sandbox,
         )
-        facts: Facts = {"version": VERSION, "pid": os.getpid(), "uid": os.geteuid(), "sandbox": lacks or "whole"}
-        audit.owe(Entry(event="start", arguments=facts))
+        facts: Fields = {"version": VERSION, "pid": os.getpid(), "uid": os.geteuid(), "sandbox": lacks or "whole"}
+        audit.enqueue(Entry(event="start", arguments=facts))
         Server(listener, node, audit).run()
     audit.close()
 

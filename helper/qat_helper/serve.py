@@ -24,7 +24,7 @@ from typing import Final
 import msgspec
 
 from qat_helper.audit import AuditLog, Caller
-from qat_helper.console import say
+from qat_helper.console import log
 from qat_helper.dispatch import Dispatcher
 from qat_helper.errors import OperationError
 from qat_helper.node import Node, Outcome
@@ -86,7 +86,7 @@ class Server:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that nothing is left of processes that end
             self._watch(wake_end.fileno(), select.EPOLLIN, self._stop)
             self._listen()
-            say(f"serving on {os.fsdecode(self._listener.getsockname())}")
+            log(f"serving on {os.fsdecode(self._listener.getsockname())}")
             while not self._stopping:
                 # One at a time: what is handled may close descriptors that others in the same batch are about.
                 for descriptor, events in self._epoll.poll(1 if self._undisposed else self._dispatcher.timeout(), 1):
@@ -127,7 +127,7 @@ class Server:
             return
         except OSError as error:
             # Out of descriptors or memory: the listener stays readable, so it is left alone until a peer has gone.
-            say(f"no connection can be taken until one ends: {os.strerror(error.errno or 0)}")
+            log(f"no connection can be taken until one ends: {os.strerror(error.errno or 0)}")
             self._unwatch(self._listener.fileno())
             self._listening = False
             for peer in [peer for peer in self._peers if not peer.greeted]:

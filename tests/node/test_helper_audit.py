@@ -77,7 +77,7 @@ def test_one_chain_over_rotations_restarts_and_kills_and_the_clients_head_is_in_
         older, *others = files(running)[1:], files(running)[0]
         status, said = audit("verify", *older[1:], *others)
         assert status == 1
-        assert "from its beginning, removed before it: or give --after" in said
+        assert "from its beginning, removed before it (or use --after)" in said
         status, said = audit("verify", "--head", head, *older[:-1])
         assert status == 1
         assert "the end was cut off" in said
@@ -96,7 +96,7 @@ def test_an_interrupted_operation_is_shown_as_such() -> None:
         status, said = audit("show", str(running.audit))
         assert status == 0
         rows = [re.split(r" {2,}", line) for line in said.splitlines()]
-        assert rows[0] == ["line", "time", "operation", "device", "uid", "pid", "verdict", "ms", "what"]
+        assert rows[0] == ["line", "time", "operation", "device", "uid", "pid", "verdict", "ms", "details"]
         assert [(row[2], row[6]) for row in rows[1:]] == [
             ("(start)", "-"),
             ("PrepareSocketDirectory", "ok"),
@@ -212,7 +212,7 @@ def test_a_limit_of_the_file_size_refuses_and_is_got_over() -> None:
         running.stop()
         status, said = audit("verify", *files(running))
         assert status == 0, said
-        assert "Rests of failed writes: 1." in said
+        assert "Fragments of failed writes: 1." in said
 
 
 def test_nobody_who_reads_the_copies_holds_the_helper_up() -> None:

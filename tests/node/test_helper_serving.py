@@ -318,7 +318,7 @@ def running_copy(running: Helper) -> Helper:
 
 def test_two_helpers_do_not_write_one_log(running: Helper) -> None:
     second = running_copy(running)
-    assert "another helper writes" in second.refused(f"--audit-log={running.audit}")
+    assert "another helper is writing" in second.refused(f"--audit-log={running.audit}")
 
 
 def test_the_chain_goes_on_after_being_killed(running: Helper) -> None:
@@ -351,7 +351,7 @@ def test_where_it_cannot_work_it_says_so_in_one_sentence() -> None:
             f"--sysfs-root={running.directory}/nowhere": "not a readable sysfs tree",
             f"--sysfs-root={running.directory}/file": "not a readable sysfs tree",
             f"--audit-log={running.directory}/no/such/log": (
-                f"cannot be opened: No such file or directory; make {running.directory}/no/such, root's, mode 0700"
+                f"cannot be opened: No such file or directory; create {running.directory}/no/such: owner root, mode 0700"
             ),
             f"--audit-log={running.directory / 'file'}": "is not an audit log",
             f"--policy={running.directory}/nowhere": "cannot be read",

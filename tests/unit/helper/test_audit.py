@@ -182,8 +182,8 @@ def test_what_has_happened_is_written_before_the_next_line(tmp_path: Path) -> No
     times = iter(range(100))
     log = AuditLog(path, clock=lambda: float(next(times)))
     with file_size_limit(0):
-        log.owe(entry("first"))
-        log.owe(entry("second"))
+        log.enqueue(entry("first"))
+        log.enqueue(entry("second"))
         assert log.head.sequence == 0
     log.append(entry("third"))
     found = check_chain(path.read_bytes().splitlines())

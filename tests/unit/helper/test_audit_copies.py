@@ -79,7 +79,7 @@ def test_a_file_is_appended_to(stdout: None, tmp_path: Path) -> None:
 def test_what_cannot_be_written_without_waiting_is_refused_at_the_start(stdout: None) -> None:
     ours, theirs = socket.socketpair()
     os.dup2(theirs.fileno(), 1)
-    with pytest.raises(AuditError, match="no copies to standard output"):
+    with pytest.raises(AuditError, match="cannot copy to standard output"):
         copier(Copy.STDOUT)
     ours.close()
     theirs.close()

@@ -164,7 +164,7 @@ def test_a_rotation_that_fails_refuses_and_is_tried_again(
             for _ in range(3):
                 with pytest.raises(AuditError, match="No space left"):
                     log.append(entry())
-            log.owe(entry("owed"))
+            log.enqueue(entry("owed"))
         assert verdict(tmp_path).lines == written
         log.append(entry())
         intact(tmp_path, written + 2)
@@ -218,7 +218,7 @@ def test_without_the_end_of_the_chain_nothing_is_begun(tmp_path: Path, change: C
     newest = files(tmp_path)[-1]
     (tmp_path / "audit.jsonl").unlink()
     newest.write_bytes(change(newest.read_bytes()))
-    with pytest.raises(AuditError, match="does not end with the line that it is named after"):
+    with pytest.raises(AuditError, match="does not end with the line that its name gives"):
         log_in(tmp_path)
     close_all(tmp_path)
     newest.unlink()
@@ -278,7 +278,7 @@ def test_a_line_that_is_there_but_not_on_the_disk_refuses_and_is_not_written_twi
             patch.setattr(os, "write", write)
             with pytest.raises(AuditError, match="Input/output error"):
                 log.append(entry())
-            log.owe(entry("what happened"))
+            log.enqueue(entry("what happened"))
         assert log.append(entry()) == 4
     intact(tmp_path, 4)
 

@@ -33,7 +33,7 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
     ),
     "changed so that it is no line": (
         lambda six: [*six[:2], six[2][:-1], *six[3:]],
-        [(3, "was changed or put in: it is no line of an audit log")],
+        [(3, "was changed or inserted: it is not a line of an audit log")],
     ),
     "its hash of the line before changed": (
         lambda six: [*six[:2], edited(six[2], previous="0" * 64), *six[3:]],
@@ -65,23 +65,23 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
     ),
     "the beginning removed": (
         lambda six: six[2:],
-        [(1, "lines 1 to 2 of the chain, from its beginning, removed before it: or give --after")],
+        [(1, "lines 1 to 2 of the chain, from its beginning, removed before it (or use --after)")],
     ),
     "put in": (
         lambda six: [*six[:3], forged(six[2], operation="ReleaseDriver"), *six[3:]],
-        [(5, "line 4 of the chain stands here and at log:4: log:4 was put in")],
+        [(5, "line 4 of the chain is also at log:4: log:4 was inserted")],
     ),
     "put in again": (
         lambda six: [*six[:4], six[1], *six[4:]],
-        [(5, "line 2 of the chain stands here and at log:2: log:5 was put in")],
+        [(5, "line 2 of the chain is also at log:2: log:5 was inserted")],
     ),
     "put in from another log": (
         lambda six: [*six[:3], edited(six[0], sequence=90, previous="12" * 32), *six[3:]],
-        [(4, "is number 90, where line 4 of the chain belongs: it was put in")],
+        [(4, "is number 90, where line 4 of the chain belongs: it was inserted")],
     ),
     "put in, no line": (
         lambda six: [*six[:3], b"hello", *six[3:]],
-        [(4, "was changed or put in: it is no line of an audit log")],
+        [(4, "was changed or inserted: it is not a line of an audit log")],
     ),
     "two swapped": (
         lambda six: [*six[:2], six[3], six[2], *six[4:]],
@@ -100,7 +100,7 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
     "a line break removed": (
         lambda six: [*six[:2], six[2] + six[3], *six[4:]],
         [
-            (3, "was changed or put in: it is no line of an audit log"),
+            (3, "was changed or inserted: it is not a line of an audit log"),
             (4, "lines 3 to 4 of the chain removed before it"),
         ],
     ),
@@ -110,7 +110,7 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
     ),
     "a rest put in": (
         lambda six: [*six[:2], b"{#torn", *six[2:]],
-        [(4, "a rest of a failed write, of which it says nothing, was put in before it")],
+        [(4, "a fragment of a failed write that it does not record was inserted before it")],
     ),
     "everything in reverse": (
         lambda six: six[::-1],
@@ -136,7 +136,7 @@ def test_an_intact_log(six: Written) -> None:
 
 
 CUT = "the end was cut off: the chain ends with line 4, the expected head is line 6"
-OTHER = "line 6 of the chain is not the expected head: it, or the chain up to it, was written anew"
+OTHER = "line 6 of the chain is not the expected head: it, or the chain up to it, was rewritten"
 
 
 def test_a_cut_off_end_shows_only_against_a_head(six: Written) -> None:
@@ -175,11 +175,11 @@ def test_a_log_whose_older_part_was_put_away_continues_its_head(six: Written) ->
     assert faults(six.lines[3:], after=second) == [(1, "line 3 of the chain removed before it")]
     other = AuditHead(sequence=2, hash="12" * 32)
     assert faults(six.lines[2:], after=other) == [
-        (1, "does not continue the head that came before it: it was changed, or that head is not its")
+        (1, "does not continue the head before it: it was changed, or --after is wrong")
     ]
     first = AuditHead(sequence=1, hash=hashlib.sha256(six.lines[0]).hexdigest())
     assert faults(six.lines[2:], after=second, head=first) == [
-        (4, "line 1 of the chain, the expected head, is not there")
+        (4, "line 1 of the chain, the expected head, is missing")
     ]
 
 
@@ -202,10 +202,10 @@ def test_an_unfinished_end_is_no_fault_and_its_removal_later_is_one(tmp_path: Pa
     written = write(tmp_path, 6, 0, torn=frozenset({3}))
     assert [line.endswith(b"#torn") for line in written.lines] == [False, False, False, True, False, False, False]
     verdict = check(written.files)
-    assert (verdict.faults, verdict.rests) == ((), 1)
+    assert (verdict.faults, verdict.fragments) == ((), 1)
     content = b"".join(line + b"\n" for line in written.lines) + b'{"sequ'
     verdict = verify(items({"log": content}))
-    assert (verdict.faults, verdict.rests) == ((), 2)
+    assert (verdict.faults, verdict.fragments) == ((), 2)
     assert faults([line for line in written.lines if not line.endswith(b"#torn")]) == [
-        (4, "the rest of a failed write, which it says stood before it, was removed")
+        (4, "the fragment of a failed write that it records before it was removed")
     ]

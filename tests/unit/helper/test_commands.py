@@ -68,7 +68,7 @@ def log(tmp_path: Path) -> Path:
 
 
 TABLE = """\
-line  time                      operation               device        uid    pid  verdict      ms    what
+line  time                      operation               device        uid    pid  verdict      ms    details
 1     2026-01-01T08:00:00.000Z  (start)                 -             -      -    -            -     version=0.1.0 pid=1 uid=0
 2     2026-01-01T08:01:00.000Z  BindDriver              0000:6b:00.1  65532  812  ok           12.3  driver=vfio-pci; serve it to pods; driver=vfio-pci changed=True
 3     2026-01-01T08:02:00.000Z  BindDriver              0000:6b:00.2  65532  812  failed       12.3  driver=vfio-pci; serve it to pods; vfio-pci did not take it
@@ -210,28 +210,28 @@ rates.all = { burst = 100, per_second = 2 }
 
 # The operations that the file does not allow are those of the table, whichever they are.
 EXPLAINED = (
-    "Who may ask: the uid of --server-uid, and uid 1000, 1001.",
-    "It may ask for:",
+    "Allowed uids: that of --server-uid, and 1000, 1001.",
+    "Allowed operations:",
     "  BindDriver: Bind a VF of the device table to a DPDK driver; unbind it from its kernel VF driver if needed. "
     "At most 64 at once, then 0.5 a second.",
     "  ReadHeartbeat: Query the heartbeat of a PF's firmware.",
     "  PrepareSocketDirectory: Create qat.intel.com in a directory of the kubelet, writable by the server's group.",
-    "  Those that are audited, all together: at most 100 at once, then 2 a second.",
-    "It is denied (rule operations):",
-    "  OpenKubeletSocket: the server cannot register by the kubelet's socket, nor see which pods hold what",
-    "  ReadDeviceConfig: a VF whose PF shows no services in sysfs is served as generic",
+    "  All audited operations together: at most 100 at once, then 2 a second.",
+    "Denied operations (rule operations):",
+    "  OpenKubeletSocket: the server cannot register through the kubelet's socket or see which pods hold devices",
+    "  ReadDeviceConfig: VFs whose PF has no services in sysfs are served as generic",
     "  ReleaseDriver",
-    "Of which devices:",
-    "  only those at 0000:6b:00.1, 0000:6b:00.2 (rule addresses)",
-    "  only with an id of 8086:4940 (a PF), 8086:4941 (rule device_ids)",
+    "Allowed devices:",
+    "  only these addresses: 0000:6b:00.1, 0000:6b:00.2 (rule addresses)",
+    "  only these device ids: 8086:4940 (a PF), 8086:4941 (rule device_ids)",
     "Drivers that a VF may be bound to: vfio-pci (rule drivers).",
     "Kubelet directories in which the server may serve: device-plugins (rule directories).",
-    "Kubelet services that it may be connected to: pod-resources (rule kubelet_services).",
-    "VFs that one PF may be given: at most 8; QAT drivers enable all that a PF has, so one with more gets none "
+    "Kubelet services that the server may connect to: pod-resources (rule kubelet_services).",
+    "VFs that one PF may have: at most 8; QAT drivers enable all VFs of a PF, so a PF with more gets none "
     "(rule max_vfs).",
-    "WIDER than without the file: uid 1000, 1001 may ask for all of this too.",
-    "WIDER than without the file: devices 8086:10ca may be bound. They are not QAT.",
-    "WIDER than without the file: devices 8086:10c9 may be provisioned. They are not QAT.",
+    "MORE PERMISSIVE than without the file: uid 1000, 1001 may request all of this too.",
+    "MORE PERMISSIVE than without the file: devices 8086:10ca may be bound. They are not QAT devices.",
+    "MORE PERMISSIVE than without the file: devices 8086:10c9 may be provisioned. They are not QAT devices.",
 )
 
 
@@ -246,7 +246,7 @@ def test_a_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
     path = policy(tmp_path, POLICY)
     assert main(["policy", "check", str(path)]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == f"{path} can be used."
+    assert lines[0] == f"{path} is valid."
     if os.geteuid() != 0:
         assert lines.pop(1).startswith("But it belongs to uid")
     assert [line for line in lines[1:] if line in EXPLAINED] == list(EXPLAINED)
@@ -257,12 +257,12 @@ def test_an_empty_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
     assert main(["policy", "check", str(policy(tmp_path, ""))]) == 0
     shown = capfd.readouterr().out
     for line in (
-        "Who may ask: the uid of --server-uid.",
-        "  those of every address",
-        "  with every id of QAT",
+        "Allowed uids: that of --server-uid.",
+        "  any address",
+        "  any QAT device id",
         "Drivers that a VF may be bound to: igb_uio, vfio-pci.",
-        "VFs that one PF may be given: as many as it has.",
-        "  Those that are audited, all together: at most 2048 at once, then 10 a second.",
+        "VFs that one PF may have: no limit.",
+        "  All audited operations together: at most 2048 at once, then 10 a second.",
     ):
         assert f"{line}\n" in shown
     assert "WIDER" not in shown
@@ -273,7 +273,7 @@ def test_a_policy_that_allows_nothing(tmp_path: Path, capfd: CAPTURE) -> None:
     text = "operations = []\naddresses = []\ndevice_ids = []\ndrivers = []\ndirectories = []\nmax_vfs = 0\n"
     assert main(["policy", "check", str(policy(tmp_path, text))]) == 0
     shown = capfd.readouterr().out
-    for part in ("  nothing\n", "only those at no address at all", "only with an id of none", "bound to: none (rule"):
+    for part in ("  nothing\n", "only these addresses: none", "only these device ids: none", "bound to: none (rule"):
         assert part in shown
 
 

@@ -77,7 +77,7 @@ def test_a_child_that_is_killed_is_that_operations_failure() -> None:
             os.kill(running.children()[0], signal.SIGKILL)
             told = failure(client.receive())
             assert told[:2] == (number, ErrorCode.INTERNAL)
-            assert "ended without an answer" in told[2]
+            assert "ended without a result" in told[2]
             wait_until(lambda: not running.children())
         running.heartbeat.unlink()
         running.heartbeat.write_text("0\n")
@@ -128,7 +128,7 @@ def test_without_processes_it_goes_on() -> None:
             reply = witness.ask(BindDriver(id=1, address=address(VF), driver=DpdkDriver.VFIO_PCI))
             assert isinstance(reply, Failure)
             assert reply.code is ErrorCode.INTERNAL
-            assert "no process" in reply.message
+            assert "cannot start a process" in reply.message
             limit.unlink()
             wait_until(lambda: running.settled() and running.open_files() == before)
             assert isinstance(heartbeat(witness), Heartbeat)
@@ -152,7 +152,7 @@ def test_it_hears_again_once_there_are_processes() -> None:
                 sock.connect(os.fspath(running.socket))
                 for _ in range(40):
                     sock.send(b"nonsense")
-            return "no connection can be taken" in running.said()
+            return "cannot accept a connection" in running.said()
 
         wait_until(come_and_go)
         limit.unlink()

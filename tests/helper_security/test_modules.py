@@ -23,8 +23,8 @@ from support.helper_process import PF, VF, helper
 from support.sysfs_tree import address
 
 OURS = {
-    "qat_helper": "allowance audit binding child console copies dispatch errors kubelet listening main node operations "
-    "policy provisioning reading sandbox serve writing",
+    "qat_helper": "audit binding child console copies dispatch errors kubelet listening main node operations "
+    "policy provisioning rate_limit reading sandbox serve writing",
     "qat_shared": "codec confinement devices messages pci seccomp sysfs",
 }
 """By package, the modules that the helper imports, all of them."""
@@ -38,13 +38,13 @@ keyword linecache locale marshal math ntpath numbers opcode operator os pathlib 
 re reprlib select selectors signal site socket stat string struct sys termios textwrap time token
 tokenize types typing urllib uuid warnings zipimport"""
 """Of the standard library, with what its own parts import; names with an underscore in front are those parts."""
-LINES = 2279
+LINES = 2274
 """What there is, so that no more creeps in; the aim is 1,200."""
 
 BUILD = """
 import os, sys
 from qat_helper import dispatch, main, serve
-begins, answers = serve.Server._listen, serve.Server._answer
+begins, answers = serve.Server._listen, serve.Server._send
 def tell(what):
     os.write(2, f"{what}: {' '.join(sorted(sys.modules))}\\n".encode())
 def serves(server):

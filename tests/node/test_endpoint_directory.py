@@ -96,7 +96,7 @@ async def test_when_it_was_made_anew_both_say_that_they_must_be_started_again(wa
         for each in ("device-plugins", "plugins_registry"):
             shutil.rmtree(node.kubelet.directory / each, ignore_errors=True)
         await node.kubelet.start()
-        await node.until("the helper says it", lambda: "directory was made anew" in node.log("server"), 40)
+        await node.until("the helper says it", lambda: "directory was recreated" in node.log("server"), 40)
         server, node.server = node.server, None  # which is to end by itself
         assert server is not None
         await node.stop_helper()

@@ -301,7 +301,7 @@ def test_an_idle_helper_does_not_wake_up(running: Helper) -> None:
 
 
 def test_a_stale_socket_is_replaced_and_a_live_one_is_not(running: Helper) -> None:
-    assert "another process listens" in Helper.refused(running_copy(running), f"--socket={running.socket}")
+    assert "another process is listening" in Helper.refused(running_copy(running), f"--socket={running.socket}")
     running.stop(signal.SIGKILL)
     assert running.socket.exists()
     running.start()
@@ -342,16 +342,18 @@ def test_where_it_cannot_work_it_says_so_in_one_sentence() -> None:
         (running.directory / "file").write_text("x")
         (running.directory / "bad.toml").write_text("nonsense = 1\n")
         cases = {
-            f"--socket=/tmp/{'x' * 120}": "longer than the 107 bytes",
+            f"--socket=/tmp/{'x' * 120}": "longer than 107 bytes",
             f"--socket={running.directory / 'file'}": "is not a socket",
             f"--socket={running.directory}/no/such/h.sock": (
-                f"No such file or directory; make {running.directory}/no/such, root's, the server's group's, mode 0750"
+                f"No such file or directory; create {running.directory}/no/such: "
+                "owner root, the server's group, mode 0750"
             ),
             f"--sysfs-root={running.directory}": "not a readable sysfs tree",
             f"--sysfs-root={running.directory}/nowhere": "not a readable sysfs tree",
             f"--sysfs-root={running.directory}/file": "not a readable sysfs tree",
             f"--audit-log={running.directory}/no/such/log": (
-                f"cannot be opened: No such file or directory; create {running.directory}/no/such: owner root, mode 0700"
+                f"cannot be opened: No such file or directory; create {running.directory}/no/such: "
+                "owner root, mode 0700"
             ),
             f"--audit-log={running.directory / 'file'}": "is not an audit log",
             f"--policy={running.directory}/nowhere": "cannot be read",
@@ -403,7 +405,7 @@ def test_on_the_real_sysfs_it_must_be_root() -> None:
         pytest.skip("this machine has no PCI bus in /sys")
     with helper(start=False) as running:
         assert run_as(1234, running, "--sysfs-root=/sys/./") == 2
-        assert "must run as root" in running.said()
+        assert "run the helper as root" in running.said()
 
 
 @needs_root

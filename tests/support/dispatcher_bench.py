@@ -15,7 +15,7 @@ import pytest
 from qat_helper import dispatch
 from qat_helper.audit import AuditLog, Caller
 from qat_helper.dispatch import Dispatcher
-from qat_helper.errors import UNSIGNED
+from qat_helper.errors import PENDING_HEAD
 from qat_helper.node import Node, Outcome
 from qat_helper.operations import OPERATIONS
 from qat_helper.policy import Policy
@@ -54,11 +54,13 @@ class Bench:
         node = Node(sysfs_root=directory, kubelet_dir=directory, server_gid=0, policy=policy)
         self.dispatcher = Dispatcher(node, self.audit, self.calls.__setitem__, self.calls.__delitem__, lambda: self.now)
 
-    def operation(self, request: type[AnyRequest], function: Function, at_once: int = 16) -> None:
-        self._table[request] = msgspec.structs.replace(self._table[request], function=function, at_once=at_once)
+    def operation(self, request: type[AnyRequest], function: Function, max_children: int = 16) -> None:
+        self._table[request] = msgspec.structs.replace(
+            self._table[request], function=function, max_children=max_children
+        )
 
     def ask(self, request: AnyRequest, owner: object = None) -> None:
-        self.dispatcher.ask(CALLER, request, self._answered, owner)
+        self.dispatcher.submit(CALLER, request, self._answered, owner)
 
     def _answered(self, outcome: Outcome) -> None:
         self.replies.append(outcome.reply)
@@ -101,12 +103,12 @@ def bind_other(number: int) -> BindDriver:
 
 
 def done(node: Node, request: AnyRequest) -> Outcome:
-    return Outcome(Bound(id=request.id, audit=UNSIGNED, driver="vfio-pci", changed=True))
+    return Outcome(Bound(id=request.id, audit=PENDING_HEAD, driver="vfio-pci", changed=True))
 
 
 def who(node: Node, request: AnyRequest) -> Outcome:
     """Tells which process did it."""
-    return Outcome(Bound(id=request.id, audit=UNSIGNED, driver=str(os.getpid()), changed=True))
+    return Outcome(Bound(id=request.id, audit=PENDING_HEAD, driver=str(os.getpid()), changed=True))
 
 
 class Gate:

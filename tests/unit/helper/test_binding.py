@@ -97,8 +97,8 @@ def test_what_is_open_is_busy_and_not_written_to(bench: Bench) -> None:
     bench.bind()
     bench.writes.seen.clear()
     with bench.kernel.open_vfio(VF):
-        assert "held open" in failed(bench.bind(driver="igb_uio"), ErrorCode.BUSY)
-        assert "held open" in failed(bench.release(), ErrorCode.BUSY)
+        assert "in use through vfio-pci" in failed(bench.bind(driver="igb_uio"), ErrorCode.BUSY)
+        assert "in use through vfio-pci" in failed(bench.release(), ErrorCode.BUSY)
         assert bound(bench.bind()) == ("vfio-pci", False), "to stay as it is harms nobody"
     assert bench.writes.seen == []
     assert bound(bench.bind(driver="igb_uio")) == ("igb_uio", True)
@@ -180,7 +180,7 @@ def test_a_device_that_goes_away_in_between_has_vanished(bench: Bench, monkeypat
         raise OSError(errno.ENODEV, "gone")
 
     monkeypatch.setattr(bench.writes, "write", write)
-    assert "went away" in failed(bench.bind(), ErrorCode.VANISHED, number=errno.ENODEV)
+    assert "was removed" in failed(bench.bind(), ErrorCode.VANISHED, number=errno.ENODEV)
 
 
 def test_a_short_write_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

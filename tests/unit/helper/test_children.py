@@ -12,7 +12,7 @@ import pytest
 
 from qat_helper import dispatch
 from qat_helper.child import Child
-from qat_helper.errors import UNSIGNED, OperationError
+from qat_helper.errors import PENDING_HEAD, OperationError
 from qat_helper.node import Node, Outcome
 from qat_shared.messages import (
     AnyRequest,
@@ -38,7 +38,7 @@ def test_no_child_and_no_descriptor_is_left(bench: Bench) -> None:
 
 
 def test_a_child_does_what_waits_of_the_same_kind_and_ends_when_nothing_of_it_is_at_work(bench: Bench) -> None:
-    bench.operation(BindDriver, who, at_once=2)
+    bench.operation(BindDriver, who, max_children=2)
     for number in range(20):
         bench.ask(bind_other(number))
     bench.run(lambda: len(bench.replies) == 20)
@@ -90,16 +90,16 @@ def test_few_children_are_idle(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_peer_that_goes_while_no_process_can_be_had(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer is not taken, so that it is dropped: what else it has asked for is not begun, none is ended twice."""
     gate, peer = Gate(bench), object()
-    bench.operation(BindDriver, gate, at_once=1)
+    bench.operation(BindDriver, gate, max_children=1)
     bench.ask(bind_other(1))
 
     def dropped(outcome: Outcome) -> None:
         bench.replies.append(outcome.reply)
         if len(bench.replies) == 2:  # the first of its answers
-            bench.dispatcher.forget(peer)
+            bench.dispatcher.cancel(peer)
 
     for number in (2, 3, 4):
-        bench.dispatcher.ask(CALLER, bind_other(number), dropped, peer)
+        bench.dispatcher.submit(CALLER, bind_other(number), dropped, peer)
     bench.ask(bind_other(5))
 
     def none_to_be_had(work: Callable[[AnyRequest], Outcome]) -> None:
@@ -120,10 +120,10 @@ def test_a_child_keeps_nothing_of_what_it_has_done(bench: Bench) -> None:
         found = f"{os.getpid()} {len(os.listdir('/proc/self/fd')) - 1}"  # without the one that lists them
         if request.id % 2:
             raise OperationError(ErrorCode.UNAVAILABLE, found)
-        reply = Bound(id=request.id, audit=UNSIGNED, driver=found, changed=False)
+        reply = Bound(id=request.id, audit=PENDING_HEAD, driver=found, changed=False)
         return Outcome(reply, os.open("/dev/null", os.O_RDONLY))
 
-    bench.operation(BindDriver, tell, at_once=1)
+    bench.operation(BindDriver, tell, max_children=1)
     for number in range(6):
         bench.ask(bind_other(number))
     bench.run(lambda: len(bench.replies) == 6)
@@ -144,7 +144,7 @@ def test_what_a_killed_child_had_to_do_has_failed_and_all_else_is_done(bench: Be
             os.kill(os.getpid(), signal.SIGKILL)
         return gate(node, request) if request.id == 1 else who(node, request)
 
-    bench.operation(BindDriver, end, at_once=2)
+    bench.operation(BindDriver, end, max_children=2)
     for number in (1, 2, 3):
         bench.ask(bind_other(number))
     bench.run(lambda: len(bench.replies) == 2)
@@ -210,7 +210,7 @@ def test_a_child_holds_nothing_of_its_parent(bench: Bench) -> None:
     def open_files(node: Node, request: AnyRequest) -> Outcome:
         paths = [f"/proc/self/fd/{number}" for number in range(3, 200)]
         links = [os.readlink(path) for path in paths if os.path.lexists(path)]
-        return Outcome(Bound(id=1, audit=UNSIGNED, driver=" ".join(links), changed=False))
+        return Outcome(Bound(id=1, audit=PENDING_HEAD, driver=" ".join(links), changed=False))
 
     bench.operation(BindDriver, open_files)
     bench.ask(bind(1))
@@ -221,7 +221,7 @@ def test_a_child_holds_nothing_of_its_parent(bench: Bench) -> None:
 
 
 def test_a_descriptor_that_comes_too_late_is_closed(bench: Bench) -> None:
-    gate = Gate(bench, lambda node, request: Outcome(Heartbeat(id=1, audit=UNSIGNED, alive=True), os.dup(2)))
+    gate = Gate(bench, lambda node, request: Outcome(Heartbeat(id=1, audit=PENDING_HEAD, alive=True), os.dup(2)))
     bench.operation(OpenKubeletSocket, gate)
     before = len(os.listdir("/proc/self/fd"))
     bench.ask(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=1000))
@@ -236,7 +236,7 @@ def test_a_descriptor_that_comes_too_late_is_closed(bench: Bench) -> None:
 
 def test_a_descriptor_is_passed_on(bench: Bench) -> None:
     def open_null(node: Node, request: AnyRequest) -> Outcome:
-        return Outcome(Heartbeat(id=1, audit=UNSIGNED, alive=True), os.open("/dev/null", os.O_RDONLY))
+        return Outcome(Heartbeat(id=1, audit=PENDING_HEAD, alive=True), os.open("/dev/null", os.O_RDONLY))
 
     bench.operation(OpenKubeletSocket, open_null)
     bench.ask(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION))

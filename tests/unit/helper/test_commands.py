@@ -282,7 +282,7 @@ def test_a_policy_that_cannot_be_used(tmp_path: Path, capfd: CAPTURE) -> None:
     assert main(["policy", "check", str(path)]) == 2
     shown = capfd.readouterr()
     assert shown.out == ""
-    assert f"{path} is not usable: Reboot is no operation - at `$.operations`" in shown.err
+    assert f"{path} is not usable: Reboot is not an operation - at `$.operations`" in shown.err
 
 
 def test_the_serving_helper_has_none_of_this() -> None:

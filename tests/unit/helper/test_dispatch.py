@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qat_helper import dispatch
-from qat_helper.errors import UNSIGNED, denied
+from qat_helper.errors import PENDING_HEAD, denied
 from qat_helper.node import Node, Outcome
 from qat_helper.policy import Policy
 from qat_shared.messages import (
@@ -30,7 +30,7 @@ def test_an_operation_is_audited_before_and_after(bench: Bench) -> None:
     assert bench.story() == [("asked", "", 0)], "the first line is there before anything is done"
     bench.now += 1.5
     bench.run(lambda: bench.replies)
-    assert bench.replies == [Bound(id=5, audit=UNSIGNED, driver="vfio-pci", changed=True)]
+    assert bench.replies == [Bound(id=5, audit=PENDING_HEAD, driver="vfio-pci", changed=True)]
     asked, ended = bench.lines()
     assert asked["peer"] == {"pid": 10, "uid": 20, "gid": 30}
     assert asked["arguments"] == {"address": "0000:6b:00.1", "driver": "vfio-pci"}
@@ -91,8 +91,8 @@ def test_what_outlasts_its_deadline_is_answered_left_alone_and_audited_late(benc
 
 def test_those_of_one_operation_that_cannot_end_keep_no_other_from_being_done(bench: Bench) -> None:
     gate = Gate(bench)
-    bench.operation(BindDriver, gate, at_once=2)
-    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=9, audit=UNSIGNED, alive=True)))
+    bench.operation(BindDriver, gate, max_children=2)
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=9, audit=PENDING_HEAD, alive=True)))
     for number in range(1, 6):
         bench.ask(bind(number, function=number))
     assert len(bench.calls) == 2
@@ -103,14 +103,14 @@ def test_those_of_one_operation_that_cannot_end_keep_no_other_from_being_done(be
 
 
 def test_what_waits_is_bounded_and_ends_with_who_asked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "MAX_WAITING", 3)
+    monkeypatch.setattr(dispatch, "MAX_QUEUED", 3)
     gate = Gate(bench)
-    bench.operation(BindDriver, gate, at_once=1)
+    bench.operation(BindDriver, gate, max_children=1)
     leaver = object()
     for number in range(1, 6):
         bench.ask(bind(number, function=number), leaver if number in (2, 3) else None)
     assert [failure(reply).code for reply in bench.replies] == [ErrorCode.BUSY], "the first runs, three wait"
-    bench.dispatcher.forget(leaver)
+    bench.dispatcher.cancel(leaver)
     assert len(bench.calls) == 1
     gate.stand_open(bench, lambda: len(bench.lines()) == 9 and not bench.calls)
     assert Counter(event for event, _, _ in bench.story()) == {"asked": 4, "done": 4, "refused": 1}
@@ -137,7 +137,7 @@ def test_a_read_that_its_device_forbids_has_a_line(bench: Bench, monkeypatch: py
 
 def test_more_than_may_run_wait_and_time_out_unbegun(bench: Bench) -> None:
     gate = Gate(bench)
-    bench.operation(BindDriver, gate, at_once=1)
+    bench.operation(BindDriver, gate, max_children=1)
     bench.ask(bind(1, function=1))
     bench.ask(bind(2, function=2))
     assert len(bench.calls) == 1
@@ -161,7 +161,7 @@ def test_a_log_that_cannot_be_written_refuses_all_but_heartbeats(bench: Bench, m
         return done(node, request)
 
     bench.operation(BindDriver, touch)
-    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=UNSIGNED, alive=True)))
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=PENDING_HEAD, alive=True)))
     full = os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(bench.audit, "_descriptor", full)
     bench.ask(bind(1))
@@ -192,7 +192,7 @@ def test_policy_comes_first_and_a_denial_is_audited(tmp_path: Path, monkeypatch:
 def test_the_last_line_tells_what_was_counted_and_what_goes_on(bench: Bench) -> None:
     gate = Gate(bench)
     bench.operation(BindDriver, gate)
-    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=UNSIGNED, alive=True)))
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=PENDING_HEAD, alive=True)))
     bench.ask(ReadHeartbeat(id=2, address=VF))
     bench.run(lambda: bench.replies)
     bench.ask(bind(1))

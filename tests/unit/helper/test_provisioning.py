@@ -180,7 +180,7 @@ def test_nothing_is_written_while_any_vf_is_open(bench: Bench, vf: str) -> None:
     pm_idle = SetPmIdle(id=1, address=at(PF), on=False)
     with bench.kernel.open_vfio(vf):
         for reply in (bench.services(), bench.vfs(0), bench.ask(pm_idle)):
-            assert failed(reply, ErrorCode.BUSY).startswith(f"{vf}, a VF of {PF}, is held open")
+            assert failed(reply, ErrorCode.BUSY).startswith(f"{vf}, a VF of {PF}, is in use")
         assert bench.writes.seen == []
         assert changed(bench.ask(SetAutoReset(id=1, address=at(PF), on=True))) == ("off", "on"), "takes nothing away"
     assert changed(bench.services()) == ("dc", "asym;sym")
@@ -307,7 +307,7 @@ def test_a_pf_that_goes_away_meanwhile(bench: Bench, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench.writes, "write", write)
     reply = bench.services()
     assert isinstance(reply, Failure)
-    assert (reply.code, reply.message) == (ErrorCode.VANISHED, f"{PF} went away meanwhile")
+    assert (reply.code, reply.message) == (ErrorCode.VANISHED, f"{PF} was removed during the operation")
 
 
 def test_a_write_that_the_kernel_forgets_is_no_success(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qat_helper.audit import Caller
-from qat_helper.errors import UNSIGNED
+from qat_helper.errors import PENDING_HEAD
 from qat_helper.node import Outcome
 from qat_helper.operations import NAMES
 from qat_helper.policy import Policy, Rate
@@ -36,7 +36,7 @@ def test_audited_requests_have_an_allowance(tmp_path: Path, monkeypatch: pytest.
     refused = [failure(reply) for reply in bench.replies if isinstance(reply, Failure)]
     assert [(reply.code, reply.rule) for reply in refused] == [(ErrorCode.BUSY, "rates.all")] * 2
     assert refused[0].message == (
-        "more than 10 audited requests a second, after 3 at once: ask less often, or raise rates.all in the helper's "
+        "rate limit: 3 audited requests at once, then 10 a second; send fewer, or raise rates.all in the helper's "
         "policy file"
     )
     lines = bench.lines()
@@ -65,14 +65,14 @@ def test_an_operation_may_have_a_limit_of_its_own(tmp_path: Path, monkeypatch: p
     rates = {"ReadHeartbeat": Rate(burst=1, per_second=0.5), "BindDriver": Rate(burst=2, per_second=1)}
     bench = limited(tmp_path, monkeypatch, **rates)
     bench.operation(BindDriver, done)
-    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=UNSIGNED, alive=True)))
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=PENDING_HEAD, alive=True)))
     for number in range(4):
         for request in (bind(number), ReadHeartbeat(id=number, address=VF)):
             bench.ask(request)
             bench.run(lambda: not bench.calls)
     refused = [failure(reply) for reply in bench.replies if isinstance(reply, Failure)]
     assert Counter(reply.rule for reply in refused) == {"rates.ReadHeartbeat": 3, "rates.BindDriver": 2}
-    assert refused[0].message.startswith("more than 0.5 ReadHeartbeat a second, after 1 at once: ")
+    assert refused[0].message.startswith("rate limit: 1 ReadHeartbeat at once, then 0.5 a second; ")
     assert [line["result"]["rule"] for line in bench.lines() if line["event"] == "refused"] == [
         "rates.ReadHeartbeat",
         "rates.BindDriver",
@@ -85,7 +85,7 @@ def test_lines_about_refusals_count_as_audited(tmp_path: Path, monkeypatch: pyte
     bench = limited(
         tmp_path, monkeypatch, all=Rate(burst=3, per_second=0.01), ReadHeartbeat=Rate(burst=1, per_second=1)
     )
-    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=1, audit=UNSIGNED, alive=True)))
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=1, audit=PENDING_HEAD, alive=True)))
     for number in range(8):
         bench.ask(ReadHeartbeat(id=number, address=VF))
         bench.run(lambda: not bench.calls)
@@ -102,7 +102,7 @@ def test_denied_reads_and_strangers_cannot_fill_the_disk(tmp_path: Path, monkeyp
         bench.ask(ReadHeartbeat(id=number, address=elsewhere))
     assert [failure(reply).rule for reply in bench.replies] == ["addresses"] * 5
     for uid in range(5):
-        assert bench.dispatcher.turn_away(Caller(pid=1, uid=1000 + uid, gid=1)).rule == "server-uid"
+        assert bench.dispatcher.reject(Caller(pid=1, uid=1000 + uid, gid=1)).rule == "server-uid"
     assert bench.story() == [("refused", "denied", 0)] * 6
     bench.dispatcher.stop()
     assert bench.lines()[-1]["arguments"] == {"ReadHeartbeat denied, not written": 2, "turned away, not written": 2}

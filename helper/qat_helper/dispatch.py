@@ -36,7 +36,7 @@ _REJECTED_UIDS: Final = -1
 _LISTED: Final = 32
 _VF_OF: Final = "vf of"
 
-Reply = Callable[[Outcome], None]
+ReplyTo = Callable[[Outcome], None]
 Key = tuple[str, str]
 """What an operation works on: a word of the table's column `exclusive`, and an address."""
 
@@ -45,7 +45,7 @@ class Job:
     """A request in progress. Times are of the monotonic clock."""
 
     def __init__(
-        self, caller: Caller, request: AnyRequest, reply_to: Reply, owner: object, clock: Callable[[], float]
+        self, caller: Caller, request: AnyRequest, reply_to: ReplyTo, owner: object, clock: Callable[[], float]
     ) -> None:
         self.caller = caller
         self.owner = owner
@@ -64,7 +64,7 @@ class Job:
         self.excludes: tuple[Key, ...] = ()
 
     def claim(self, root: Path) -> None:
-        """Set the keys that this job holds while it runs, and those that no running job may hold."""
+        """Set the keys that this job holds until it ends, and those that no unfinished job may hold."""
         exclusive, address = self.operation.exclusive, str(getattr(self.request, "address", ""))
         if exclusive == PF:
             self.holds = ((PF, address),)
@@ -139,7 +139,7 @@ class Dispatcher:
         self._busy: Counter[Key] = Counter()
         self._counters: Counter[str] = Counter()
 
-    def submit(self, caller: Caller, request: AnyRequest, reply_to: Reply, owner: object = None) -> None:
+    def submit(self, caller: Caller, request: AnyRequest, reply_to: ReplyTo, owner: object = None) -> None:
         """Perform or refuse a request. `reply_to` is called once, now or later."""
         job = Job(caller, request, reply_to, owner, self._clock)
         operation = job.operation
@@ -154,7 +154,7 @@ class Dispatcher:
             job.claim(self._node.sysfs_root)
             if any(self._busy[key] for key in job.excludes):
                 raise OperationError(
-                    ErrorCode.BUSY, "an earlier operation on this device is still running: try again later"
+                    ErrorCode.BUSY, "an earlier operation on this device has not finished: try again later"
                 )
             if sum(waiting.operation is operation for waiting in self._queue) >= MAX_QUEUED:
                 raise OperationError(ErrorCode.BUSY, f"{MAX_QUEUED} requests of this kind are already queued")
@@ -193,7 +193,7 @@ class Dispatcher:
         return max(0.0, min(deadlines) - self._clock()) if deadlines else None
 
     def expire(self) -> None:
-        """Reply timed-out for each job that has outlasted its deadline."""
+        """ReplyTo timed-out for each job that has outlasted its deadline."""
         now = self._clock()
         for job in [job for job in self._unanswered() if job.deadline <= now]:
             why = f"{job.operation.name} did not finish in time: it may still complete"

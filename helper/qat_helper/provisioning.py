@@ -69,19 +69,17 @@ def set_num_vfs(node: Node, request: SetNumVfs) -> Outcome:
         if request.count > total:
             raise denied("vf-count", f"{pf.address} can have at most {total} VFs")
         if request.count:
-            node.policy.check_vf_count(pf.address, total)  # the QAT driver ignores the number
+            node.policy.check_vf_count(pf.address, total)  # the QAT driver enables all, whatever number is written
         before = _read(pf, _NUM_VFS)
         if (before != "0") != (request.count != 0):
             if request.count == 0:
                 _check_vfs_unused(node, pf)
-            # Otherwise the kernel's VF driver binds each new VF first. Binding by driver_override works with both.
+            # Without this, the kernel's VF driver binds each new VF first. Binding by driver_override works either way.
             _write(pf, "sriov_drivers_autoprobe", "0" if request.count else "1")
             _write(pf, _NUM_VFS, str(request.count))
         now = _read(pf, _NUM_VFS)
         if (now != "0") != (request.count != 0):
-            raise OperationError(
-                ErrorCode.KERNEL, f"{pf.address} has {now} VFs after {request.count} was written to sriov_numvfs"
-            )
+            raise OperationError(ErrorCode.KERNEL, f"{pf.address} has {now} VFs, {request.count} were requested")
         return _outcome(request, before, now)
 
 

@@ -62,7 +62,7 @@ class ErrorCode(StrEnum):
     MALFORMED = "malformed"  # the message could not be decoded
     PROTOCOL = "protocol"  # no Hello, or helper and server have different protocols
     DENIED = "denied"  # by policy: Failure.rule names the rule
-    BUSY = "busy"  # in use, or an earlier operation on it is still running
+    BUSY = "busy"  # in use, or an earlier operation on it has not finished
     VANISHED = "vanished"  # no such device, or it was removed during the operation
     UNAVAILABLE = "unavailable"  # the kubelet's socket or a file of the driver does not exist
     KERNEL = "kernel"  # the kernel refused: Failure.errno

@@ -88,7 +88,7 @@ def test_an_interrupted_operation_is_shown_as_such() -> None:
         with running.connect() as client:
             assert isinstance(prepare(client), Done)
             client.send(OpenKubeletSocket(id=2, service=KubeletService.REGISTRATION, wait_ms=10_000, reason="waits"))
-            wait_until(lambda: running.lines()[-1].get("operation") == "OpenKubeletSocket")
+            wait_until(lambda: running.audit_lines()[-1].get("operation") == "OpenKubeletSocket")
             status, said = audit("show", "--verdict", "under way", str(running.audit))
             assert said.count("\n") == 2
             running.stop(signal.SIGKILL)
@@ -148,8 +148,8 @@ def test_on_a_full_disk_audited_operations_are_refused_and_reads_go_on(small_dis
             while rotate and len(files(running)) == 1:  # how many lines that takes depends on how long they are
                 assert isinstance(prepare(client), Done)
         running.stop()
-        assert running.said().count("cannot be written") == 1
-        assert running.said().count("can be written again") == 1
+        assert running.log_text().count("cannot be written") == 1
+        assert running.log_text().count("can be written again") == 1
         status, said = audit("verify", *files(running))
         assert status == 0, said
         assert len(files(running)) == (2 if rotate else 1)
@@ -247,7 +247,9 @@ def test_the_policy_files_limits_hold_and_name_their_rule() -> None:
             running.tree.bind(VF, "vfio-pci")
             reply = client.ask(BindDriver(id=1, address=address(VF), driver=DpdkDriver.VFIO_PCI))
             assert not isinstance(reply, Bound)
-        lines = [(line["operation"], line["result"]["rule"]) for line in running.lines() if line["event"] == "refused"]
+        lines = [
+            (line["operation"], line["result"]["rule"]) for line in running.audit_lines() if line["event"] == "refused"
+        ]
         assert lines == [("ReadHeartbeat", "rates.ReadHeartbeat"), ("BindDriver", "drivers")]
 
 

@@ -38,7 +38,7 @@ from qat_shared.messages import (
     Welcome,
 )
 from support.conditions import wait_until
-from support.helper_process import PF, VF, VF2, Helper, failure, forked, heartbeat, helper, needs_root
+from support.helper_process import PF, VF, VF2, Helper, failure, heartbeat, helper, needs_root, run_as_user
 from support.sysfs_tree import address
 
 
@@ -169,23 +169,23 @@ def test_a_blocked_read_holds_up_nobody_and_no_clean_end(running: Helper) -> Non
         wait_until(running.children)
         assert failure(other.ask(ReadHeartbeat(id=6, address=address(PF))))[1] is ErrorCode.BUSY
         assert running.stop() == 0, "it does not wait for the child, which does not end before it is let go below"
-    assert "ReadHeartbeat" in running.lines()[-1]["arguments"]["unfinished"]
+    assert "ReadHeartbeat" in running.audit_lines()[-1]["arguments"]["unfinished"]
     status.open("w").close()  # lets the child end
 
 
 def test_a_peer_that_goes_away_leaves_an_audited_operation(running: Helper) -> None:
     with running.connect() as client:
         client.send(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=200))
-        wait_until(lambda: running.lines()[-1]["event"] == "asked")
-    wait_until(lambda: running.lines()[-1]["event"] == "done")
-    assert running.lines()[-1]["result"]["code"] == "unavailable"
+        wait_until(lambda: running.audit_lines()[-1]["event"] == "asked")
+    wait_until(lambda: running.audit_lines()[-1]["event"] == "done")
+    assert running.audit_lines()[-1]["result"]["code"] == "unavailable"
 
 
 def test_the_kubelets_socket_is_passed_once_it_is_there(running: Helper) -> None:
     with running.connect() as client, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet:
         kubelet.bind(str(running.directory / "kubelet/device-plugins/kubelet.sock"))
         client.send(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=10_000))
-        wait_until(lambda: running.lines()[-1]["event"] == "asked")
+        wait_until(lambda: running.audit_lines()[-1]["event"] == "asked")
         before = running.open_files()
         kubelet.listen()
         packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 2)
@@ -218,7 +218,7 @@ def test_binding_is_checked_and_audited(running: Helper) -> None:
         reply = bind(VF)
         assert isinstance(reply, Bound)
         assert (reply.driver, reply.changed) == ("vfio-pci", False)
-        assert reply.audit.sequence == running.lines()[-1]["sequence"]
+        assert reply.audit.sequence == running.audit_lines()[-1]["sequence"]
         denied = bind(PF)
         assert isinstance(denied, Failure)
         assert (denied.code, denied.rule) == (ErrorCode.DENIED, "virtual-functions-only")
@@ -227,7 +227,7 @@ def test_binding_is_checked_and_audited(running: Helper) -> None:
         assert isinstance(foreign, Failure)
         assert (foreign.code, foreign.rule) == (ErrorCode.DENIED, "foreign-driver")
         assert failure(bind("ffff:ff:1f.7"))[1] is ErrorCode.VANISHED
-    assert [(line["event"], line.get("verdict", "")) for line in running.lines()[1:]] == [
+    assert [(line["event"], line.get("verdict", "")) for line in running.audit_lines()[1:]] == [
         ("asked", ""),
         ("done", "ok"),
         ("asked", ""),
@@ -264,8 +264,8 @@ def test_a_clean_end_removes_the_socket_and_is_audited(running: Helper, how: sig
         assert running.stop(how) == 0
         assert client.at_end()
     assert not running.socket.exists()
-    assert running.lines()[-1]["event"] == "stop"
-    assert running.lines()[-1]["arguments"] == {"ReadHeartbeat": 1}
+    assert running.audit_lines()[-1]["event"] == "stop"
+    assert running.audit_lines()[-1]["arguments"] == {"ReadHeartbeat": 1}
 
 
 def test_the_socket_is_the_servers_groups_and_nobody_elses(running: Helper) -> None:
@@ -301,7 +301,7 @@ def test_an_idle_helper_does_not_wake_up(running: Helper) -> None:
 
 
 def test_a_stale_socket_is_replaced_and_a_live_one_is_not(running: Helper) -> None:
-    assert "another process is listening" in Helper.refused(running_copy(running), f"--socket={running.socket}")
+    assert "another process is listening" in Helper.start_failure(running_copy(running), f"--socket={running.socket}")
     running.stop(signal.SIGKILL)
     assert running.socket.exists()
     running.start()
@@ -318,7 +318,7 @@ def running_copy(running: Helper) -> Helper:
 
 def test_two_helpers_do_not_write_one_log(running: Helper) -> None:
     second = running_copy(running)
-    assert "another helper is writing" in second.refused(f"--audit-log={running.audit}")
+    assert "another helper is writing" in second.start_failure(f"--audit-log={running.audit}")
 
 
 def test_the_chain_goes_on_after_being_killed(running: Helper) -> None:
@@ -326,8 +326,8 @@ def test_the_chain_goes_on_after_being_killed(running: Helper) -> None:
         client.ask(PrepareSocketDirectory(id=1))
     running.stop(signal.SIGKILL)
     running.start()
-    assert [line["sequence"] for line in running.lines()] == [1, 2, 3, 4]
-    assert [line["event"] for line in running.lines()] == ["start", "asked", "done", "start"]
+    assert [line["sequence"] for line in running.audit_lines()] == [1, 2, 3, 4]
+    assert [line["event"] for line in running.audit_lines()] == ["start", "asked", "done", "start"]
 
 
 def test_a_socket_that_is_not_ours_any_more_is_not_removed(running: Helper) -> None:
@@ -360,7 +360,7 @@ def test_where_it_cannot_work_it_says_so_in_one_sentence() -> None:
             f"--policy={running.directory}/bad.toml": "nonsense",
         }
         for option, said in cases.items():
-            assert said in running.refused(option), option
+            assert said in running.start_failure(option), option
         assert not running.socket.exists()
 
 
@@ -378,7 +378,7 @@ def test_a_wrong_option_is_refused() -> None:
 
 def test_options_come_from_the_environment_too() -> None:
     with helper(start=False) as running:
-        said = running.refused(env=os.environ | {"QAT_HELPER_POLICY": "/nowhere/policy.toml"})
+        said = running.start_failure(env=os.environ | {"QAT_HELPER_POLICY": "/nowhere/policy.toml"})
         assert "/nowhere/policy.toml" in said
 
 
@@ -396,7 +396,7 @@ def run_as(uid: int, running: Helper, *options: str) -> int:
     running.log.touch()
     for path in (running.directory, *running.directory.rglob("*")):
         os.chown(path, uid, uid, follow_symlinks=False)
-    return forked(uid, uid, [run])
+    return run_as_user(uid, uid, [run])
 
 
 @needs_root
@@ -405,19 +405,19 @@ def test_on_the_real_sysfs_it_must_be_root() -> None:
         pytest.skip("this machine has no PCI bus in /sys")
     with helper(start=False) as running:
         assert run_as(1234, running, "--sysfs-root=/sys/./") == 2
-        assert "run the helper as root" in running.said()
+        assert "run the helper as root" in running.log_text()
 
 
 @needs_root
 def test_on_a_simulated_tree_anybody_may_run_it() -> None:
     with helper(start=False) as running:
         assert run_as(1234, running, "--server-gid=4321") == 2
-        assert "run the helper in that group" in running.said()
+        assert "run the helper in that group" in running.log_text()
         thread = threading.Thread(target=run_as, args=(1234, running, "--server-gid=1234"))
         thread.start()
-        wait_until(lambda: "serving on" in running.said())
+        wait_until(lambda: "serving on" in running.log_text())
         with running.connect() as client:
             assert isinstance(heartbeat(client), Heartbeat)
-        os.kill(running.lines()[-1]["arguments"]["pid"], signal.SIGTERM)
+        os.kill(running.audit_lines()[-1]["arguments"]["pid"], signal.SIGTERM)
         thread.join()
-        assert running.lines()[-1]["event"] == "stop"
+        assert running.audit_lines()[-1]["event"] == "stop"

@@ -1,4 +1,4 @@
-"""Whether a log that somebody has edited is found out: each kind of edit by example."""
+"""Edits of a log are detected: one example for each kind of edit."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from support.audit_logs import Lines, Written, check, edited, forged, write
 
 
 def faults(lines: Lines, **heads: AuditHead) -> list[tuple[int, str]]:
-    """Of a log in one file: line and text."""
+    """The faults of a log in one file: line and text."""
     return [(fault.line, fault.text) for fault in check({"log": lines}, **heads).faults]
 
 
@@ -31,7 +31,7 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
         lambda six: [*six[:2], six[2].replace(b"BindDriver", b"BindDriveR"), *six[3:]],
         [(4, "does not hold the hash of log:3: that line was changed")],
     ),
-    "changed so that it is no line": (
+    "changed so that it is not a line": (
         lambda six: [*six[:2], six[2][:-1], *six[3:]],
         [(3, "was changed or inserted: it is not a line of an audit log")],
     ),
@@ -124,7 +124,7 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
 
 
 @pytest.mark.parametrize(("edit", "expected"), EXAMPLES.values(), ids=EXAMPLES)
-def test_an_edit_is_found_and_named(
+def test_an_edit_is_found_and_located(
     six: Written, edit: Callable[[Lines], Lines], expected: list[tuple[int, str]]
 ) -> None:
     assert faults(edit(six.lines)) == expected
@@ -148,27 +148,27 @@ def test_a_cut_off_end_shows_only_against_a_head(six: Written) -> None:
     ]
 
 
-def test_a_head_of_an_earlier_moment_is_in_the_log(six: Written) -> None:
+def test_an_earlier_head_is_in_the_log(six: Written) -> None:
     third = AuditHead(sequence=3, hash=hashlib.sha256(six.lines[2]).hexdigest())
     assert faults(six.lines, head=third) == []
     assert faults(six.lines, head=BEGINNING) == []
 
 
-def test_a_log_written_anew_shows_only_against_a_head(six: Written, tmp_path: Path) -> None:
-    anew = [edited(six.lines[0], reason="another story")]
+def test_a_rewritten_log_shows_only_against_a_head(six: Written, tmp_path: Path) -> None:
+    anew = [edited(six.lines[0], reason="another events")]
     for line in six.lines[1:]:
         anew.append(edited(line, previous=hashlib.sha256(anew[-1]).hexdigest()))
     assert faults(anew) == []
     assert faults(anew, head=six.head) == [(6, OTHER)]
 
 
-def test_the_last_line_is_held_by_a_head_only(six: Written) -> None:
+def test_only_a_head_protects_the_last_line(six: Written) -> None:
     changed = [*six.lines[:5], edited(six.lines[5], operation="ReleaseDriver")]
     assert faults(changed) == []
     assert faults(changed, head=six.head) == [(6, OTHER)]
 
 
-def test_a_log_whose_older_part_was_put_away_continues_its_head(six: Written) -> None:
+def test_a_log_without_its_older_files_continues_their_head(six: Written) -> None:
     second = AuditHead(sequence=2, hash=hashlib.sha256(six.lines[1]).hexdigest())
     assert faults(six.lines[2:], after=second, head=six.head) == []
     assert faults(six.lines[2:], after=second, head=second) == []
@@ -198,7 +198,7 @@ def test_files_are_taken_in_the_order_of_their_lines(tmp_path: Path) -> None:
     assert [fault.text[:20] for fault in check(without, head=written.head).faults] == ["the end was cut off:"]
 
 
-def test_an_unfinished_end_is_no_fault_and_its_removal_later_is_one(tmp_path: Path) -> None:
+def test_a_torn_end_is_not_a_fault_but_its_later_removal_is(tmp_path: Path) -> None:
     written = write(tmp_path, 6, 0, torn=frozenset({3}))
     assert [line.endswith(b"#torn") for line in written.lines] == [False, False, False, True, False, False, False]
     verdict = check(written.files)

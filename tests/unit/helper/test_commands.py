@@ -1,4 +1,4 @@
-"""The commands beside serving: what they print, and how they end."""
+"""The commands other than serving: their output and exit status."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from qat_helper.main import main
 
 PEER = Caller(pid=812, uid=65532, gid=65532)
 CAPTURE = pytest.CaptureFixture[str]
-"""Of descriptors: what the helper says goes past Python's own streams."""
+"""Captures at descriptor level: the helper's log bypasses Python's own streams."""
 
 
 def day(path: Path) -> AuditLog:
-    """A log in which everything occurs, from 08:00 on, a line a minute."""
+    """A log with every kind of event, from 08:00 on, one line per minute."""
     times = iter(range(1_767_254_400, 1_767_340_800, 60))
     log = AuditLog(path, clock=lambda: float(next(times)))
 
@@ -77,7 +77,7 @@ line  time                      operation               device        uid    pid
 8     2026-01-01T08:07:00.000Z  (start)                 -             -      -    -            -     version=0.1.0 pid=1 uid=0
 9     2026-01-01T08:08:00.000Z  OpenKubeletSocket       -             65532  812  late         12.3  service=registration; serve it to pods
 11    2026-01-01T08:10:00.000Z  PrepareSocketDirectory  -             65532  812  under way    -     directory=device-plugins; serve it to pods
-"""  # noqa: E501  it is a table
+"""  # noqa: E501  a table
 
 
 def test_the_table(log: Path, capfd: CAPTURE) -> None:
@@ -85,7 +85,7 @@ def test_the_table(log: Path, capfd: CAPTURE) -> None:
     assert capfd.readouterr().out == TABLE
 
 
-def test_a_line_of_another_version_is_not_passed_over_in_silence(log: Path, capfd: CAPTURE) -> None:
+def test_a_line_of_another_version_is_reported(log: Path, capfd: CAPTURE) -> None:
     with log.open("ab") as file:
         file.write(b'{"sequence":12,"event":"asked","operation":7,"previous":""}\n')
     assert run(["audit", "show", str(log)]) == 0
@@ -132,7 +132,7 @@ def test_json_has_both_ends_of_an_operation(log: Path, capfd: CAPTURE) -> None:
     }
 
 
-def test_a_table_of_an_edited_log_says_so_and_controls_no_terminal(log: Path, capfd: CAPTURE) -> None:
+def test_the_table_of_an_edited_log_warns_and_holds_no_control_characters(log: Path, capfd: CAPTURE) -> None:
     log.write_bytes(log.read_bytes().replace(b"serve it to pods", b"\\u001b[2J\\u202e", 1))
     assert run(["audit", "show", str(log)]) == 0
     shown = capfd.readouterr()
@@ -161,7 +161,7 @@ def test_verify_names_each_fault_with_file_and_line(log: Path, capfd: CAPTURE) -
     ]
 
 
-def test_without_files_the_helpers_own_and_its_older_ones(
+def test_the_default_is_the_helpers_own_log_and_its_rotated_files(
     tmp_path: Path, capfd: CAPTURE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "audit.jsonl"
@@ -178,7 +178,7 @@ def test_without_files_the_helpers_own_and_its_older_ones(
 
 
 @pytest.mark.parametrize("head", ["", "12", "12:abc", "-1:" + "0" * 64, "1:" + "A" * 64, "1:" + "0" * 64 + "\n"])
-def test_what_is_no_head(log: Path, head: str, capfd: CAPTURE) -> None:
+def test_invalid_heads(log: Path, head: str, capfd: CAPTURE) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(["audit", "verify", f"--head={head}", str(log)])
     assert "a head is a line's number, a colon" in capfd.readouterr().err
@@ -187,7 +187,7 @@ def test_what_is_no_head(log: Path, head: str, capfd: CAPTURE) -> None:
 @pytest.mark.parametrize(
     "arguments", [["audit"], ["policy"], ["audit", "erase"], ["audit", "show", "--since", "today"]]
 )
-def test_what_is_no_command(arguments: list[str], capfd: CAPTURE) -> None:
+def test_invalid_commands(arguments: list[str], capfd: CAPTURE) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage: qat-helper" in capfd.readouterr().err
@@ -208,7 +208,7 @@ rates.BindDriver = { burst = 64, per_second = 0.5 }
 rates.all = { burst = 100, per_second = 2 }
 """
 
-# The operations that the file does not allow are those of the table, whichever they are.
+# The denied operations are all others of the table.
 EXPLAINED = (
     "Allowed uids: that of --server-uid, and 1000, 1001.",
     "Allowed operations:",
@@ -250,7 +250,7 @@ def test_a_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
     if os.geteuid() != 0:
         assert lines.pop(1).startswith("But it belongs to uid")
     assert [line for line in lines[1:] if line in EXPLAINED] == list(EXPLAINED)
-    assert all(line.startswith("  ") for line in lines[1:] if line not in EXPLAINED), "other operations that are denied"
+    assert all(line.startswith("  ") for line in lines[1:] if line not in EXPLAINED), "the other denied operations"
 
 
 def test_an_empty_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
@@ -285,14 +285,14 @@ def test_a_policy_that_cannot_be_used(tmp_path: Path, capfd: CAPTURE) -> None:
     assert f"{path} is not usable: Reboot is not an operation - at `$.operations`" in shown.err
 
 
-def test_the_serving_helper_has_none_of_this() -> None:
+def test_the_serving_helper_loads_none_of_this() -> None:
     code = "import sys, qat_helper.main; print(*(name for name in sys.modules if name.startswith('qat_helper')))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "qat_helper.audit" in loaded
     assert not {f"qat_helper.{name}" for name in ("commands", "verify", "show", "explain")} & set(loaded)
 
 
-def test_whoever_stops_reading_is_no_error(log: Path) -> None:
+def test_a_reader_that_stops_is_not_an_error(log: Path) -> None:
     command = [sys.executable, "-c", "import sys; from qat_helper.main import main; sys.exit(main())", "audit", "show"]
     process = subprocess.Popen([*command, str(log)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

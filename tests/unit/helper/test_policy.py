@@ -1,4 +1,4 @@
-"""The helper's rules: who may ask for what, of which device, and what a policy file can and cannot change."""
+"""The policy: who may request what for which device, and what a policy file can change."""
 
 import os
 import re
@@ -33,7 +33,7 @@ VF = address("6b:00.1")
 
 
 def rule_of(check: Callable[[], object]) -> str:
-    """The rule that denies it, "" when nothing does."""
+    """The rule of the denial, "" when nothing is denied."""
     try:
         check()
     except OperationError as error:
@@ -85,7 +85,7 @@ def test_which_devices_may_be_read(tmp_path: Path, number: int, rule: str) -> No
         assert rule_of(lambda: BUILTIN.check_physical(device)) == rule
 
 
-def test_only_the_ids_that_are_named_may_be_used(tmp_path: Path) -> None:
+def test_only_the_listed_ids_are_allowed(tmp_path: Path) -> None:
     policy = Policy(uids=frozenset(), operations=NAMES, device_ids=frozenset({(0x8086, 0x4941), (0x8086, 0x4942)}))
     tree = SysfsTree(tmp_path / "sys")
     found = {}
@@ -114,7 +114,7 @@ def test_extra_physical_ids_may_be_provisioned_but_not_bound(tmp_path: Path) -> 
         assert rule_of(lambda: policy.check_virtual(device)) == "device-table"
 
 
-def test_a_pf_may_be_given_so_many_vfs() -> None:
+def test_max_vfs() -> None:
     policy = Policy(uids=frozenset(), operations=NAMES, max_vfs=4)
     assert [rule_of(partial(policy.check_vf_count, VF, count)) for count in (0, 4, 5, 16)] == [
         "",
@@ -268,7 +268,7 @@ def test_a_file_that_others_could_have_written_is_refused(tmp_path: Path) -> Non
     path.chmod(0o644)
     link = tmp_path / "elsewhere" / "link.toml"
     link.parent.mkdir(mode=0o777)
-    link.parent.chmod(0o777)  # as a ConfigMap's mount: what counts is where the file itself is
+    link.parent.chmod(0o777)  # like a ConfigMap's mount: only the directory of the file itself counts
     link.symlink_to(path)
     assert narrow(BUILTIN, link, os.geteuid()) == BUILTIN
     for mode in (0o775, 0o757, 0o1777):

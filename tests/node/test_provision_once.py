@@ -127,7 +127,7 @@ async def test_without_a_helper_or_with_bad_settings() -> None:
         status, said = await provision(node, config)
         assert (status, said) == (
             WRONG,
-            "qat-plugin: qat.conf line 2: ServicesEnabled: stands in line 1 already; keep one of the two\n",
+            "qat-plugin: qat.conf line 2: ServicesEnabled: is already set on line 1; remove one of the two\n",
         )
         assert (await provision(node, config, "--wait=soon"))[0] == WRONG
         assert (await provision(node, config, "--kernel-vf-drivers=none"))[0] == WRONG
@@ -144,7 +144,7 @@ def described(tmp_path: Path, node: Node) -> str:
     [
         ({}, 0, "4 VFs"),
         ({"qat.conf": "ServicesEnabled=dc"}, 0, "services dc, 4 VFs"),
-        ({"qat.conf": "ServicesEnabled=sym;asym;dc"}, 1, "it takes two services at most"),
+        ({"qat.conf": "ServicesEnabled=sym;asym;dc"}, 1, "it supports at most two services"),
         ({"qat.toml": "defaults.vfs = 0"}, 0, "none"),
     ],
 )
@@ -167,7 +167,7 @@ async def test_config_check_of_a_tree_and_of_files_that_are_wrong(tmp_path: Path
         assert (status, "services dc, 4 VFs" in row(said, PF1)) == (0, True)
         config.write({"qat.toml": "\n[[rules]]\nservices = 'dc'\n"})
         status, said = await run("config", "check", str(config.directory), root)
-        assert (status, "qat.toml line 2: rules[0]: names no PF" in said) == (2, True)
+        assert (status, "qat.toml line 2: rules[0]: selects no PF" in said) == (2, True)
         broken = tmp_path / "broken.json"
         broken.write_text(json.dumps({"pfs": [{"address": "6b"}]}))
         status, said = await run("config", "check", str(config.directory), "--node", str(broken))

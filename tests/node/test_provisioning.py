@@ -181,7 +181,7 @@ async def test_a_drained_pf_gives_no_vf_to_new_pods() -> None:
         status = await node.until_status("it waits", lambda status: of(status).stage == "waiting")
         assert [vf.reason for vf in status.vfs] == [
             "",
-            *[f"PF {PF0} is drained: it is provisioned when its other VFs are free"] * 3,
+            *[f"PF {PF0} is being drained: it is provisioned when its other VFs are free"] * 3,
         ]
         config.write(CRYPTO)  # not wanted any more
         await serves(node, {CY: 4})
@@ -241,7 +241,7 @@ async def test_what_the_kernel_refuses_is_undone_and_not_tried_again() -> None:
         config.write(COMPRESSION)
         await serves(node, {CY: 4, DC: 4})
         status = await node.until_status("it is told", lambda status: of(status).stage == "failed")
-        assert of(status).reason == "the kernel refused dc: not tried again until the configuration changes"
+        assert of(status).reason == "the kernel refused dc; it is not retried until the configuration changes"
         assert story(node)[1:] == [("SetServices", "failed", None, None), ("SetNumVfs", "ok", "0", "4")]
         assert (read(node, "qat/cfg_services"), read(node, "qat/state")) == ("asym;sym", "up")
         config.write({"qat.conf": "ServicesEnabled=dc;sym\n"})
@@ -251,7 +251,7 @@ async def test_what_the_kernel_refuses_is_undone_and_not_tried_again() -> None:
 async def test_what_a_device_cannot_take_is_said_before_anything_is_downed() -> None:
     async with provisioned(bare(PF0), {"qat.conf": "ServicesEnabled=dcc;sym\n"}) as (node, config):
         status = await node.until_status("it is said", lambda status: of(status).stage == "impossible")
-        assert of(status).reason == "sym;dcc (qat.conf line 1): dcc stands alone"
+        assert of(status).reason == "sym;dcc (qat.conf line 1): dcc cannot be combined with other services"
         assert story(node) == []
         config.write(CRYPTO)
         await serves(node, {CY: 4})
@@ -295,7 +295,7 @@ async def test_every_kind_of_pf_and_every_setting() -> None:
             assert read(node, "qat/pm_idle_enabled", pf.address) == "0"
             assert read(node, "qat/state", pf.address) == "up"
         assert read(node, "sriov_numvfs", pfs[1].address) == "0"
-        assert "a 37c8 has no services to choose" in node.log("server")
+        assert "the services of a 37c8 cannot be configured" in node.log("server")
         # The heartbeat is asked for as often as qat.toml says, and not at all when it says 0.
         node.kernel.set_heartbeat(pfs[0].address, -1)
         await serves(node, {DC: 4, "qat.intel.com/asym-sym-dc": 2, GENERIC: 2})
@@ -343,7 +343,7 @@ async def test_the_audit_log_is_whole() -> None:
         for before, after in zip(lines, map(json.loads, lines[1:]), strict=False):
             assert after["previous"] == hashlib.sha256(before).hexdigest()
         reasons = {line["reason"] for line in map(json.loads, lines) if line.get("operation", "").startswith("Set")}
-        assert reasons == {"as the provisioning configuration wants"}
+        assert reasons == {"apply the provisioning configuration"}
 
 
 async def test_what_the_helpers_policy_denies_is_tried_once_and_vfs_stay_healthy() -> None:

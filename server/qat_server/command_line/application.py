@@ -17,8 +17,8 @@ import typer
 from typer.exceptions import TyperException
 
 from qat_server.command_line import extensions
-from qat_server.command_line import provision as command_line
 from qat_server.command_line.flags import SERVER_FLAGS, Flag, FlagError, from_environment, plain
+from qat_server.command_line.provision import commands as provisioning_commands
 from qat_server.command_line.settings import SettingsError, check_sysfs_root, parse
 from qat_server.kubelet.registration.directories import Registration, socket_directory
 from qat_server.observability.status import STATUS_SOCKET
@@ -127,7 +127,7 @@ def server(**_: str | bool | None) -> None:
     """
 
 
-command_line.add_to(app)
+provisioning_commands.add_to(app)
 
 
 for _name, _function in extensions.commands().items():

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from qat_server.devices.inventory import PhysicalFunction
 from qat_server.provisioning import configuration as subject
-from qat_server.provisioning.configuration import Wanted, load
+from qat_server.provisioning.configuration import DesiredState, load
 from qat_server.provisioning.qat_conf import ConfigurationError
 from support.sysfs_tree import address
 
@@ -34,20 +34,21 @@ def _write(directory: Path, **files: str) -> Path:
 def test_empty_directory_wants_all_vfs_and_nothing_else(tmp_path: Path) -> None:
     found = load(tmp_path, "node1")
     assert found.files == ()
-    assert found.wanted_for(PF) == Wanted(None, None, None, None, "")
+    assert found.desired_state(PF) == DesiredState(None, None, None, None, "")
 
 
 def test_conf_is_for_all_pfs(tmp_path: Path) -> None:
     found = load(_write(tmp_path, qat_conf="\nServicesEnabled=dc\nAutoresetEnabled=on"))
     assert found.files == ("qat.conf",)
-    assert found.wanted_for(PF) == found.wanted_for(OTHER) == Wanted(("dc",), True, None, None, "qat.conf line 2")
+    expected = DesiredState(("dc",), True, None, None, "qat.conf line 2")
+    assert found.desired_state(PF) == found.desired_state(OTHER) == expected
 
 
 def test_conf_of_the_node_is_read_instead(tmp_path: Path) -> None:
     _write(tmp_path, qat_conf="ServicesEnabled=sym\nAutoresetEnabled=on", qat__node1_conf="ServicesEnabled=dc")
     found = load(tmp_path, "node1")
     assert found.files == ("qat-node1.conf",)
-    assert found.wanted_for(PF) == Wanted(("dc",), None, None, None, "qat-node1.conf line 1")
+    assert found.desired_state(PF) == DesiredState(("dc",), None, None, None, "qat-node1.conf line 1")
     assert load(tmp_path, "node2").files == load(tmp_path, None).files == ("qat.conf",)
 
 
@@ -56,7 +57,7 @@ def test_name_that_is_no_nodes(tmp_path: Path, name: str) -> None:
     if not name:  # NODE_NAME is not set
         assert load(tmp_path, name).files == ()
         return
-    with pytest.raises(ConfigurationError, match="is not the name of a node"):
+    with pytest.raises(ConfigurationError, match="is not a valid node name"):
         load(tmp_path, name)
 
 
@@ -86,13 +87,13 @@ vfs = "all"
 def test_each_setting_comes_from_the_most_specific_place(tmp_path: Path) -> None:
     found = load(_write(tmp_path, qat_toml=RULES, qat_conf="ServicesEnabled=dcc\nAutoresetEnabled=on"))
     assert found.files == ("qat.conf", "qat.toml")
-    assert found.wanted_for(PF) == Wanted(("dc",), True, None, False, "qat.toml rules[1]")
-    assert found.wanted_for(OTHER) == Wanted(("dcc",), True, 8, True, "qat.conf line 1")
+    assert found.desired_state(PF) == DesiredState(("dc",), True, None, False, "qat.toml rules[1]")
+    assert found.desired_state(OTHER) == DesiredState(("dcc",), True, 8, True, "qat.conf line 1")
 
 
 def test_defaults_are_the_last_word(tmp_path: Path) -> None:
     found = load(_write(tmp_path, qat_toml='[defaults]\nservices = "sym"'))
-    assert found.wanted_for(PF).services_from == "qat.toml defaults"
+    assert found.desired_state(PF).services_source == "qat.toml defaults"
 
 
 def test_rules_that_fit_nothing_are_named(tmp_path: Path) -> None:
@@ -124,11 +125,11 @@ def test_directory_that_is_not_there(tmp_path: Path) -> None:
 def test_what_is_no_readable_file(tmp_path: Path) -> None:
     path = tmp_path / "qat.conf"
     path.mkdir()
-    with pytest.raises(ConfigurationError, match=r"qat\.conf: is not a file"):
+    with pytest.raises(ConfigurationError, match=r"qat\.conf: is not a regular file"):
         load(tmp_path)
     path.rmdir()
     os.mkfifo(path)
-    with pytest.raises(ConfigurationError, match=r"qat\.conf: is not a file"):
+    with pytest.raises(ConfigurationError, match=r"qat\.conf: is not a regular file"):
         load(tmp_path)
     path.unlink()
     path.symlink_to("qat.conf")
@@ -136,14 +137,14 @@ def test_what_is_no_readable_file(tmp_path: Path) -> None:
         load(tmp_path)
     path.unlink()
     path.symlink_to("gone")
-    with pytest.raises(ConfigurationError, match=r"qat\.conf: is a link that leads nowhere"):
+    with pytest.raises(ConfigurationError, match=r"qat\.conf: is a broken symbolic link"):
         load(tmp_path)
     path.unlink()
     path.write_bytes(b"# caf\xc3\xa9\n\xff")
-    with pytest.raises(ConfigurationError, match=r"qat\.conf line 2: is not text in UTF-8"):
+    with pytest.raises(ConfigurationError, match=r"qat\.conf line 2: is not valid UTF-8"):
         load(tmp_path)
     path.write_bytes(b"#" * (subject.FILE_LIMIT + 1))
-    with pytest.raises(ConfigurationError, match=r"qat\.conf: is longer than 65536 bytes"):
+    with pytest.raises(ConfigurationError, match=r"qat\.conf: is larger than 65536 bytes"):
         load(tmp_path)
 
 
@@ -169,7 +170,7 @@ def _mount(directory: Path, version: str, **files: str) -> None:
 
 def test_configmap_mount(tmp_path: Path) -> None:
     _mount(tmp_path, "..1", qat_conf="ServicesEnabled=sym")
-    assert load(tmp_path).wanted_for(PF).services == ("sym",)
+    assert load(tmp_path).desired_state(PF).services == ("sym",)
     _mount(tmp_path, "..2", qat_conf="ServicesEnabled=dc", qat_toml=RULES)
     assert load(tmp_path).files == ("qat.conf", "qat.toml")
     _mount(tmp_path, "..3")
@@ -192,7 +193,7 @@ def test_configmap_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(subject, "_read", swapping)
     found = load(tmp_path)
     assert found.files == ("qat.conf",)
-    assert found.wanted_for(PF).services == ("dc",)
+    assert found.desired_state(PF).services == ("dc",)
 
 
 def test_configmap_replaced_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

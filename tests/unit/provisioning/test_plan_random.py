@@ -6,19 +6,13 @@ from msgspec.structs import replace
 
 from qat_server.devices.inventory import PhysicalFunction
 from qat_server.devices.naming import SERVICES
+from qat_server.provisioning.actual_state import ActualState
 from qat_server.provisioning.configuration import Configuration
-from qat_server.provisioning.plan import (
-    SetAutoReset,
-    SetNumVfs,
-    SetPmIdle,
-    SetServices,
-    Step,
-    services_problem,
-)
+from qat_server.provisioning.plan import services_problem
 from qat_server.provisioning.qat_conf import Services, canonical
-from qat_server.provisioning.state import ProvisionedState
+from qat_server.provisioning.steps import SetAutoReset, SetNumVfs, SetPmIdle, SetServices, Step
 from qat_simulation.node.services import services_allowed
-from support.provisioning_plans import POD, VFS, a_pf, a_state, plan_of, wishes
+from support.provisioning_plans import POD, VFS, a_pf, a_state, configured, plan_of
 
 DEVICE_IDS = (0x37C8, 0x4940, 0x4942, 0x4944, 0x4946, 0x4948)
 _services = st.one_of(
@@ -45,7 +39,7 @@ class Model:
         services, state = (None, None) if self.gen2 else (self.services, "up" if self.up else "down")
         return a_pf(self.device_id, services, state, self.vfs)
 
-    def state(self) -> ProvisionedState:
+    def state(self) -> ActualState:
         auto_reset, pm_idle = (self.auto_reset, self.pm_idle) if self.has_all else (None, None)
         return a_state(auto_reset, pm_idle, self.vfs)
 
@@ -97,7 +91,7 @@ _models = st.builds(
 )
 _optional = st.sampled_from([None, True, False])
 _configurations = st.builds(
-    wishes,
+    configured,
     st.one_of(st.none(), _services.map(";".join)),
     _optional,
     st.sampled_from([None, 0, 1, 2, "all"]),
@@ -108,14 +102,14 @@ _configurations = st.builds(
 @settings(max_examples=600)
 @given(_models, _configurations, st.data())
 def test_plan_leads_to_what_is_wanted_however_often_it_is_interrupted(
-    model: Model, wants: Configuration, data: st.DataObject
+    model: Model, configuration: Configuration, data: st.DataObject
 ) -> None:
-    one = plan_of(model.pf(), model.state(), wants)
+    one = plan_of(model.pf(), model.state(), configuration)
     for _ in range(data.draw(st.integers(0, 2))):
         writes = [write for step in one.steps for write in model.writes_of(step)]
         for what, to in writes[: data.draw(st.integers(0, len(writes)))]:
             model.write(what, to)
-        one = plan_of(model.pf(), model.state(), wants)
+        one = plan_of(model.pf(), model.state(), configuration)
     if one.impossible:
         assert not model.writes
         return
@@ -123,26 +117,26 @@ def test_plan_leads_to_what_is_wanted_however_often_it_is_interrupted(
         for what, to in model.writes_of(step):
             model.write(what, to)
 
-    again = plan_of(model.pf(), model.state(), wants)
-    assert again.steps == again.later == ()
-    wanted = again.wanted
-    assert model.vfs == (0 if wanted.vfs == 0 else 2)
-    if not model.gen2 and wanted.services is not None:
+    again = plan_of(model.pf(), model.state(), configuration)
+    assert again.steps == again.pending == ()
+    desired = again.desired
+    assert model.vfs == (0 if desired.vfs == 0 else 2)
+    if not model.gen2 and desired.services is not None:
         assert model.up
-        assert canonical(model.services) == wanted.services
+        assert canonical(model.services) == desired.services
     if model.has_all:
-        assert model.up or wanted.pm_idle_enabled is None
-        assert wanted.auto_reset in (None, model.auto_reset)
-        assert wanted.pm_idle_enabled in (None, model.pm_idle)
+        assert model.up or desired.pm_idle_enabled is None
+        assert desired.auto_reset in (None, model.auto_reset)
+        assert desired.pm_idle_enabled in (None, model.pm_idle)
 
 
 @given(_models, _configurations, st.sampled_from(["pod", "open", "not known"]))
-def test_held_pf_is_never_touched(model: Model, wants: Configuration, how: str) -> None:
+def test_held_pf_is_never_touched(model: Model, configuration: Configuration, how: str) -> None:
     model.up, model.vfs = True, 2
     state = replace(model.state(), open_vfs=VFS[1:]) if how == "open" else model.state()
-    one = plan_of(model.pf(), state, wants, POD if how == "pod" else {}, known=how != "not known")
+    one = plan_of(model.pf(), state, configuration, POD if how == "pod" else {}, known=how != "not known")
     assert all(isinstance(step, SetAutoReset) for step in one.steps)
-    assert bool(one.later) == bool(one.waiting)
+    assert bool(one.pending) == bool(one.holds)
 
 
 @given(st.sampled_from([*DEVICE_IDS[1:]]), _services.map(tuple))

@@ -81,19 +81,19 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "no service": (
         "[defaults]\nservices = []",
-        "qat.toml line 2: defaults.services: no service is named; known are asym, sym, dc, decomp, dcc",
+        "qat.toml line 2: defaults.services: no service is given; known are asym, sym, dc, decomp, dcc",
     ),
     "rule for no PF": (
         "[[rules]]\nvfs = 0",
-        "qat.toml line 1: rules[0]: names no PF; address, device_id or numa_node is needed ([defaults] is for all PFs)",
+        "qat.toml line 1: rules[0]: selects no PF; add address, device_id or numa_node, or use [defaults] for all PFs",
     ),
     "rule without setting": (
         "[[rules]]\nnuma_node = 0",
-        "qat.toml line 1: rules[0]: sets nothing; services, auto_reset, vfs or pm_idle_enabled is needed",
+        "qat.toml line 1: rules[0]: has no setting; add services, auto_reset, vfs or pm_idle_enabled",
     ),
     "two rules for the same PFs": (
         '[[rules]]\ndevice_id = "4940"\nvfs = 0\n\n[[rules]]\ndevice_id = 0x4940\nauto_reset = true',
-        "qat.toml line 5: rules[1]: is about the same PFs as rules[0]; make one rule of the two",
+        "qat.toml line 5: rules[1]: selects the same PFs as rules[0]; merge the two rules",
     ),
     "address without domain": (
         '[[rules]]\naddress = "6b:00.0"\nvfs = 0',
@@ -101,13 +101,13 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "device id in decimal": (
         "[[rules]]\ndevice_id = 4940\nvfs = 0",
-        "qat.toml line 2: rules[0].device_id: 4940 (0x134c) is no PF that is provisioned;"
-        " those are 37c8, 4940, 4942, 4944, 4946, 4948",
+        "qat.toml line 2: rules[0].device_id: 4940 (0x134c) is not a PF that can be provisioned;"
+        " known are 37c8, 4940, 4942, 4944, 4946, 4948",
     ),
     "device id of a VF": (
         '[[rules]]\ndevice_id = "4941"\nvfs = 0',
-        "qat.toml line 2: rules[0].device_id: '4941' is no PF that is provisioned;"
-        " those are 37c8, 4940, 4942, 4944, 4946, 4948",
+        "qat.toml line 2: rules[0].device_id: '4941' is not a PF that can be provisioned;"
+        " known are 37c8, 4940, 4942, 4944, 4946, 4948",
     ),
     "negative NUMA node": (
         "[[rules]]\nnuma_node = -1\nvfs = 0",
@@ -137,7 +137,7 @@ def test_bad(text: str, message: str) -> None:
 
 def test_too_deep_and_too_long_numbers_are_refused() -> None:
     for text in ("x = " + "[" * 3000, "x = " + "9" * 5000):
-        with pytest.raises(ConfigurationError, match="not TOML that can be read"):
+        with pytest.raises(ConfigurationError, match="cannot be parsed as TOML"):
             parse(text)
 
 

@@ -86,7 +86,7 @@ async def test_what_is_wrong_is_said_once_and_the_last_good_one_stays(
             it.load()
             assert services(it) == ("dc",)
     assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [
-        "provisioning configuration not usable"
+        "provisioning configuration cannot be used"
     ]
 
 

@@ -1,4 +1,4 @@
-"""One PF with two VFs, what it may be, what is wished of it, and what is planned then."""
+"""Plans for one PF with two VFs: its inventory entry, its actual state, a configuration, and the plan for them."""
 
 from qat_server.devices.inventory import Inventory, PhysicalFunction, Problem
 from qat_server.provisioning.actual_state import ActualState

@@ -103,9 +103,7 @@ def plan(
 
 
 def services_problem(device_id: int, services: Services) -> str:
-    """Why a PF with this device id does not support these services; "" when it does."""
-    if device_id == _GEN2:
-        return "its services cannot be configured"
+    """Why a Gen4 or Gen6 PF with this device id does not support these services; "" when it does."""
     if "dcc" in services and len(services) > 1:
         return "dcc cannot be combined with other services"
     if "decomp" in services and device_id != _GEN6:

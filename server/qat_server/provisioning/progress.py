@@ -10,6 +10,7 @@ from qat_server.devices.inventory import PhysicalFunction
 from qat_server.provisioning.qat_conf import Services
 
 NOT_PUBLISHED: Final = math.inf
+"""The time at which VFs were withheld while the kubelet has not been sent the list: later than any query."""
 
 
 class Stage(StrEnum):
@@ -43,7 +44,7 @@ class PfRecord(Struct):
     withheld_since: when the kubelet was sent a list in which its VFs are unhealthy, NOT_PUBLISHED before that, None
         while they are not withheld. Only the answer to a later PodResources query shows that no pod was given one.
     holders_pending: the kubelet has not answered yet, so it is unknown whether pods hold its VFs.
-    failure: the last failure, shown until the next attempt.
+    failure: the last failure, shown until the next attempt begins or the configuration changes.
     denied: why the helper's policy denies a step; not retried before the helper or the configuration changes.
     refused: the services that the kernel refused; not retried before the configuration changes.
     logged_wait: the pending steps that were last logged.

@@ -1,4 +1,4 @@
-"""What is read of a PF for a plan: attributes that may be missing, malformed ones, and which of its VFs are open."""
+"""The actual state of a PF: attributes that may be missing or malformed, and which of its VFs are open."""
 
 from pathlib import Path
 
@@ -19,16 +19,16 @@ def tree(tmp_path: Path) -> SysfsTree:
 
 
 def test_read(tree: SysfsTree) -> None:
-    tree.pf("6b:00.0", sriov_numvfs="never read: that may wait")
+    tree.pf("6b:00.0", sriov_numvfs="never read: reading may block")
     tree.write("6b:00.0", "qat/auto_reset", "on\n")
     tree.write("6b:00.0", "qat/pm_idle_enabled", "0\n")
     tree.vf("6b:00.1", "6b:00.0", "vfio-pci", enable="1")
     tree.vf("6b:00.2", "6b:00.0", "vfio-pci", enable="0")
     tree.vf("6b:00.3", "6b:00.0", "4xxxvf", enable="1")
     tree.vf("6b:00.4", "6b:00.0", "vfio-pci", enable=None)
-    tree.vf("6b:00.5", "6b:00.0", None, enable="1")  # half taken away, and waits for its user
+    tree.vf("6b:00.5", "6b:00.0", None, enable="1")  # its unbind waits for its user
     tree.vf("6b:00.6", "6b:00.0", None)
-    tree.link("6b:00.0", "virtfn9", "../0000:6b:01.0")  # vanished meanwhile
+    tree.link("6b:00.0", "virtfn9", "../0000:6b:01.0")  # has just vanished
     tree.link("6b:00.0", "virtfn8", "../nonsense")
     assert read_actual_state(tree.root, AT) == ActualState(True, False, 8, 16, (address("6b:00.1"), address("6b:00.5")))
 
@@ -40,7 +40,7 @@ def test_unreadable_vf_counts_as_open(tree: SysfsTree) -> None:
     assert read_actual_state(tree.root, AT).open_vfs == (address("6b:00.1"),)
 
 
-def test_read_what_an_old_driver_has(tree: SysfsTree) -> None:
+def test_attributes_of_an_old_driver(tree: SysfsTree) -> None:
     tree.pf("6b:00.0", 0x37C8, "c6xx", None, None, sriov_totalvfs=None)
     assert read_actual_state(tree.root, AT) == ActualState(None, None, 0, 0)
 

@@ -1,4 +1,4 @@
-"""The configuration of a node: which files are read, what wins, and a ConfigMap's mount while it is replaced."""
+"""The configuration of a node: which files are read, their precedence, and a ConfigMap's mount during a replacement."""
 
 import os
 from pathlib import Path
@@ -31,20 +31,20 @@ def _write(directory: Path, **files: str) -> Path:
     return directory
 
 
-def test_empty_directory_wants_all_vfs_and_nothing_else(tmp_path: Path) -> None:
+def test_empty_directory_enables_all_vfs_and_changes_nothing_else(tmp_path: Path) -> None:
     found = load(tmp_path, "node1")
     assert found.files == ()
     assert found.desired_state(PF) == DesiredState(None, None, None, None, "")
 
 
-def test_conf_is_for_all_pfs(tmp_path: Path) -> None:
+def test_conf_applies_to_all_pfs(tmp_path: Path) -> None:
     found = load(_write(tmp_path, qat_conf="\nServicesEnabled=dc\nAutoresetEnabled=on"))
     assert found.files == ("qat.conf",)
     expected = DesiredState(("dc",), True, None, None, "qat.conf line 2")
     assert found.desired_state(PF) == found.desired_state(OTHER) == expected
 
 
-def test_conf_of_the_node_is_read_instead(tmp_path: Path) -> None:
+def test_conf_of_the_node_replaces_the_common_one(tmp_path: Path) -> None:
     _write(tmp_path, qat_conf="ServicesEnabled=sym\nAutoresetEnabled=on", qat__node1_conf="ServicesEnabled=dc")
     found = load(tmp_path, "node1")
     assert found.files == ("qat-node1.conf",)
@@ -53,7 +53,7 @@ def test_conf_of_the_node_is_read_instead(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../etc/passwd", "a/b", "", ".", "a\0b", "a" * 254, "node 1"])
-def test_name_that_is_no_nodes(tmp_path: Path, name: str) -> None:
+def test_invalid_node_name(tmp_path: Path, name: str) -> None:
     if not name:  # NODE_NAME is not set
         assert load(tmp_path, name).files == ()
         return
@@ -91,12 +91,12 @@ def test_each_setting_comes_from_the_most_specific_place(tmp_path: Path) -> None
     assert found.desired_state(OTHER) == DesiredState(("dcc",), True, 8, True, "qat.conf line 1")
 
 
-def test_defaults_are_the_last_word(tmp_path: Path) -> None:
+def test_defaults_apply_last(tmp_path: Path) -> None:
     found = load(_write(tmp_path, qat_toml='[defaults]\nservices = "sym"'))
     assert found.desired_state(PF).services_source == "qat.toml defaults"
 
 
-def test_rules_that_fit_nothing_are_named(tmp_path: Path) -> None:
+def test_rules_that_match_no_pf_are_named(tmp_path: Path) -> None:
     found = load(_write(tmp_path, qat_toml=RULES))
     assert found.unmatched([PF]) == ()
     assert found.unmatched([OTHER]) == ("rules[0]", "rules[1]", "rules[2]")
@@ -107,7 +107,7 @@ def test_heartbeat_interval(tmp_path: Path) -> None:
     assert load(_write(tmp_path, qat_toml='heartbeat_interval = "500ms"')).heartbeat_interval == 0.5
 
 
-def test_equal_files_make_equal_configurations(tmp_path: Path) -> None:
+def test_equal_files_give_equal_configurations(tmp_path: Path) -> None:
     _write(tmp_path, qat_toml=RULES, qat_conf="ServicesEnabled=dc")
     before = load(tmp_path)
     assert load(tmp_path) == before
@@ -115,14 +115,14 @@ def test_equal_files_make_equal_configurations(tmp_path: Path) -> None:
     assert load(tmp_path) != before
 
 
-def test_directory_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="missing: cannot be read: No such file or directory"):
         load(tmp_path / "missing")
     with pytest.raises(ConfigurationError, match="cannot be read: Not a directory"):
         load(_write(tmp_path, qat_conf="") / "qat.conf")
 
 
-def test_what_is_no_readable_file(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     path = tmp_path / "qat.conf"
     path.mkdir()
     with pytest.raises(ConfigurationError, match=r"qat\.conf: is not a regular file"):
@@ -149,7 +149,7 @@ def test_what_is_no_readable_file(tmp_path: Path) -> None:
 
 
 def _mount(directory: Path, version: str, **files: str) -> None:
-    """As the kubelet does: a new directory, ..data replaced by rename, new links, the old directory removed."""
+    """Replace the mount as the kubelet does: new directory, ..data renamed over, new links, old directory removed."""
     data = directory / "..data"
     old = os.readlink(data) if data.is_symlink() else None
     (directory / version).mkdir()
@@ -177,7 +177,7 @@ def test_configmap_mount(tmp_path: Path) -> None:
     assert load(tmp_path).files == ()
 
 
-@pytest.mark.parametrize("broken", [False, True], ids=["new one is right", "old one is wrong"])
+@pytest.mark.parametrize("broken", [False, True], ids=["old one is valid", "old one is invalid"])
 def test_configmap_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
     _mount(tmp_path, "..1", qat_conf="ServicesEnabled=" if broken else "ServicesEnabled=sym", qat_toml="")
     real, swapped = subject._read, False
@@ -196,7 +196,7 @@ def test_configmap_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest
     assert found.desired_state(PF).services == ("dc",)
 
 
-def test_configmap_replaced_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configmap_replaced_endlessly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(100))
     monkeypatch.setattr(subject, "_version", lambda _: str(next(numbers)))
     with pytest.raises(ConfigurationError, match="faster than the files can be read"):

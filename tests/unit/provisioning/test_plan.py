@@ -1,4 +1,4 @@
-"""The plan: tables of what is done, what waits and what cannot be."""
+"""The plan: tables of steps, of PFs that wait, and of desired states that are impossible."""
 
 import pytest
 from msgspec.structs import replace
@@ -18,12 +18,17 @@ SERVICES_DC = SetServices(AT, ("dc",))
 ALL_VFS = SetNumVfs(AT, 2)
 
 STEPS: dict[str, tuple[PhysicalFunction, ActualState, Configuration, tuple[Step, ...]]] = {
-    "nothing wanted, VFs there": (a_pf(), a_state(), configured(), ()),
-    "everything as wanted, other order": (a_pf(), a_state(), configured("asym;sym", False, "all", True), ()),
+    "no settings, VFs enabled": (a_pf(), a_state(), configured(), ()),
+    "desired state reached, services in another order": (
+        a_pf(),
+        a_state(),
+        configured("asym;sym", False, "all", True),
+        (),
+    ),
     "no VFs yet": (a_pf(vfs=0), a_state(num=0), configured(), (ALL_VFS,)),
     "other services": (a_pf(), a_state(), configured("dc"), (SERVICES_DC, ALL_VFS)),
-    "other services, no VFs wanted": (a_pf(vfs=0), a_state(num=0), configured("dc", vfs=0), (SERVICES_DC,)),
-    "services that are not understood": (a_pf(services="new"), a_state(), configured("dc"), (SERVICES_DC, ALL_VFS)),
+    "other services, no VFs desired": (a_pf(vfs=0), a_state(num=0), configured("dc", vfs=0), (SERVICES_DC,)),
+    "unknown services": (a_pf(services="new"), a_state(), configured("dc"), (SERVICES_DC, ALL_VFS)),
     "auto-reset": (a_pf(), a_state(), configured(auto_reset=True), (SetAutoReset(AT, True),)),
     "auto-reset and services": (
         a_pf(),
@@ -32,27 +37,27 @@ STEPS: dict[str, tuple[PhysicalFunction, ActualState, Configuration, tuple[Step,
         (SetAutoReset(AT, False), SERVICES_DC, ALL_VFS),
     ),
     "pm-idle": (a_pf(), a_state(), configured(pm_idle=False), (SetPmIdle(AT, False, stay_down=True), ALL_VFS)),
-    "pm-idle, no VFs wanted": (
+    "pm-idle, no VFs desired": (
         a_pf(vfs=0),
         a_state(num=0),
         configured(pm_idle=False, vfs=0),
         (SetPmIdle(AT, False, stay_down=False),),
     ),
-    "pm-idle off would be forgotten by a change of services": (
+    "pm-idle off would be reset by a change of services": (
         a_pf(),
         a_state(pm_idle=False),
         configured("dc", pm_idle=False),
         (SERVICES_DC, SetPmIdle(AT, False, stay_down=True), ALL_VFS),
     ),
-    "pm-idle off would be forgotten by enabling VFs": (
+    "pm-idle off would be reset by enabling VFs": (
         a_pf(vfs=0),
         a_state(pm_idle=False, num=0),
         configured(pm_idle=False),
         (SetPmIdle(AT, False, stay_down=True), ALL_VFS),
     ),
-    "VFs not wanted": (a_pf(), a_state(), configured(vfs=0), (SetNumVfs(AT, 0),)),
-    "VFs not wanted and other services": (a_pf(), a_state(), configured("dc", vfs=0), (SetNumVfs(AT, 0), SERVICES_DC)),
-    "some VFs wanted": (a_pf(vfs=0), a_state(num=0), configured(vfs=1), (ALL_VFS,)),
+    "VFs not desired": (a_pf(), a_state(), configured(vfs=0), (SetNumVfs(AT, 0),)),
+    "VFs not desired and other services": (a_pf(), a_state(), configured("dc", vfs=0), (SetNumVfs(AT, 0), SERVICES_DC)),
+    "some VFs desired": (a_pf(vfs=0), a_state(num=0), configured(vfs=1), (ALL_VFS,)),
     "interrupted before the services were written": (
         a_pf(state="down", vfs=0),
         a_state(num=0),
@@ -65,7 +70,7 @@ STEPS: dict[str, tuple[PhysicalFunction, ActualState, Configuration, tuple[Step,
         configured("dc"),
         (ALL_VFS,),
     ),
-    "interrupted, no VFs wanted": (
+    "interrupted, no VFs desired": (
         a_pf(services="dc", state="down", vfs=0),
         a_state(num=0),
         configured("dc", vfs=0),
@@ -77,7 +82,7 @@ STEPS: dict[str, tuple[PhysicalFunction, ActualState, Configuration, tuple[Step,
         configured(pm_idle=False),
         (ALL_VFS,),
     ),
-    "interrupted after pm-idle, no VFs wanted": (
+    "interrupted after pm-idle, no VFs desired": (
         a_pf(state="down", vfs=0),
         a_state(pm_idle=False, num=0),
         configured(pm_idle=False, vfs=0),
@@ -119,7 +124,7 @@ WAITING: dict[str, tuple[ActualState, Configuration, dict[PciAddress, str], tupl
     ),
     "services, a pod has a VF open": (a_state(False, True, 2, 2, VFS[0]), configured("dc"), POD, (), HELD),
     "pm-idle": (a_state(), configured(pm_idle=False), POD, (), HELD),
-    "VFs not wanted": (a_state(), configured(vfs=0), POD, (), HELD),
+    "VFs not desired": (a_state(), configured(vfs=0), POD, (), HELD),
     "auto-reset does not wait for the services": (
         a_state(),
         configured("dc", auto_reset=True),
@@ -152,7 +157,7 @@ def test_waiting(
     assert bool(one.pending) == bool(holds)
 
 
-def test_any_vf_may_be_held_while_the_pods_are_not_known() -> None:
+def test_any_vf_may_be_held_while_the_holders_are_unknown() -> None:
     one = plan_of(a_pf(), a_state(), configured("dc"), known=False)
     assert one.steps == ()
     assert one.holds == tuple(Hold(vf, NOT_KNOWN) for vf in VFS)
@@ -163,22 +168,22 @@ def test_any_vf_may_be_held_while_the_pods_are_not_known() -> None:
     ("driver", "holder"),
     [("qat_vfio_pci", "driver qat_vfio_pci"), ("vfio-pci", ""), ("igb_uio", ""), ("4xxxvf", ""), (None, "")],
 )
-def test_a_vf_on_a_driver_of_somebodys_choice_is_held_by_it(driver: str | None, holder: str) -> None:
-    # in_use of the inventory is as old as the last look at that VF: what counts is the state, read just now.
+def test_a_vf_on_another_driver_is_held_by_that_driver(driver: str | None, holder: str) -> None:
+    # in_use of the inventory may be outdated. Only the actual state counts, which has just been read.
     vf = VirtualFunction(VFS[0], 0x4941, driver, AT, 0, 1, False, None, True)
     planned = plan(Inventory((a_pf(),), (vf,), (), ()), {AT: a_state()}, configured("dc"), {})
     assert planned.pfs[0].holds == ((Hold(VFS[0], holder),) if holder else ())
 
 
 @pytest.mark.parametrize(
-    ("refused", "steps", "told"), [(("dc",), (ALL_VFS,), True), (("sym",), (SERVICES_DC, ALL_VFS), False)]
+    ("refused", "steps", "reported"), [(("dc",), (ALL_VFS,), True), (("sym",), (SERVICES_DC, ALL_VFS), False)]
 )
-def test_what_the_kernel_refused_is_not_asked_again_and_the_rest_is_done(
-    refused: Services, steps: tuple[Step, ...], told: bool
+def test_refused_services_are_not_requested_again_and_other_steps_are_planned(
+    refused: Services, steps: tuple[Step, ...], reported: bool
 ) -> None:
     inventory = Inventory((a_pf(vfs=0),), (), (), ())
     one = plan(inventory, {AT: a_state(num=0)}, configured("dc"), {}, {AT: refused}).pfs[0]
-    assert (one.steps, bool(one.refusal)) == (steps, told)
+    assert (one.steps, bool(one.refusal)) == (steps, reported)
 
 
 IMPOSSIBLE: dict[str, tuple[PhysicalFunction, ActualState | Problem | None, str, str]] = {
@@ -230,7 +235,7 @@ def test_impossible(pf: PhysicalFunction, state: ActualState | Problem | None, s
 
 
 NOTES: dict[str, tuple[PhysicalFunction, ActualState, Configuration, tuple[str, ...]]] = {
-    "nothing to say": (a_pf(), a_state(), configured("dc", True, 2, False), ()),
+    "no notes": (a_pf(), a_state(), configured("dc", True, 2, False), ()),
     "some VFs": (a_pf(), a_state(), configured(vfs=1), ("vfs = 1: the QAT driver always enables all 2",)),
     "no VFs in the device": (
         a_pf(vfs=0),
@@ -253,7 +258,7 @@ NOTES: dict[str, tuple[PhysicalFunction, ActualState, Configuration, tuple[str, 
             "its driver has no qat/pm_idle_enabled (4xxx, 420xx, 6xxx since kernel 6.5)",
         ),
     ),
-    "down by somebody's choice": (
+    "down, without a setting that brings it up": (
         a_pf(state="down", vfs=0),
         a_state(num=0),
         configured(vfs=0),
@@ -267,7 +272,7 @@ def test_notes(pf: PhysicalFunction, state: ActualState, configuration: Configur
     assert plan_of(pf, state, configuration).notes == notes
 
 
-def test_each_pf_by_itself() -> None:
+def test_each_pf_is_planned_independently() -> None:
     others = [replace(a_pf(device_id), address=at, vfs=()) for device_id, at in _OTHERS]
     states = {at: a_state(num=0) for _, at in _OTHERS}
     planned = plan(Inventory((a_pf(), *others), (), (), ()), states | {AT: a_state()}, configured("decomp"), POD)
@@ -285,7 +290,7 @@ _OTHERS = (
 )
 
 
-def test_rules_that_fit_nothing_are_noted() -> None:
+def test_rules_that_match_no_pf_are_noted() -> None:
     configuration = Configuration(toml=qat_toml.parse("[[rules]]\nnuma_node = 7\nvfs = 0"))
     planned = plan(Inventory((a_pf(),), (), (), ()), {AT: a_state()}, configuration, {})
     assert planned.notes == ("qat.toml rules[0] matches no PF on this node",)

@@ -1,4 +1,4 @@
-"""The plan on a model of the device: whatever it is and is to be, the plan leads there, and touches none in use."""
+"""The plan on a model of the device: every plan reaches the desired state, and changes no device in use."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,13 +16,16 @@ from support.provisioning_plans import POD, VFS, a_pf, a_state, configured, plan
 
 DEVICE_IDS = (0x37C8, 0x4940, 0x4942, 0x4944, 0x4946, 0x4948)
 _services = st.one_of(
-    st.sampled_from([["dc"], ["sym", "asym"]]),  # what every one but the C62x takes
+    st.sampled_from([["dc"], ["sym", "asym"]]),  # supported by every device but the C62x
     st.lists(st.sampled_from(SERVICES), min_size=1, max_size=3, unique=True),
 )
 
 
 class Model:
-    """A PF as the kernel's driver behaves (adf_sysfs.c, adf_sriov.c). `forgets`: as before 6.12, pm_idle_enabled."""
+    """A PF with the kernel driver's behaviour (adf_sysfs.c, adf_sriov.c).
+
+    `forgets`: going down resets pm_idle_enabled, as before 6.12.
+    """
 
     def __init__(
         self, device_id: int, services: str, up: bool, vfs: bool, pm_idle: bool, forgets: bool, has_all: bool
@@ -49,7 +52,7 @@ class Model:
             self.pm_idle = self.pm_idle or self.forgets
 
     def writes_of(self, step: Step) -> list[tuple[str, object]]:
-        """What the helper does for a step, write by write."""
+        """The writes by which the helper carries out a step."""
         match step:
             case SetAutoReset(on=on):
                 return [("auto_reset", on)]
@@ -101,7 +104,7 @@ _configurations = st.builds(
 
 @settings(max_examples=600)
 @given(_models, _configurations, st.data())
-def test_plan_leads_to_what_is_wanted_however_often_it_is_interrupted(
+def test_plan_reaches_the_desired_state_after_any_interruptions(
     model: Model, configuration: Configuration, data: st.DataObject
 ) -> None:
     one = plan_of(model.pf(), model.state(), configuration)
@@ -131,7 +134,7 @@ def test_plan_leads_to_what_is_wanted_however_often_it_is_interrupted(
 
 
 @given(_models, _configurations, st.sampled_from(["pod", "open", "not known"]))
-def test_held_pf_is_never_touched(model: Model, configuration: Configuration, how: str) -> None:
+def test_a_pf_in_use_is_never_changed(model: Model, configuration: Configuration, how: str) -> None:
     model.up, model.vfs = True, 2
     state = replace(model.state(), open_vfs=VFS[1:]) if how == "open" else model.state()
     one = plan_of(model.pf(), state, configuration, POD if how == "pod" else {}, known=how != "not known")
@@ -140,5 +143,5 @@ def test_held_pf_is_never_touched(model: Model, configuration: Configuration, ho
 
 
 @given(st.sampled_from([*DEVICE_IDS[1:]]), _services.map(tuple))
-def test_possible_is_what_the_emulated_kernel_takes(device_id: int, services: Services) -> None:
+def test_supported_services_are_those_of_the_emulated_kernel(device_id: int, services: Services) -> None:
     assert (services_problem(device_id, services) == "") == services_allowed(device_id, ";".join(services))

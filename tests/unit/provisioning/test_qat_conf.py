@@ -1,4 +1,4 @@
-"""qat.conf: what each text means, and one sentence with file, line and key for each that means nothing."""
+"""qat.conf: the settings of each text, and one sentence with file, line and key for each invalid one."""
 
 import pytest
 from hypothesis import given
@@ -67,14 +67,14 @@ def test_bad(text: str, message: str) -> None:
     assert str(raised.value) == message
 
 
-def test_error_has_its_facts() -> None:
+def test_error_has_file_line_and_key() -> None:
     with pytest.raises(ConfigurationError) as raised:
         parse("ServicesEnabled=x", "qat-node1.conf")
     error = raised.value
     assert (error.file, error.line, error.key) == ("qat-node1.conf", 1, "ServicesEnabled")
 
 
-def test_canonical_of_what_a_device_shows() -> None:
+def test_canonical_services_of_a_device() -> None:
     assert canonical("sym;asym\n") == ("asym", "sym")
     assert canonical("") is None
     assert canonical(None) is None
@@ -93,7 +93,7 @@ _lines = st.one_of(
 
 
 @given(st.lists(_lines, max_size=5))
-def test_any_text_is_read_or_refused_in_one_sentence(lines: list[str]) -> None:
+def test_any_text_is_parsed_or_gives_one_sentence(lines: list[str]) -> None:
     try:
         parse("\n".join(lines))
     except ConfigurationError as error:
@@ -102,5 +102,5 @@ def test_any_text_is_read_or_refused_in_one_sentence(lines: list[str]) -> None:
 
 
 @given(st.permutations(["sym", "asym", "dc"]), st.sampled_from([";", " ; ", "; "]))
-def test_order_does_not_count(words: list[str], between: str) -> None:
+def test_order_has_no_effect(words: list[str], between: str) -> None:
     assert parse(f"ServicesEnabled={between.join(words)}").services == ("asym", "sym", "dc")

@@ -41,7 +41,7 @@ _SYSFS_ROOT: Final = typer.Option(
 _NodeName = Annotated[str, _NODE_NAME]
 _SysfsRoot = Annotated[str, _SYSFS_ROOT]
 
-config = typer.Typer(rich_markup_mode=None, help="Check the provisioning configuration.")
+config = typer.Typer(rich_markup_mode=None)
 
 
 @config.callback()
@@ -69,7 +69,7 @@ def _provision(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan without changing anything")] = False,
     init: Annotated[
         bool,
-        typer.Option("--init", help="for init containers: exit 0 also when nothing is to do or VFs are in use"),
+        typer.Option("--init", help="for init containers: also exit 0 when there is nothing to do or VFs are in use"),
     ] = False,
     node_name: _NodeName = "",
     sysfs_root: _SysfsRoot = "/sys",

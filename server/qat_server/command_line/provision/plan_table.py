@@ -24,7 +24,7 @@ def show(planned: Plan, configuration: Configuration, console: Console) -> None:
         table.add_row(*map(Text, row(each)))
     console.print(table)
     for each in planned.pfs:
-        for note in (*each.notes, *filter(None, [each.refusal])):
+        for note in filter(None, (*each.notes, each.refusal)):
             console.print(Text(f"{_name(each.pf)}: {note}"))
     for note in planned.notes:
         console.print(Text(f"note: {note}"))

@@ -1,4 +1,4 @@
-"""Provisioning by the real server and helper on a simulated node, whose kernel answers as the QAT driver does."""
+"""Provisioning by the real server and helper on a simulated node, whose kernel behaves like the QAT driver."""
 
 import errno
 import hashlib
@@ -20,7 +20,7 @@ CRYPTO, COMPRESSION = {"qat.conf": "ServicesEnabled=sym;asym\n"}, {"qat.conf": "
 
 
 def bare(*addresses: str, **more: Any) -> Node:
-    """PFs as after boot: their driver's default services, no VFs."""
+    """PFs as after boot: the driver's default services, and no VFs."""
     return Node(pfs=tuple(Pf(address=each, services="sym;asym", total_vfs=4, num_vfs=0, **more) for each in addresses))
 
 
@@ -40,7 +40,7 @@ async def provisioned(
 
 
 async def serves(node: RunningNode, allocatable: dict[str, int], seconds: float = 20) -> None:
-    """What can be allocated is this, beside resources that are on their way out (0)."""
+    """Wait until this is allocatable, apart from resources that are being withdrawn (0)."""
     await node.until(
         f"allocatable is {allocatable}",
         lambda: {name: n for name, n in node.kubelet.allocatable().items() if n} == allocatable,
@@ -57,17 +57,17 @@ def read(node: RunningNode, name: str, pf: str = PF0) -> str:
 
 
 def story(node: RunningNode, pf: str = PF0) -> list[tuple[Any, ...]]:
-    """What the audit log tells of a PF: operations that ended, in order, with what they changed."""
-    told = []
+    """The operations on a PF that have ended, from the audit log, in order, with what they changed."""
+    ended = []
     for line in map(json.loads, node.audit_lines()):
         about = line.get("arguments", {}).get("address") == pf and line["operation"].startswith("Set")
         if about and line["event"] in ("done", "late", "refused"):
             result = line["result"]
-            told.append((line["operation"], line["verdict"], result.get("before"), result.get("now")))
-    return told
+            ended.append((line["operation"], line["verdict"], result.get("before"), result.get("now")))
+    return ended
 
 
-async def test_two_domains_from_nothing_to_resources() -> None:
+async def test_bare_pfs_in_two_domains_become_resources() -> None:
     files = CRYPTO | {"qat.toml": f"[[rules]]\naddress = '{PF1}'\nservices = 'dc'\nauto_reset = true\n"}
     async with provisioned(bare(PF0, PF1), files) as (node, _):
         await serves(node, {CY: 4, DC: 4})
@@ -81,7 +81,7 @@ async def test_two_domains_from_nothing_to_resources() -> None:
         ]
 
 
-async def test_a_configmap_swap_is_new_allocatable_and_needs_no_resync() -> None:
+async def test_a_configmap_swap_changes_allocatable_without_a_resync() -> None:
     async with provisioned(bare(PF0, PF1), CRYPTO) as (node, config):
         await serves(node, {CY: 8})
         began = time.monotonic()
@@ -99,7 +99,7 @@ async def test_a_configmap_swap_is_new_allocatable_and_needs_no_resync() -> None
         await serves(node, {SYM_DC: 8})
 
 
-async def test_files_that_are_edited_in_place_are_noticed_too() -> None:
+async def test_files_that_are_edited_in_place_are_detected_too() -> None:
     async with provisioned(bare(PF0), {}) as (node, config):
         await serves(node, {CY: 4})
         for name in list(config.directory.iterdir()):
@@ -111,15 +111,15 @@ async def test_files_that_are_edited_in_place_are_noticed_too() -> None:
         await serves(node, {CY: 4})
 
 
-async def test_a_bad_configuration_leaves_the_last_good_one_in_force() -> None:
+async def test_an_invalid_configuration_leaves_the_last_valid_one_in_force() -> None:
     async with provisioned(bare(PF0), {"qat.conf": "ServicesEnabled=magic\n"}) as (node, config):
-        status = await node.until_status("it is said", lambda status: status.provisioning_error)
+        status = await node.until_status("it is reported", lambda status: status.provisioning_error)
         assert "qat.conf line 1: ServicesEnabled: unknown service 'magic'" in status.provisioning_error
         assert any("no provisioning configuration" in reason for reason in status.not_ready)
         config.write(COMPRESSION)
         await serves(node, {DC: 4})
         config.write({"qat.toml": "[defaults]\nvfs = 'some'\n"})
-        status = await node.until_status("it is said", lambda status: status.provisioning_error)
+        status = await node.until_status("it is reported", lambda status: status.provisioning_error)
         assert status.ready
         _, metrics = await node.get("/metrics")
         assert b"qat_plugin_provisioning_configuration_error 1.0" in metrics
@@ -155,16 +155,16 @@ async def test_a_pf_in_use_waits_and_is_changed_as_soon_as_it_is_free() -> None:
         _, metrics = await node.get("/metrics")
         assert f'qat_plugin_provisioning_held{{holder="default/crypto/main",pf="{PF0}"}} 1.0'.encode() in metrics
         assert b'qat_plugin_provisioning_pfs{stage="waiting"} 1.0' in metrics
-        told = [line for line in node.log("server").splitlines() if "waits until" in line]
-        assert len(told) == 1
-        assert "default/crypto/main" in told[0]
+        logged = [line for line in node.log("server").splitlines() if "waits until" in line]
+        assert len(logged) == 1
+        assert "default/crypto/main" in logged[0]
         other = await node.kubelet.allocate("other", [("main", CY, 1)])  # its free VFs are given out meanwhile
         node.kubelet.free("other")
         assert other.containers["main"].envs["QAT0"].startswith("0000:6b")
         node.kubelet.free("crypto")  # the pod has gone, but a process has the VF open
         for _ in range(3):
             await node.until_status("it waits", lambda status: of(status).stage == "waiting")
-        assert story(node) == [("SetNumVfs", "ok", "0", "4")], "nothing was done yet"
+        assert story(node) == [("SetNumVfs", "ok", "0", "4")], "nothing has been changed yet"
         opened.close()
         await serves(node, {DC: 8}, 30)
         assert story(node)[1:] == [("SetServices", "ok", "sym;asym", "dc"), ("SetNumVfs", "ok", "0", "4")]
@@ -181,7 +181,7 @@ async def test_a_drained_pf_gives_no_vf_to_new_pods() -> None:
         status = await node.until_status("it waits", lambda status: of(status).stage == "waiting")
         assert [vf.reason for vf in status.vfs] == [
             "",
-            *[f"PF {PF0} is drained: it is provisioned when its other VFs are free"] * 3,
+            *[f"PF {PF0} is being drained: it is provisioned when its other VFs are free"] * 3,
         ]
         config.write(CRYPTO)  # not wanted any more
         await serves(node, {CY: 4})
@@ -211,14 +211,14 @@ async def test_one_broken_pf_of_eight_leaves_seven_working() -> None:
         node.start_helper()
         node.start_server()
         await serves(node, {DC: 28})
-        status = await node.until_status("it is said", lambda status: of(status, addresses[2]).stage == "failed")
+        status = await node.until_status("it is reported", lambda status: of(status, addresses[2]).stage == "failed")
         assert "Device or resource busy" in of(status, addresses[2]).reason
         assert sum(each.stage == "done" for each in status.provisioning) == 7
-        told = [line for line in node.log("server").splitlines() if addresses[2] in line]
-        assert len(told) == 1, "said once, though it is tried again"
+        logged = [line for line in node.log("server").splitlines() if addresses[2] in line]
+        assert len(logged) == 1, "logged once, although it is retried"
 
 
-async def test_a_step_that_hangs_holds_up_no_other_pf_and_is_taken_up_again() -> None:
+async def test_a_step_that_hangs_delays_no_other_pf_and_is_resumed() -> None:
     async with running_node(bare(PF0, PF1, PF2)) as node:
         node.kernel.hang("qat/state", PF1)
         config = ConfigMap(node.directory / "config")
@@ -234,24 +234,24 @@ async def test_a_step_that_hangs_holds_up_no_other_pf_and_is_taken_up_again() ->
         await serves(node, {DC: 12}, 60)
 
 
-async def test_what_the_kernel_refuses_is_undone_and_not_tried_again() -> None:
+async def test_services_that_the_kernel_refuses_are_undone_and_not_retried() -> None:
     async with provisioned(bare(PF0, PF1), CRYPTO) as (node, config):
         await serves(node, {CY: 8})
         node.kernel.fail_next(PF0, "qat/cfg_services", errno.EINVAL)
         config.write(COMPRESSION)
         await serves(node, {CY: 4, DC: 4})
-        status = await node.until_status("it is told", lambda status: of(status).stage == "failed")
-        assert of(status).reason == "the kernel refused dc: not tried again until the configuration changes"
+        status = await node.until_status("it is reported", lambda status: of(status).stage == "failed")
+        assert of(status).reason == "the kernel refused dc; it is not retried until the configuration changes"
         assert story(node)[1:] == [("SetServices", "failed", None, None), ("SetNumVfs", "ok", "0", "4")]
         assert (read(node, "qat/cfg_services"), read(node, "qat/state")) == ("asym;sym", "up")
         config.write({"qat.conf": "ServicesEnabled=dc;sym\n"})
         await serves(node, {SYM_DC: 8})
 
 
-async def test_what_a_device_cannot_take_is_said_before_anything_is_downed() -> None:
+async def test_unsupported_services_are_reported_before_the_device_goes_down() -> None:
     async with provisioned(bare(PF0), {"qat.conf": "ServicesEnabled=dcc;sym\n"}) as (node, config):
-        status = await node.until_status("it is said", lambda status: of(status).stage == "impossible")
-        assert of(status).reason == "sym;dcc (qat.conf line 1): dcc stands alone"
+        status = await node.until_status("it is reported", lambda status: of(status).stage == "impossible")
+        assert of(status).reason == "sym;dcc (qat.conf line 1): dcc cannot be combined with other services"
         assert story(node) == []
         config.write(CRYPTO)
         await serves(node, {CY: 4})
@@ -295,8 +295,8 @@ async def test_every_kind_of_pf_and_every_setting() -> None:
             assert read(node, "qat/pm_idle_enabled", pf.address) == "0"
             assert read(node, "qat/state", pf.address) == "up"
         assert read(node, "sriov_numvfs", pfs[1].address) == "0"
-        assert "a 37c8 has no services to choose" in node.log("server")
-        # The heartbeat is asked for as often as qat.toml says, and not at all when it says 0.
+        assert "the services of a 37c8 cannot be configured" in node.log("server")
+        # The heartbeat is queried at the interval of qat.toml, and not at all with 0.
         node.kernel.set_heartbeat(pfs[0].address, -1)
         await serves(node, {DC: 4, "qat.intel.com/asym-sym-dc": 2, GENERIC: 2})
         config.write(COMPRESSION | {"qat.toml": toml.replace("0.05", "0")})
@@ -317,9 +317,9 @@ async def test_vfs_do_not_go_through_the_kernels_driver() -> None:
         assert read(node, "sriov_drivers_autoprobe") == "0"
 
 
-async def test_without_an_iommu_it_is_said_and_tried_again() -> None:
+async def test_a_missing_iommu_is_reported_and_retried() -> None:
     async with provisioned(Node(pfs=bare(PF0).pfs, iommu=False), CRYPTO) as (node, _):
-        status = await node.until_status("it is said", lambda status: of(status).stage == "failed")
+        status = await node.until_status("it is reported", lambda status: of(status).stage == "failed")
         assert "is the IOMMU on" in of(status).reason
 
 
@@ -343,10 +343,10 @@ async def test_the_audit_log_is_whole() -> None:
         for before, after in zip(lines, map(json.loads, lines[1:]), strict=False):
             assert after["previous"] == hashlib.sha256(before).hexdigest()
         reasons = {line["reason"] for line in map(json.loads, lines) if line.get("operation", "").startswith("Set")}
-        assert reasons == {"as the provisioning configuration wants"}
+        assert reasons == {"apply the provisioning configuration"}
 
 
-async def test_what_the_helpers_policy_denies_is_tried_once_and_vfs_stay_healthy() -> None:
+async def test_a_step_that_the_policy_denies_is_tried_once_and_vfs_stay_healthy() -> None:
     async with running_node(bare(PF0, PF1)) as node:
         policy = node.directory / "policy.toml"
         policy.write_text(
@@ -359,7 +359,7 @@ async def test_what_the_helpers_policy_denies_is_tried_once_and_vfs_stay_healthy
         node.start_helper()
         node.start_server()
         await serves(node, {DC: 4})
-        status = await node.until_status("it is said", lambda status: of(status).stage == "failed")
+        status = await node.until_status("it is reported", lambda status: of(status).stage == "failed")
         assert "is not among the addresses of the helper's policy file" in of(status).reason
         for _ in range(5):
             await node.status()
@@ -370,13 +370,13 @@ async def test_what_the_helpers_policy_denies_is_tried_once_and_vfs_stay_healthy
         await serves(node, {DC: 8})
 
 
-async def test_while_the_helper_is_away_what_there_is_is_served() -> None:
+async def test_existing_vfs_are_served_while_the_helper_is_away() -> None:
     async with provisioned(bare(PF0), CRYPTO) as (node, config):
         await serves(node, {CY: 4})
         await node.stop_helper(signal.SIGKILL)
         await node.until_status("the server knows", lambda status: not status.helper.connected)
         config.write(COMPRESSION)
-        status = await node.until_status("it is said", lambda status: of(status).stage in ("waiting", "failed"))
+        status = await node.until_status("it is reported", lambda status: of(status).stage in ("waiting", "failed"))
         assert node.kubelet.allocatable() == {CY: 4}
         assert all(not vf.reason for vf in status.vfs)
         node.start_helper()

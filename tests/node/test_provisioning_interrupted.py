@@ -1,4 +1,4 @@
-"""Provisioning that is interrupted at each of its writes by kill -9 of either process: the next start ends it right."""
+"""Provisioning that is interrupted by kill -9 of either process at each of its writes: the next start completes it."""
 
 import contextlib
 import errno
@@ -46,7 +46,7 @@ def children(pid: int) -> list[int]:
 
 
 async def helper_alone(node: RunningNode, attribute: str, address: str) -> None:
-    """Its child goes on by itself, beside those of the next helper."""
+    """Its child continues alone, in parallel with those of the next helper."""
     await node.stop_helper(signal.SIGKILL)
     node.start_helper()
     await node.until_status("the server reaches the new one", lambda status: status.helper.connected)
@@ -54,7 +54,7 @@ async def helper_alone(node: RunningNode, attribute: str, address: str) -> None:
 
 
 async def with_children(node: RunningNode, attribute: str, address: str) -> None:
-    """As when its container ends; the write that was in the kernel comes to pass."""
+    """As when its container ends; the write that was in the kernel takes effect."""
     assert node.helper is not None
     for child in children(node.helper.pid):
         with contextlib.suppress(ProcessLookupError):
@@ -65,7 +65,7 @@ async def with_children(node: RunningNode, attribute: str, address: str) -> None
 
 
 async def before_the_write(node: RunningNode, attribute: str, address: str) -> None:
-    """The same, and the write does not come to pass."""
+    """The same, but the write does not take effect."""
     assert node.helper is not None
     for child in children(node.helper.pid):
         with contextlib.suppress(ProcessLookupError):
@@ -77,7 +77,7 @@ async def before_the_write(node: RunningNode, attribute: str, address: str) -> N
 
 
 async def server(node: RunningNode, attribute: str, address: str) -> None:
-    """The helper ends what it has begun."""
+    """The helper completes the operation that it has begun."""
     await node.stop_server(signal.SIGKILL)
     node.kernel.release(attribute, address)
     node.start_server()
@@ -94,7 +94,7 @@ async def interrupted(node: RunningNode, config: ConfigMap, number: int, interru
     attribute, address = STEPS[number]
     resource, files = VERSIONS[number % 2 - 1]
     if attribute == "drivers_probe":
-        # Written for all VFs: only this one's, or the uevents of the others come in between.
+        # It is written for all VFs. Only this VF hangs: uevents of the others would come in between.
         address = VF
     node.kernel.hang(attribute, address)
     config.write(files)

@@ -1,11 +1,11 @@
-"""One PF with two VFs, what it may be, what is wished of it, and what is planned then."""
+"""Plans for one PF with two VFs: its inventory entry, its actual state, a configuration, and the plan for them."""
 
 from qat_server.devices.inventory import Inventory, PhysicalFunction, Problem
+from qat_server.provisioning.actual_state import ActualState
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.plan import PfPlan, plan
 from qat_server.provisioning.qat_conf import QatConf, canonical
 from qat_server.provisioning.qat_toml import PfSettings, QatToml
-from qat_server.provisioning.state import ProvisionedState
 from qat_shared.pci import PciAddress
 from support.sysfs_tree import address
 
@@ -22,11 +22,11 @@ def a_pf(
 
 def a_state(
     auto_reset: bool | None = False, pm_idle: bool | None = True, num: int = 2, total: int = 2, *opened: PciAddress
-) -> ProvisionedState:
-    return ProvisionedState(auto_reset, pm_idle, num, total, opened)
+) -> ActualState:
+    return ActualState(auto_reset, pm_idle, num, total, opened)
 
 
-def wishes(
+def configured(
     services: str | None = None,
     auto_reset: bool | None = None,
     vfs: int | str | None = None,
@@ -39,12 +39,11 @@ def wishes(
 
 def plan_of(
     pf: PhysicalFunction,
-    state: ProvisionedState | Problem | None,
-    wants: Configuration,
+    state: ActualState | Problem | None,
+    configuration: Configuration,
     holders: dict[PciAddress, str] | None = None,
     known: bool = True,
 ) -> PfPlan:
-    planned = plan(
-        Inventory((pf,), (), (), ()), {} if state is None else {AT: state}, wants, (holders or {}) if known else None
-    )
+    states = {} if state is None else {AT: state}
+    planned = plan(Inventory((pf,), (), (), ()), states, configuration, (holders or {}) if known else None)
     return planned.pfs[0]

@@ -11,10 +11,11 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from qat_server.command_line import extensions, provision
+from qat_server.command_line import extensions
 from qat_server.command_line.doctor.command import doctor
 from qat_server.command_line.flags import PROGRAM, SERVER_FLAGS, Flag, FlagError, plain
 from qat_server.command_line.options import with_options
+from qat_server.command_line.provision import commands as provision
 from qat_server.command_line.status.command import status
 
 app = typer.Typer(

@@ -1,5 +1,7 @@
-"""Provisioning of PFs: what the configuration wants (qat.conf, qat.toml), the plan to get there, its execution.
+"""Provisioning of PFs: the desired state (qat.conf, qat.toml), the plan that leads to it, and its execution.
 
-The plan is pure and made anew by each reconcile. A PF whose VFs are in use waits; a failure is that PF's own. Every
-change of a device goes through the helper.
+The plan is pure and is recomputed by each reconcile from the desired state and the actual state of each PF. A PF whose
+VFs are in use waits, and a failure affects only its own PF. Every change of a device goes through the helper.
+
+The reconciler calls the Provisioner; the `provision` and `config check` commands use the plan and its execution.
 """

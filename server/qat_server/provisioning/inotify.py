@@ -1,4 +1,4 @@
-"""Which names appear in directories, are written and are deleted there (inotify(7))."""
+"""Names that are created, written and deleted in watched directories (inotify(7))."""
 
 import asyncio
 import ctypes
@@ -18,9 +18,9 @@ _HEADER: Final = struct.Struct("iIII")  # wd, mask, cookie, length of the name
 
 
 class Inotify:
-    """Calls `created`, `deleted` and `written` in the running loop until closed. A name that is renamed away is none.
+    """Calls `created`, `deleted` and `written` in the running loop until closed. Renaming a name away calls none.
 
-    Raises OSError where no watch is to be had (a user has 128 of them, mostly).
+    Raises OSError where no inotify instance is available (most systems allow 128 per user).
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Inotify:
         self._loop.add_reader(self._descriptor, self._read)
 
     def add(self, directory: Path) -> None:
-        """Watch a directory too; one that is watched already, once all the same. Raises OSError."""
+        """Also watch this directory; adding one again has no effect. Raises OSError."""
         mask = _CREATE | _MOVED_TO | _DELETE | _ONLYDIR | (_CLOSE_WRITE if self._written else 0)
         found = self._libc.inotify_add_watch(self._descriptor, os.fsencode(directory), ctypes.c_uint32(mask))
         self._directories[self._checked(found, str(directory))] = directory
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._loop.remove_reader(self._descriptor)
         os.close(self._descriptor)
 
@@ -64,7 +64,7 @@ class Inotify:
             name = os.fsdecode(events[position : position + length].rstrip(b"\0"))
             position += length
             directory = self._directories.get(watch)
-            if mask & _IGNORED:  # the directory has gone
+            if mask & _IGNORED:  # the directory is gone
                 self._directories.pop(watch, None)
             elif directory is not None and mask & (_CREATE | _MOVED_TO):
                 self._created(directory / name)

@@ -1,13 +1,14 @@
-"""The provisioning of a running server: each PF by itself on the way from what it is to what is wanted of it.
+"""The provisioning of a running server: brings each PF, independently of the others, to its desired state.
 
-Theory of operation: `look` is a part of every look at the devices. It plans anew from nothing but the devices' state,
-and starts the steps of each PF that may be changed in a task of its own; its end asks for a new look. So whatever was
-interrupted, wherever, is taken up by the next look.
+Theory of operation: `reconcile` is a part of every reconcile of the server. It recomputes the plan from nothing but the
+state of the devices. For each PF that may be changed it starts a task that carries out the steps; the end of the task
+requests another reconcile. So the next reconcile resumes whatever was interrupted, at any point.
 
-A PF whose VFs would be taken away is changed only when nobody can have one: no pod by PodResources, no process by the
-kernel. That must stay so: first its VFs are `withheld` (the kubelet is told, and Allocate refuses them), then
-PodResources is asked once more, and only if the answer still names none of them the steps begin. While pods have some,
-the PF waits; that they have gone is seen by looking again and again, since no event tells it.
+Steps that remove a PF's VFs begin only when nobody can hold one: no pod according to PodResources, and no process
+according to the kernel. That must remain true until the steps have begun, so this order is fixed. First the VFs are
+`withheld`: the kubelet sees them as unhealthy, and Allocate refuses them. Then PodResources is queried once more, and
+the steps begin only if that answer names none of the VFs. While pods hold VFs, the PF waits. No event reports that they
+are free again, so a waiting PF is polled.
 """
 
 import asyncio
@@ -21,29 +22,26 @@ from qat_server.devices.inventory import Inventory, PhysicalFunction
 from qat_server.helper_client.backoff import Backoff, WakeUp
 from qat_server.helper_client.client import HelperClient, HelperError, HelperUnavailableError
 from qat_server.kubelet.usage import BEING_ADMITTED, Usage
+from qat_server.provisioning.actual_state import read_actual_states
 from qat_server.provisioning.configuration import Configuration
-from qat_server.provisioning.plan import PfPlan, Step, plan
-from qat_server.provisioning.progress import Progress, Stage
-from qat_server.provisioning.qat_conf import Services
-from qat_server.provisioning.state import read_states
-from qat_server.provisioning.steps import carry_out, is_refused, takes_vfs_away, why
-from qat_server.provisioning.table import wanted_text
+from qat_server.provisioning.execute import execute, failure_text, refused_services
+from qat_server.provisioning.plan import PfPlan, plan
+from qat_server.provisioning.progress import NOT_PUBLISHED, PfRecord, Progress, Stage
+from qat_server.provisioning.steps import Step
 from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
 
-POLL: Final = 0.5
-"""Seconds between two looks at whether VFs that are waited for are still open."""
-_ASK_LAST: Final = 15.0  # the longest pause between two questions to the kubelet
-
-Holders = Mapping[PciAddress, str]
+_POLL: Final = 0.5  # seconds between two checks whether the VFs that a PF waits for are still open
+_LONGEST_PAUSE: Final = 15.0  # seconds between two PodResources queries
 
 
 class Provisioner:
-    """Carries out what is wanted. `on_change` asks for a look at a device, or (None) for the known ones to be judged.
+    """Carries out the configuration. `on_change` requests a rescan of a device, or with None only a reconcile.
 
-    `progress` is each PF's; `withheld` are the VFs that must not be given to pods now, with the reason.
+    `withheld` are the VFs that must not be given to pods now, each with the reason. `drain`: while a PF waits, its
+    free VFs are withheld too.
     """
 
     def __init__(
@@ -61,235 +59,226 @@ class Provisioner:
         self._on_change = on_change
         self._drain = drain
         self._clock = clock
-        self.progress: dict[PciAddress, Progress] = {}
         self.withheld: dict[PciAddress, str] = {}
         self._configuration: Configuration | None = None
-        self._running: set[PciAddress] = set()
-        self._closing: set[PciAddress] = set()
-        self._closed: dict[PciAddress, float] = {}  # PF: since when the kubelet has been told
-        self._undecided: set[PciAddress] = set()
-        self._with_services: set[PciAddress] = set()  # the PFs whose driver shows services
+        self._records: dict[PciAddress, PfRecord] = {}
         self._backoff = Backoff()
-        self._failures: dict[PciAddress, tuple[Stage, str]] = {}
-        self._denied: dict[PciAddress, str] = {}
-        self._refused: dict[PciAddress, Services] = {}
-        self._said: set[tuple[PciAddress | None, str]] = set()
-        self._waits: dict[PciAddress, str] = {}
-        self._watched: object = None
-        self._ask_at, self._pause = 0.0, POLL
+        self._warned: set[tuple[PciAddress | None, str]] = set()
+        self._polled: object = None  # what the waiting PFs waited for when they were last polled
+        self._query_at, self._pause = 0.0, _POLL
         self._wake_up = WakeUp(lambda: on_change(None), clock)
+
+    @property
+    def progress(self) -> dict[PciAddress, Progress]:
+        """The progress of each PF."""
+        return {address: record.progress for address, record in self._records.items() if record.progress is not None}
 
     @property
     def working(self) -> tuple[PciAddress, ...]:
         """The PFs that are being changed."""
-        return tuple(sorted(self._running))
+        return tuple(sorted(address for address, record in self._records.items() if record.running))
 
     def settled(self, pfs: Sequence[PhysicalFunction]) -> list[PhysicalFunction]:
-        """The PFs that are not being changed: the others cannot be judged."""
-        return [pf for pf in pfs if pf.address not in self._running]
+        """The PFs that are not being changed; the state of the others is transient."""
+        working = self.working
+        return [pf for pf in pfs if pf.address not in working]
 
     def missing(self) -> list[str]:
-        """A sentence for each PF that is not provisioned yet, and that a moment may bring to it."""
-        # These stay as they are until the kubelet, the configuration or the helper's policy changes.
-        stays = self._undecided | self._denied.keys() | self._refused.keys()
+        """A sentence for each PF that is not provisioned yet, and that may soon be."""
         return [
-            f"PF {address} is not provisioned: {one.reason or one.stage}"
-            for address, one in sorted(self.progress.items())
-            if address not in stays
-            and one.stage not in (Stage.DONE, Stage.WAITING)
-            # Attributes come after the driver's link: until then a PF only seems impossible to provision.
-            and (one.stage is not Stage.IMPOSSIBLE or address not in self._with_services)
+            f"PF {address} is not provisioned: {progress.reason or progress.stage}"
+            for address, progress in sorted(self.progress.items())
+            if progress.stage not in (Stage.DONE, Stage.WAITING) and self._records[address].may_soon_progress
         ]
 
     def may_be_bound(self, inventory: Inventory, vfs: Iterable[PciAddress]) -> list[PciAddress]:
-        """These VFs without those that are about to be taken away."""
-        changing = self._running | self._closing | self._closed.keys() | self._undecided
-        going = {vf for pf in inventory.pfs if pf.address in changing for vf in pf.vfs}
-        return [vf for vf in vfs if vf not in going]
+        """These VFs without those that are about to be removed, or may be."""
+        changing = {address for address, each in self._records.items() if each.changing or each.holders_pending}
+        removed = {vf for pf in inventory.pfs if pf.address in changing for vf in pf.vfs}
+        return [vf for vf in vfs if vf not in removed]
 
     async def reconcile(
         self,
         inventory: Inventory,
         configuration: Configuration | None,
-        holders: Callable[[], Holders | None],
+        holders: Callable[[], Mapping[PciAddress, str] | None],
         work: asyncio.TaskGroup,
     ) -> None:
-        """See what is wanted of each PF and not so, and begin what can be done, in tasks of `work`."""
+        """Compare each PF with its desired state, and start the steps that can be carried out in tasks of `work`."""
         if configuration is None:
             return
         if configuration != self._configuration:
             self._configuration = configuration
-            self._backoff, self._failures, self._refused, self._denied = Backoff(), {}, {}, {}
-            self._said.clear()
-        self._with_services = {pf.address for pf in inventory.pfs if pf.services is not None}
-        settled = self.settled(inventory.pfs)
-        states = await asyncio.to_thread(read_states, self._sysfs_root, settled, False)
-        planned = plan(inventory, states, configuration, holders(), self._refused)
-        concerned = [one.pf for one in planned.pfs if one.later or any(map(takes_vfs_away, one.steps))]
-        if concerned:  # mostly there are none, and nobody has to know which VFs are open
-            states.update(await asyncio.to_thread(read_states, self._sysfs_root, concerned))
-            planned = plan(inventory, states, configuration, holders(), self._refused)
-        self._undecided.clear()
-        self._forget_gone(one.pf.address for one in planned.pfs)
+            self._backoff = Backoff()
+            for record in self._records.values():
+                record.failure, record.denied, record.refused = None, "", None
+            self._warned.clear()
+        states = await asyncio.to_thread(read_actual_states, self._sysfs_root, self.settled(inventory.pfs), False)
+        planned = plan(inventory, states, configuration, holders(), self._refused())
+        removing = [each.pf for each in planned.pfs if each.pending or each.removes_vfs]
+        if removing:  # rare; otherwise it does not matter which VFs are open
+            states.update(await asyncio.to_thread(read_actual_states, self._sysfs_root, removing))
+            planned = plan(inventory, states, configuration, holders(), self._refused())
+        self._update_records(planned.pfs)
         for note in planned.notes:
-            self._say_once(None, "provisioning configuration", note)
-        for one in planned.pfs:
-            address = one.pf.address
-            if address in self._running or address not in states:
+            self._warn_once(None, "provisioning configuration", note)
+        for each in planned.pfs:
+            record = self._records[each.pf.address]
+            if record.running or each.pf.address not in states:
                 continue
-            if not self._usage.asked and one.pf.vfs and (one.steps or one.later):
-                self._undecided.add(address)  # whether pods have some will soon be known
+            if not self._usage.asked and each.pf.vfs and (each.steps or each.pending):
+                record.holders_pending = True
                 continue
-            progress = self._judge(one, work)
-            before, self.progress[address] = self.progress.get(address), progress
-            if before is not None and before.stage != Stage.DONE == progress.stage:
-                log.info("PF is as wanted", pf=address, wanted=progress.wanted)
+            before, record.progress = record.progress, self._reconcile_pf(each, record, work)
+            if before is not None and before.stage != Stage.DONE == record.progress.stage:
+                log.info("PF provisioned", pf=each.pf.address, wanted=record.progress.wanted)
         self.withheld = self._withhold(planned.pfs)
-        self._wake([one for one in planned.pfs if one.waiting and one.pf.address not in self._running])
+        self._schedule([each for each in planned.pfs if each.holds and not self._records[each.pf.address].running])
 
     def helper_changed(self) -> None:
-        """Another helper, another policy: what was denied may be allowed now, and what failed may go on."""
-        self._backoff, self._denied = Backoff(), {}
+        """Retry all failures at once: another helper may have another policy."""
+        self._backoff = Backoff()
+        for record in self._records.values():
+            record.denied = ""
 
     def published(self) -> None:
-        """The kubelet has been told what is withheld now."""
-        if self._closing:
-            self._closed.update(dict.fromkeys(self._closing, self._clock()))
-            self._closing.clear()
+        """Take note that the kubelet was sent a list in which `withheld` is in effect."""
+        unpublished = [record for record in self._records.values() if record.withheld_since == NOT_PUBLISHED]
+        for record in unpublished:
+            record.withheld_since = self._clock()
+        if unpublished:
             self._usage.ask()
 
-    def _judge(self, one: PfPlan, work: asyncio.TaskGroup) -> Progress:
-        address, wanted = one.pf.address, wanted_text(one.wanted)
-        steps = tuple(map(str, (*one.steps, *one.later)))
-        for note in one.notes:
-            self._say_once(address, "PF provisioned in part", note)
-        self._say_waits(one)
-        taking = bool(one.pf.vfs) and any(map(takes_vfs_away, one.steps))
-        if not taking:
-            self._closing.discard(address)
-            self._closed.pop(address, None)
-        if one.impossible:
-            self._say_once(address, "PF cannot be what is wanted", one.impossible)
-            return Progress(Stage.IMPOSSIBLE, wanted, reason=one.impossible)
+    def _reconcile_pf(self, pf_plan: PfPlan, record: PfRecord, work: asyncio.TaskGroup) -> Progress:
+        address, wanted, held_by = pf_plan.pf.address, str(pf_plan.desired), pf_plan.holders
+        steps = tuple(map(str, (*pf_plan.steps, *pf_plan.pending)))
+        for note in pf_plan.notes:
+            self._warn_once(address, "PF is only partly provisioned", note)
+        _log_wait(pf_plan, record)
+        removes_vfs = bool(pf_plan.pf.vfs) and pf_plan.removes_vfs
+        if not removes_vfs:
+            record.withheld_since = None
+        if pf_plan.impossible:
+            self._warn_once(address, "PF cannot be provisioned", pf_plan.impossible)
+            return Progress(Stage.IMPOSSIBLE, wanted, reason=pf_plan.impossible)
         if not steps:
             self._backoff = self._backoff.without(address)
-            self._failures.pop(address, None)
-            return Progress(Stage.FAILED if one.refused else Stage.DONE, wanted, reason=one.refused)
-        if not one.steps:
-            return Progress(Stage.WAITING, wanted, steps, _names(one))
-        if not self._helper.connected or address in self._denied:
-            self._closing.discard(address)
-            self._closed.pop(address, None)
-            why_not = self._helper.error or self._denied[address]
-            return Progress(Stage.FAILED, wanted, steps, _names(one), why_not)
+            record.failure = None
+            return Progress(Stage.FAILED if pf_plan.refusal else Stage.DONE, wanted, reason=pf_plan.refusal)
+        if not pf_plan.steps:
+            return Progress(Stage.WAITING, wanted, steps, held_by)
+        if not self._helper.connected or record.denied:
+            record.withheld_since = None
+            return Progress(Stage.FAILED, wanted, steps, held_by, self._helper.error or record.denied)
         if not self._backoff.due(address, self._clock()):
-            stage, failure = self._failures.get(address, (Stage.WORKING, ""))
-            return Progress(stage, wanted, steps, _names(one), failure)
-        if taking and not self._nobody_can_have_one(address):
+            stage, failure = record.failure or (Stage.WORKING, "")
+            return Progress(stage, wanted, steps, held_by, failure)
+        if removes_vfs and not self._vfs_stay_free(record):
             return Progress(Stage.WORKING, wanted, steps)
-        self._running.add(address)
-        # Counted as failed until it is seen to be as wanted: what does not stick must not be tried without a pause.
+        record.running = True
+        # Counts as a failure until the PF is seen in its desired state, so a change without effect is not repeated
+        # without a pause.
         self._backoff = self._backoff.failed(address, self._clock())
-        work.create_task(self._carry_out(one))
-        return Progress(Stage.WORKING, wanted, steps, _names(one))
+        work.create_task(self._execute(pf_plan, record))
+        return Progress(Stage.WORKING, wanted, steps, held_by)
 
-    def _nobody_can_have_one(self, address: PciAddress) -> bool:
-        """The plan has just said that nobody has one: whether none can have been given out since it was made."""
-        closed = self._closed.get(address)
-        if closed is None:
-            self._closing.add(address)
-            return False
-        return self._usage.answer_asked_at > closed
+    def _vfs_stay_free(self, record: PfRecord) -> bool:
+        """Whether VFs that the plan found free cannot have been given to a pod since."""
+        if record.withheld_since is None:
+            record.withheld_since = NOT_PUBLISHED
+        return self._usage.answer_asked_at > record.withheld_since
 
-    async def _carry_out(self, one: PfPlan) -> None:
-        address = one.pf.address
+    async def _execute(self, pf_plan: PfPlan, record: PfRecord) -> None:
+        address = pf_plan.pf.address
         try:
-            for step in one.steps:
+            for step in pf_plan.steps:
                 try:
-                    done = await carry_out(self._helper, step)
+                    done = await execute(self._helper, step)
                 except HelperUnavailableError:
                     self._backoff = self._backoff.without(address)
-                    return  # a look is asked for when it is back
+                    return  # its return triggers a reconcile
                 except HelperError as error:
-                    self._failed(step, error)
+                    self._failed(record, step, error)
                     return
-                except Exception as error:  # a defect must not end what is served
+                except Exception as error:  # a defect here must not end what is already served
                     log.exception("provisioning failed", pf=address, step=str(step))
-                    self._failures[address] = (Stage.FAILED, f"{step}: a defect of this server: {error!r}")
+                    record.failure = (Stage.FAILED, f"{step}: a defect of this server: {error!r}")
                     return
                 log.info("PF changed", pf=address, step=str(step), before=done.before, now=done.now)
-            self._failures.pop(address, None)
+            record.failure = None
         finally:
-            self._running.discard(address)
-            self._closed.pop(address, None)
-            for each in (address, *one.pf.vfs):
+            record.running, record.withheld_since = False, None
+            for each in (address, *pf_plan.pf.vfs):
                 self._on_change(each)
 
-    def _failed(self, step: Step, error: HelperError) -> None:
-        address, text = step.address, why(step, error)
-        if is_refused(step, error):
-            self._refused[address] = getattr(step, "services", ())
-            self._backoff = self._backoff.without(address)
-        if error.code == ErrorCode.DENIED:  # nothing that another attempt would change
-            self._denied[address] = text
+    def _failed(self, record: PfRecord, step: Step, error: HelperError) -> None:
+        text = failure_text(step, error)
+        if services := refused_services(step, error):
+            record.refused = services
+            self._backoff = self._backoff.without(step.address)
+        if error.code == ErrorCode.DENIED:  # a retry would be denied too
+            record.denied = text
         busy = error.code in (ErrorCode.BUSY, ErrorCode.TIMED_OUT)
         failure = (Stage.BUSY if busy else Stage.FAILED, text)
-        if self._failures.get(address) != failure:
+        if record.failure != failure:
             write = log.info if busy else log.error
-            write("PF not changed", pf=address, code=error.code, why=text)
-        self._failures[address] = failure
+            write("PF not changed", pf=step.address, code=error.code, why=text)
+        record.failure = failure
 
     def _withhold(self, planned: Sequence[PfPlan]) -> dict[PciAddress, str]:
         withheld = {}
-        for one in planned:
-            address = one.pf.address
-            if address in self._running or address in self._closing or address in self._closed:
-                withheld.update(dict.fromkeys(one.pf.vfs, f"PF {address} is being provisioned"))
-            elif self._drain and one.waiting:
-                held = {hold.vf for hold in one.waiting}
-                reason = f"PF {address} is drained: it is provisioned when its other VFs are free"
-                withheld.update((vf, reason) for vf in one.pf.vfs if vf not in held)
+        for each in planned:
+            address = each.pf.address
+            if self._records[address].changing:
+                withheld.update(dict.fromkeys(each.pf.vfs, f"PF {address} is being provisioned"))
+            elif self._drain and each.holds:
+                held = {hold.vf for hold in each.holds}
+                reason = f"PF {address} is being drained: it is provisioned when its other VFs are free"
+                withheld.update((vf, reason) for vf in each.pf.vfs if vf not in held)
         return withheld
 
-    def _wake(self, waiting: Sequence[PfPlan]) -> None:
-        """Have a look again when something may have changed that no event tells."""
+    def _schedule(self, waiting: Sequence[PfPlan]) -> None:
+        """Schedule a reconcile for what no event reports: the end of a backoff, or a VF that has become free."""
         now = self._clock()
         due = self._backoff.next_due(now)
         if waiting:
-            due = min(due or now + POLL, now + POLL)
-            seen = [(one.pf.address, one.waiting, one.state and one.state.open_vfs) for one in waiting]
-            if seen != self._watched:
-                self._watched, self._ask_at, self._pause = seen, now, POLL
-            # Where a VF is open, the kernel tells first when it is not any more.
-            if now >= self._ask_at and any(one.state and not one.state.open_vfs for one in waiting):
+            due = min(due or now + _POLL, now + _POLL)
+            polled = [(each.pf.address, each.holds, each.actual and each.actual.open_vfs) for each in waiting]
+            if polled != self._polled:
+                self._polled, self._query_at, self._pause = polled, now, _POLL
+            # While a VF is open, the kernel shows first that it is free.
+            if now >= self._query_at and any(each.actual and not each.actual.open_vfs for each in waiting):
                 self._usage.ask()
-                # That one is being admitted is known for some seconds at most: its pod shows, or it has gone.
-                admitted = any(BEING_ADMITTED in _names(one) for one in waiting)
-                self._pause = POLL if admitted else min(self._pause * 2, _ASK_LAST)
-                self._ask_at = now + self._pause
+                # BEING_ADMITTED lasts a few seconds at most: then PodResources names the pod, or it is gone.
+                admitting = any(BEING_ADMITTED in each.holders for each in waiting)
+                self._pause = _POLL if admitting else min(self._pause * 2, _LONGEST_PAUSE)
+                self._query_at = now + self._pause
         self._wake_up.at(due)
 
-    def _say_waits(self, one: PfPlan) -> None:
-        if BEING_ADMITTED in (names := _names(one)):
-            return  # a moment later it has a name
-        what = ", ".join(map(str, one.later))
-        before, self._waits[one.pf.address] = self._waits.get(one.pf.address, ""), what
-        if what and what != before:
-            log.info("PF waits until its VFs are free", pf=one.pf.address, steps=what, held_by=names)
-
-    def _say_once(self, address: PciAddress | None, message: str, text: str) -> None:
-        if (address, text) not in self._said:
-            self._said.add((address, text))
+    def _warn_once(self, address: PciAddress | None, message: str, text: str) -> None:
+        """Log a warning, unless it was logged since the configuration last changed."""
+        if (address, text) not in self._warned:
+            self._warned.add((address, text))
             log.warning(message, pf=address, why=text)
 
-    def _forget_gone(self, there: Iterable[PciAddress]) -> None:
-        known = set(there) | self._running
-        for gone in self.progress.keys() - known:
-            del self.progress[gone]
-            for table in (self._failures, self._refused, self._denied, self._closed, self._waits):
-                table.pop(gone, None)
-        self._backoff = self._backoff.keep(known)
+    def _refused(self) -> dict[PciAddress, tuple[str, ...]]:
+        return {address: each.refused for address, each in self._records.items() if each.refused is not None}
+
+    def _update_records(self, planned: Sequence[PfPlan]) -> None:
+        """Add new PFs, and forget those that are gone and not being changed."""
+        pfs = {each.pf.address: each.pf for each in planned}
+        self._records = {a: record for a, record in self._records.items() if a in pfs or record.running}
+        for address, pf in pfs.items():
+            record = self._records.setdefault(address, PfRecord(pf))
+            record.pf, record.holders_pending = pf, False
+        self._backoff = self._backoff.keep(self._records)
 
 
-def _names(one: PfPlan) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(hold.holder for hold in one.waiting))
+def _log_wait(pf_plan: PfPlan, record: PfRecord) -> None:
+    """Log a wait once; not while the holder is BEING_ADMITTED, since the pod's name follows in a moment."""
+    if BEING_ADMITTED in pf_plan.holders:
+        return
+    steps = ", ".join(map(str, pf_plan.pending))
+    if steps and steps != record.logged_wait:
+        log.info("PF waits until its VFs are free", pf=pf_plan.pf.address, steps=steps, held_by=pf_plan.holders)
+    record.logged_wait = steps

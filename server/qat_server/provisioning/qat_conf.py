@@ -1,11 +1,11 @@
 """`qat.conf`: one file of `Key=value` lines for all PFs of a node. Pure: text in, QatConf or ConfigurationError out.
 
-    # comments, also after a value
+    # a comment, also allowed after a value
     ServicesEnabled = sym;asym
     AutoresetEnabled = on
 
-`ServicesEnabled` is sym, asym, dc, dcc, decomp or several of them with `;` between, in any order. Whether a device can
-take them is not decided here (plan.py). The names of services are naming.SERVICES, in the kernel's order.
+`ServicesEnabled` is sym, asym, dc, dcc, decomp, or several of them separated by `;`, in any order. The plan decides
+whether a device supports them (plan.py). The names of services are naming.SERVICES, in the kernel's order.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from qat_server.parsing.values import listed, shown
 FILE: Final = "qat.conf"
 
 Services = tuple[str, ...]
-"""Services in the kernel's order, each once: two that are equal are the same configuration of a device."""
+"""Services in the kernel's order, each once. Equal tuples are the same configuration of a device."""
 
 _SWITCH: Final = {"on": True, "off": False}
 
 
 class ConfigurationError(Exception):
-    """The provisioning configuration makes no sense: one sentence that names the file, the line and the key.
+    """The provisioning configuration is invalid: one sentence that names the file, the line and the key.
 
-    `line` is None where it is not known, `key` empty where it is about no key. In qat.toml it is a path: rules[0].vfs.
+    `line` is None where unknown, `key` is "" where no key is involved. In qat.toml the key is a path: rules[0].vfs.
     """
 
     def __init__(self, file: str, text: str, line: int | None = None, key: str = "") -> None:
@@ -40,7 +40,7 @@ class ConfigurationError(Exception):
 
 
 class QatConf(Struct, frozen=True):
-    """What a qat.conf says; None is what it does not speak of. `services_line` is where the services stand."""
+    """The settings of a qat.conf; None for those it does not have. `services_line` is the line of the services."""
 
     services: Services | None = None
     auto_reset: bool | None = None
@@ -48,23 +48,23 @@ class QatConf(Struct, frozen=True):
 
 
 def parse(text: str, file: str = FILE) -> QatConf:
-    """Read a qat.conf; an empty one wants nothing. Raises ConfigurationError."""
+    """Read a qat.conf; an empty one has no settings. Raises ConfigurationError."""
     services: Services | None = None
     auto_reset: bool | None = None
     lines: dict[str, int] = {}
-    # Not splitlines(), which ends lines at characters where no editor does.
+    # Not splitlines(), which also splits at characters that editors do not treat as line ends.
     for number, raw in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
         line = raw.partition("#")[0].strip()
         if not line:
             continue
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals:
-            raise ConfigurationError(file, f"{shown(line)} is not Key=value", number)
+            raise ConfigurationError(file, f"{shown(line)} is not of the form Key=value", number)
         if key in lines:
-            raise ConfigurationError(file, f"stands in line {lines[key]} already; keep one of the two", number, key)
+            raise ConfigurationError(file, f"is already set on line {lines[key]}; remove one of the two", number, key)
         try:
             if key == "ServicesEnabled":
-                services = services_from(value.split(";"))
+                services = parse_services(value.split(";"))
             elif key == "AutoresetEnabled":
                 auto_reset = _switch(value)
             else:
@@ -77,30 +77,30 @@ def parse(text: str, file: str = FILE) -> QatConf:
     return QatConf(services, auto_reset, lines.get("ServicesEnabled"))
 
 
-def services_from(words: Sequence[str]) -> Services:
-    """Services from their names in any order, with spaces around them. Raises ValueError with what is wrong."""
+def parse_services(words: Sequence[str]) -> Services:
+    """Services from their names, which may be in any order and have spaces around them. Raises ValueError."""
     names = [word.strip() for word in words]
     if not any(names):
-        raise ValueError(f"no service is named; known are {listed(SERVICES)}")
+        raise ValueError(f"no service is given; known are {listed(SERVICES)}")
     for name in names:
         if not name:
-            raise ValueError("there is nothing before or after a `;`")
+            raise ValueError("a service is missing before or after `;`")
         if name not in SERVICES:
             raise ValueError(f"unknown service {shown(name)}; known are {listed(SERVICES)}")
         if names.count(name) > 1:
-            raise ValueError(f"{name} is named twice")
+            raise ValueError(f"{name} is given twice")
     return tuple(service for service in SERVICES if service in names)
 
 
 def canonical(text: str | None) -> Services | None:
-    """qat/cfg_services as read from a device; None when it is not there, or not to be understood."""
+    """The services in qat/cfg_services as read from a device; None when the text is absent or not understood."""
     try:
-        return services_from((text or "").split(";"))
+        return parse_services((text or "").split(";"))
     except ValueError:
         return None
 
 
 def _switch(value: str) -> bool:
     if value not in _SWITCH:
-        raise ValueError(f"{shown(value)} is not on or off")
+        raise ValueError(f"{shown(value)} is neither on nor off")
     return _SWITCH[value]

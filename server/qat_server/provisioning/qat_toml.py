@@ -1,22 +1,22 @@
-"""`qat.toml`: what one line for all PFs cannot say. Pure: text in, QatToml or ConfigurationError out. The whole schema:
+"""`qat.toml`: settings that differ between PFs. Pure: text in, QatToml or ConfigurationError out. The whole schema:
 
     heartbeat_interval = "5s"    # or seconds as a number; 0 is off
 
     [defaults]                   # for every PF; any of:
     services = "sym;asym"        # as in qat.conf, or a list of names
     auto_reset = true
-    vfs = "all"                  # or a number; the QAT driver knows only 0 and all
+    vfs = "all"                  # or a number; the QAT driver supports only 0 and all
     pm_idle_enabled = true
 
-    [[rules]]                    # as many as needed; at least one of these three, and all given must fit the PF:
+    [[rules]]                    # any number of rules; at least one of these three, and the PF must match all given:
     address = "0000:6b:00.0"
     device_id = "4940"           # or 0x4940
     numa_node = 0
     services = ["dc"]            # and any setting of [defaults], at least one
 
-Where several rules fit a PF, each setting comes from the most specific rule that has it: one with an address before one
-without, then one with a device id, then one with a NUMA node. So the order of rules does not count, and two rules with
-the same selector are refused.
+Where several rules match a PF, each setting comes from the most specific rule that has it: a rule with an address
+precedes one without, then one with a device id, then one with a NUMA node. So the order of rules has no effect, and two
+rules with the same selector are an error.
 """
 
 import re
@@ -30,7 +30,7 @@ from msgspec import Meta, Struct
 from qat_server.devices.inventory import PhysicalFunction
 from qat_server.parsing import values
 from qat_server.parsing.values import shown
-from qat_server.provisioning.qat_conf import ConfigurationError, Services, services_from
+from qat_server.provisioning.qat_conf import ConfigurationError, Services, parse_services
 from qat_shared.devices import PHYSICAL
 from qat_shared.pci import PciAddress
 
@@ -49,7 +49,7 @@ _Count = Annotated[int, Meta(ge=0, le=0xFFFF)]
 
 
 class PfSettings(Struct, frozen=True):
-    """What a rule or the defaults say of a PF; None is what they do not speak of. `vfs` may be ALL."""
+    """The settings of a rule or of the defaults; None for those they do not have. `vfs` may be ALL."""
 
     services: Services | None = None
     auto_reset: bool | None = None
@@ -58,7 +58,7 @@ class PfSettings(Struct, frozen=True):
 
 
 class Rule(Struct, frozen=True):
-    """Settings for the PFs that have everything that is not None here. `name` is for messages: rules[0]."""
+    """Settings for the PFs that match every selector that is not None. `name` is for messages: rules[0]."""
 
     name: str
     address: PciAddress | None
@@ -66,8 +66,8 @@ class Rule(Struct, frozen=True):
     numa_node: int | None
     settings: PfSettings
 
-    def fits(self, pf: PhysicalFunction) -> bool:
-        """Whether it is about this PF."""
+    def matches(self, pf: PhysicalFunction) -> bool:
+        """Whether the rule applies to this PF."""
         return (
             self.address in (None, pf.address)
             and self.device_id in (None, pf.device_id)
@@ -76,12 +76,12 @@ class Rule(Struct, frozen=True):
 
     @property
     def specificity(self) -> tuple[bool, bool, bool]:
-        """Larger is more specific. Two rules that fit one PF are never equally specific."""
+        """Larger is more specific. Two rules that match the same PF are never equally specific."""
         return (self.address is not None, self.device_id is not None, self.numa_node is not None)
 
 
 class QatToml(Struct, frozen=True):
-    """What a qat.toml says. `rules` are the most specific first; the interval is in seconds, 0 is off."""
+    """The contents of a qat.toml. `rules` have the most specific first; the interval is in seconds, 0 is off."""
 
     heartbeat_interval: float | None = None
     defaults: PfSettings = PfSettings()
@@ -108,7 +108,7 @@ class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class _KeyError(Exception):
-    """What is wrong with the value at a path of keys and indices."""
+    """The value at a path of keys and indices is invalid."""
 
     def __init__(self, path: Sequence[str | int], text: str) -> None:
         super().__init__(text)
@@ -116,7 +116,7 @@ class _KeyError(Exception):
 
 
 def parse(text: str, file: str = FILE) -> QatToml:
-    """Read a qat.toml; an empty one wants nothing. Raises ConfigurationError."""
+    """Read a qat.toml; an empty one has no settings. Raises ConfigurationError."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -124,8 +124,8 @@ def parse(text: str, file: str = FILE) -> QatToml:
         at = _AT_LINE.search(message)
         line = len(text.rstrip().split("\n")) if at_end else int(at[1]) if at else None
         raise ConfigurationError(file, _AT_LINE.sub("", message), line) from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; a date or a number out of Python's range
-        raise ConfigurationError(file, f"not TOML that can be read: {error}") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a date or number out of Python's range
+        raise ConfigurationError(file, f"cannot be parsed as TOML: {error}") from None
     try:
         return _read(_convert(table))
     except _KeyError as error:
@@ -157,7 +157,7 @@ def _read(file: _File) -> QatToml:
         rule = _rule(number, given)
         selector = (rule.address, rule.device_id, rule.numa_node)
         if twin := rules.get(selector):
-            raise _KeyError(("rules", number), f"is about the same PFs as {twin.name}; make one rule of the two")
+            raise _KeyError(("rules", number), f"selects the same PFs as {twin.name}; merge the two rules")
         rules[selector] = rule
     return QatToml(
         heartbeat_interval=_heartbeat(file.heartbeat_interval),
@@ -169,10 +169,10 @@ def _read(file: _File) -> QatToml:
 def _rule(number: int, given: _Rule) -> Rule:
     path = ("rules", number)
     if given.address is None and given.device_id is None and given.numa_node is None:
-        raise _KeyError(path, "names no PF; address, device_id or numa_node is needed ([defaults] is for all PFs)")
+        raise _KeyError(path, "selects no PF; add address, device_id or numa_node, or use [defaults] for all PFs")
     settings = _settings(path, given)
     if settings == PfSettings():
-        raise _KeyError(path, "sets nothing; services, auto_reset, vfs or pm_idle_enabled is needed")
+        raise _KeyError(path, "has no setting; add services, auto_reset, vfs or pm_idle_enabled")
     try:
         address = None if given.address is None else PciAddress.parse(given.address.strip().lower())
     except ValueError as error:
@@ -190,7 +190,7 @@ def _settings(path: Sequence[str | int], given: _Settings) -> PfSettings:
     services = given.services
     if services is not None:
         try:
-            services = services_from(services.split(";") if isinstance(services, str) else services)
+            services = parse_services(services.split(";") if isinstance(services, str) else services)
         except ValueError as error:
             raise _KeyError((*path, "services"), str(error)) from None
     if isinstance(given.vfs, str) and given.vfs != ALL:
@@ -204,9 +204,9 @@ def _device_id(path: Sequence[str | int], given: int | str | None) -> int | None
     known = {f"{device_id:04x}": device_id for device_id, kind in PHYSICAL.items() if kind.provisioned}
     text = f"{given:04x}" if isinstance(given, int) else given.strip().lower().removeprefix("0x")
     if text not in known:
-        # A decimal 4940 is 134c: say what was read.
+        # A decimal 4940 is 134c: show the value as it was read.
         was = f"{given} (0x{text})" if isinstance(given, int) else shown(given)
-        raise _KeyError(path, f"{was} is no PF that is provisioned; those are {values.listed(tuple(known))}")
+        raise _KeyError(path, f"{was} is not a PF that can be provisioned; known are {values.listed(tuple(known))}")
     return known[text]
 
 
@@ -220,7 +220,10 @@ def _heartbeat(given: str | float | None) -> float | None:
 
 
 def _line(text: str, path: Sequence[str | int]) -> int | None:
-    """The line in which the value at `path` begins: tomllib keeps no lines, so find the first lines that have it."""
+    """The line on which the value at `path` begins.
+
+    tomllib keeps no line numbers, so this finds the shortest leading part of the text that contains the value.
+    """
     lines = text.split("\n")
     if not path or len(lines) > _LINES_SEARCHED:
         return None
@@ -229,7 +232,7 @@ def _line(text: str, path: Sequence[str | int]) -> int | None:
         try:
             table = tomllib.loads("\n".join(lines[:number]))
         except (ValueError, RecursionError):
-            continue  # in the midst of a value of several lines
+            continue  # in the middle of a value that spans lines
         if _has(table, path):
             return begins
         begins = number + 1

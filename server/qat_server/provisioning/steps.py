@@ -1,63 +1,60 @@
-"""Carrying out one step of a plan: the helper's operation for it, and what to say of one that failed."""
+"""The steps of a plan: each is one operation of the helper on one PF."""
 
-import errno
-from collections.abc import Callable
-from typing import Final, Protocol
+from msgspec import Struct
 
-from qat_server.helper_client.client import HelperError
-from qat_server.provisioning.plan import SetAutoReset, SetNumVfs, SetPmIdle, SetServices, Step
-from qat_shared import messages
-from qat_shared.messages import AnyRequest, ErrorCode, Provisioned, Service
-
-_REASON: Final = "as the provisioning configuration wants"
+from qat_server.provisioning.qat_conf import Services
+from qat_shared.pci import PciAddress
 
 
-class Provisioning(Protocol):
-    """What is needed of a HelperClient."""
+class SetAutoReset(Struct, frozen=True):
+    """Write qat/auto_reset."""
 
-    async def provision(self, make: Callable[[int], AnyRequest]) -> Provisioned:
-        """Raises HelperError."""
+    address: PciAddress
+    on: bool
 
-
-async def carry_out(helper: Provisioning, step: Step) -> Provisioned:
-    """Have the helper do it. Raises HelperError."""
-    address = step.address
-    if isinstance(step, SetServices):
-        services = tuple(map(Service, step.services))
-        return await helper.provision(
-            lambda number: messages.SetServices(id=number, address=address, services=services, reason=_REASON)
-        )
-    if isinstance(step, SetPmIdle):
-        return await helper.provision(
-            lambda number: messages.SetPmIdle(
-                id=number, address=address, on=step.on, stay_down=step.stay_down, reason=_REASON
-            )
-        )
-    if isinstance(step, SetAutoReset):
-        return await helper.provision(
-            lambda number: messages.SetAutoReset(id=number, address=address, on=step.on, reason=_REASON)
-        )
-    return await helper.provision(
-        lambda number: messages.SetNumVfs(id=number, address=address, count=step.count, reason=_REASON)
-    )
+    def __str__(self) -> str:
+        return f"auto-reset {on_off(self.on)}"
 
 
-def is_refused(step: Step, error: HelperError) -> bool:
-    """Whether the kernel will not have these services, however often it is asked."""
-    return isinstance(step, SetServices) and error.code == ErrorCode.KERNEL and error.errno == errno.EINVAL
+class SetServices(Struct, frozen=True):
+    """Take the device down if it is up, write qat/cfg_services, take it up. Removes its VFs."""
+
+    address: PciAddress
+    services: Services
+
+    def __str__(self) -> str:
+        return f"services {';'.join(self.services)}"
 
 
-def why(step: Step, error: HelperError) -> str:
-    """One sentence for a step that failed."""
-    hint = ""
-    if isinstance(step, SetNumVfs) and error.errno == errno.EINVAL:
-        if step.count:
-            hint = "; is the IOMMU on (intel_iommu=on)? The QAT driver enables no VFs without"
-        else:
-            hint = "; QAT drivers before kernel 6.12 cannot remove VFs by that"
-    return f"{step}: {error.message}{hint}"
+class SetPmIdle(Struct, frozen=True):
+    """Take the device down if it is up, write qat/pm_idle_enabled, take it up unless `stay_down`. Removes its VFs."""
+
+    address: PciAddress
+    on: bool
+    stay_down: bool
+
+    def __str__(self) -> str:
+        return f"pm-idle {on_off(self.on)}"
 
 
-def takes_vfs_away(step: Step) -> bool:
-    """Whether a PF's VFs are gone after it: then it waits until nobody uses one."""
+class SetNumVfs(Struct, frozen=True):
+    """Write sriov_numvfs: 0, or the number of all VFs (`count`). The device is up afterwards."""
+
+    address: PciAddress
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.count} VFs" if self.count else "no VFs"
+
+
+Step = SetAutoReset | SetServices | SetPmIdle | SetNumVfs
+
+
+def removes_vfs(step: Step) -> bool:
+    """Whether the step removes the VFs of its PF, so that it must wait until no VF is in use."""
     return isinstance(step, (SetServices, SetPmIdle)) or (isinstance(step, SetNumVfs) and not step.count)
+
+
+def on_off(switch: bool) -> str:
+    """A switch as users read it."""
+    return "on" if switch else "off"

@@ -1,7 +1,8 @@
-"""The provisioning configuration while the server runs: the last good one, read anew whenever its directory changes.
+"""The provisioning configuration while the server runs: the last valid one, read again whenever its directory changes.
 
-A ConfigMap's mount is replaced as a whole: ..data becomes a link to another directory, which its watch tells at once.
-Where nothing can be watched (a user has 128 such watches), `load` at each resync finds the change.
+A ConfigMap's mount is replaced as a whole: ..data becomes a link to another directory, which the watch reports at once.
+Where the directory cannot be watched (most systems allow 128 inotify instances per user), `load` at each resync detects
+the change.
 """
 
 import asyncio
@@ -17,11 +18,11 @@ from qat_server.provisioning.qat_conf import ConfigurationError
 
 log = logs.get(__name__)
 
-_COALESCE: Final = 0.02  # seconds: an editor writes a file in several steps
+_COALESCE: Final = 0.02  # seconds; an editor writes a file in several steps
 
 
 class ConfigurationWatch:
-    """`current` is None until there has been a good one; `error` says what is wrong with the files as they are now.
+    """`current` is None until a valid configuration was read; `error` says why the present files are invalid, or "".
 
     `on_change` is called whenever either has changed.
     """
@@ -33,15 +34,15 @@ class ConfigurationWatch:
         self._node_name = node_name
         self._on_change = on_change
         self._inotify: Inotify | None = None
-        self._unwatched = ""
+        self._watch_error = ""
         self._pending: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
-        """Read it, and again at each change, until cancelled."""
+        """Load the configuration now and after each change, until cancelled."""
         try:
-            self._inotify = Inotify(self._soon, self._soon, self._soon)
+            self._inotify = Inotify(self._load_soon, self._load_soon, self._load_soon)
         except OSError as error:
-            self._not_watched(error)
+            self._report_unwatched(error)
         try:
             self.load()
             await asyncio.get_running_loop().create_future()
@@ -53,36 +54,37 @@ class ConfigurationWatch:
                 self._inotify = None
 
     def load(self) -> None:
-        """Read it now."""
+        """Load the configuration now."""
         self._pending = None
         if self._inotify is not None:
             try:
-                self._inotify.add(self._directory)  # first, so that no change is missed; again, if it was made anew
-                self._unwatched = ""
+                # Before reading, so that no change is missed. Each time, since the directory may be a new one.
+                self._inotify.add(self._directory)
+                self._watch_error = ""
             except OSError as error:
-                self._not_watched(error)
+                self._report_unwatched(error)
         before = (self.current, self.error)
         try:
-            found = configuration.load(self._directory, self._node_name)
+            loaded = configuration.load(self._directory, self._node_name)
         except ConfigurationError as error:
             if str(error) != self.error:
-                kept = "nothing is provisioned" if self.current is None else "the last good one stays in force"
-                log.error("provisioning configuration not usable", why=str(error), so=kept)
+                so = "nothing is provisioned" if self.current is None else "the last valid configuration stays in force"
+                log.error("provisioning configuration cannot be used", why=str(error), so=so)
             self.error = str(error)
         else:
             self.error = ""
-            if found != self.current:
-                log.info("provisioning configuration read", directory=self._directory, files=found.files)
-            self.current = found
+            if loaded != self.current:
+                log.info("provisioning configuration read", directory=self._directory, files=loaded.files)
+            self.current = loaded
         if (self.current, self.error) != before:
             self._on_change()
 
-    def _soon(self, _: Path) -> None:
+    def _load_soon(self, _: Path) -> None:
         if self._pending is None:
             self._pending = asyncio.get_running_loop().call_later(_COALESCE, self.load)
 
-    def _not_watched(self, error: OSError) -> None:
+    def _report_unwatched(self, error: OSError) -> None:
         why = f"{error.filename}: {error.strerror}"
-        if why != self._unwatched:
-            log.warning("configuration is not watched: changes are seen at the next resync", why=why)
-        self._unwatched = why
+        if why != self._watch_error:
+            log.warning("provisioning configuration is not watched: changes are detected at the next resync", why=why)
+        self._watch_error = why

@@ -1,4 +1,4 @@
-"""The plan on a model of the device: whatever it is and is to be, the plan leads there, and touches none in use."""
+"""The plan on a model of the device: every plan reaches the desired state, and changes no device in use."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -6,29 +6,26 @@ from msgspec.structs import replace
 
 from qat_server.devices.inventory import PhysicalFunction
 from qat_server.devices.naming import SERVICES
+from qat_server.provisioning.actual_state import ActualState
 from qat_server.provisioning.configuration import Configuration
-from qat_server.provisioning.plan import (
-    SetAutoReset,
-    SetNumVfs,
-    SetPmIdle,
-    SetServices,
-    Step,
-    services_problem,
-)
+from qat_server.provisioning.plan import services_problem
 from qat_server.provisioning.qat_conf import Services, canonical
-from qat_server.provisioning.state import ProvisionedState
+from qat_server.provisioning.steps import SetAutoReset, SetNumVfs, SetPmIdle, SetServices, Step
 from qat_simulation.node.services import services_allowed
-from support.provisioning_plans import POD, VFS, a_pf, a_state, plan_of, wishes
+from support.provisioning_plans import POD, VFS, a_pf, a_state, configured, plan_of
 
 DEVICE_IDS = (0x37C8, 0x4940, 0x4942, 0x4944, 0x4946, 0x4948)
 _services = st.one_of(
-    st.sampled_from([["dc"], ["sym", "asym"]]),  # what every one but the C62x takes
+    st.sampled_from([["dc"], ["sym", "asym"]]),  # supported by every device but the C62x
     st.lists(st.sampled_from(SERVICES), min_size=1, max_size=3, unique=True),
 )
 
 
 class Model:
-    """A PF as the kernel's driver behaves (adf_sysfs.c, adf_sriov.c). `forgets`: as before 6.12, pm_idle_enabled."""
+    """A PF with the kernel driver's behaviour (adf_sysfs.c, adf_sriov.c).
+
+    `forgets`: going down resets pm_idle_enabled, as before 6.12.
+    """
 
     def __init__(
         self, device_id: int, services: str, up: bool, vfs: bool, pm_idle: bool, forgets: bool, has_all: bool
@@ -45,7 +42,7 @@ class Model:
         services, state = (None, None) if self.gen2 else (self.services, "up" if self.up else "down")
         return a_pf(self.device_id, services, state, self.vfs)
 
-    def state(self) -> ProvisionedState:
+    def state(self) -> ActualState:
         auto_reset, pm_idle = (self.auto_reset, self.pm_idle) if self.has_all else (None, None)
         return a_state(auto_reset, pm_idle, self.vfs)
 
@@ -55,7 +52,7 @@ class Model:
             self.pm_idle = self.pm_idle or self.forgets
 
     def writes_of(self, step: Step) -> list[tuple[str, object]]:
-        """What the helper does for a step, write by write."""
+        """The writes by which the helper carries out a step."""
         match step:
             case SetAutoReset(on=on):
                 return [("auto_reset", on)]
@@ -97,7 +94,7 @@ _models = st.builds(
 )
 _optional = st.sampled_from([None, True, False])
 _configurations = st.builds(
-    wishes,
+    configured,
     st.one_of(st.none(), _services.map(";".join)),
     _optional,
     st.sampled_from([None, 0, 1, 2, "all"]),
@@ -107,15 +104,15 @@ _configurations = st.builds(
 
 @settings(max_examples=600)
 @given(_models, _configurations, st.data())
-def test_plan_leads_to_what_is_wanted_however_often_it_is_interrupted(
-    model: Model, wants: Configuration, data: st.DataObject
+def test_plan_reaches_the_desired_state_after_any_interruptions(
+    model: Model, configuration: Configuration, data: st.DataObject
 ) -> None:
-    one = plan_of(model.pf(), model.state(), wants)
+    one = plan_of(model.pf(), model.state(), configuration)
     for _ in range(data.draw(st.integers(0, 2))):
         writes = [write for step in one.steps for write in model.writes_of(step)]
         for what, to in writes[: data.draw(st.integers(0, len(writes)))]:
             model.write(what, to)
-        one = plan_of(model.pf(), model.state(), wants)
+        one = plan_of(model.pf(), model.state(), configuration)
     if one.impossible:
         assert not model.writes
         return
@@ -123,28 +120,28 @@ def test_plan_leads_to_what_is_wanted_however_often_it_is_interrupted(
         for what, to in model.writes_of(step):
             model.write(what, to)
 
-    again = plan_of(model.pf(), model.state(), wants)
-    assert again.steps == again.later == ()
-    wanted = again.wanted
-    assert model.vfs == (0 if wanted.vfs == 0 else 2)
-    if not model.gen2 and wanted.services is not None:
+    again = plan_of(model.pf(), model.state(), configuration)
+    assert again.steps == again.pending == ()
+    desired = again.desired
+    assert model.vfs == (0 if desired.vfs == 0 else 2)
+    if not model.gen2 and desired.services is not None:
         assert model.up
-        assert canonical(model.services) == wanted.services
+        assert canonical(model.services) == desired.services
     if model.has_all:
-        assert model.up or wanted.pm_idle_enabled is None
-        assert wanted.auto_reset in (None, model.auto_reset)
-        assert wanted.pm_idle_enabled in (None, model.pm_idle)
+        assert model.up or desired.pm_idle_enabled is None
+        assert desired.auto_reset in (None, model.auto_reset)
+        assert desired.pm_idle_enabled in (None, model.pm_idle)
 
 
 @given(_models, _configurations, st.sampled_from(["pod", "open", "not known"]))
-def test_held_pf_is_never_touched(model: Model, wants: Configuration, how: str) -> None:
+def test_a_pf_in_use_is_never_changed(model: Model, configuration: Configuration, how: str) -> None:
     model.up, model.vfs = True, 2
     state = replace(model.state(), open_vfs=VFS[1:]) if how == "open" else model.state()
-    one = plan_of(model.pf(), state, wants, POD if how == "pod" else {}, known=how != "not known")
+    one = plan_of(model.pf(), state, configuration, POD if how == "pod" else {}, known=how != "not known")
     assert all(isinstance(step, SetAutoReset) for step in one.steps)
-    assert bool(one.later) == bool(one.waiting)
+    assert bool(one.pending) == bool(one.holds)
 
 
 @given(st.sampled_from([*DEVICE_IDS[1:]]), _services.map(tuple))
-def test_possible_is_what_the_emulated_kernel_takes(device_id: int, services: Services) -> None:
+def test_supported_services_are_those_of_the_emulated_kernel(device_id: int, services: Services) -> None:
     assert (services_problem(device_id, services) == "") == services_allowed(device_id, ";".join(services))

@@ -1,4 +1,4 @@
-"""The order of things: withheld and published before PodResources is asked, asked before a step begins."""
+"""The order: VFs are withheld and published before PodResources is queried, and queried before the first step."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -26,26 +26,26 @@ CRYPTO = Configuration(QatConf(services=("asym", "sym")))
 
 
 class Helper:
-    """Stands for the client: remembers what it is asked, and fails or waits when told to."""
+    """A stand-in for the client: records its requests, and fails or waits on demand."""
 
     def __init__(self) -> None:
-        self.asked: list[AnyRequest] = []
+        self.requests: list[AnyRequest] = []
         self.failure: HelperError | None = None
         self.connected = True
         self.error = "the helper has gone"
-        self.go_on = asyncio.Event()
-        self.go_on.set()
+        self.proceed = asyncio.Event()
+        self.proceed.set()
 
     async def provision(self, make: Callable[[int], AnyRequest]) -> Provisioned:
-        self.asked.append(make(1))
-        await self.go_on.wait()
+        self.requests.append(make(1))
+        await self.proceed.wait()
         if self.failure is not None:
             raise self.failure
         return Provisioned(id=1, audit=AuditHead(sequence=0, hash=""), before="", now="")
 
 
 class Bench:
-    """A tree with one PF that has dc and is to have sym;asym, and a kubelet that says who holds what."""
+    """A tree with one PF (services dc, desired sym;asym), and a kubelet that reports which pods hold its VFs."""
 
     def __init__(self, root: Path, work: asyncio.TaskGroup, drain: bool) -> None:
         self.tree = SysfsTree(root)
@@ -55,26 +55,26 @@ class Bench:
         self.helper = Helper()
         self.time = 100.0
         self.pods: dict[PciAddress, str] = {}
-        self.questions = 0
-        self.marked: list[PciAddress | None] = []
+        self.queries = 0
+        self.changes: list[PciAddress | None] = []
         self.usage = Usage(self._query, lambda: None, 3600, clock=lambda: self.time)
-        self.just_now: set[PciAddress] = set()
+        self.being_admitted: set[PciAddress] = set()
         self.configuration = CRYPTO
         self.work = work
         self.provisioner = Provisioner(
-            cast(HelperClient, self.helper), root, self.usage, self.marked.append, drain, lambda: self.time
+            cast(HelperClient, self.helper), root, self.usage, self.changes.append, drain, lambda: self.time
         )
 
     async def _query(self) -> Answer:
-        self.questions += 1
+        self.queries += 1
         return Answer({"dc": {vf: Holder(pod) for vf, pod in self.pods.items()}}, pods=1)
 
     async def answered(self) -> None:
-        """The kubelet is asked, and answers."""
-        before = self.questions
+        """Query the kubelet, and wait for its answer."""
+        before = self.queries
         self.time += 1
         self.usage.ask()
-        await until(lambda: self.questions > before and self.usage.answer_asked_at == self.time)
+        await until(lambda: self.queries > before and self.usage.answer_asked_at == self.time)
 
     async def reconcile(self) -> None:
         inventory = discover(self.tree.root, ("4xxxvf",), 64)
@@ -82,7 +82,7 @@ class Bench:
         await asyncio.sleep(0)
 
     def _holders(self) -> dict[PciAddress, str] | None:
-        return dict.fromkeys(self.just_now, BEING_ADMITTED) | self.usage.by_device()
+        return dict.fromkeys(self.being_admitted, BEING_ADMITTED) | self.usage.by_device()
 
     def stage(self) -> Stage:
         return self.provisioner.progress[PF].stage
@@ -97,38 +97,38 @@ async def bench(root: Path, drain: bool = False) -> AsyncIterator[Bench]:
             await made.answered()
             yield made
         finally:
-            made.helper.go_on.set()
+            made.helper.proceed.set()
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_withheld_then_published_then_asked_then_done(tmp_path: Path) -> None:
+async def test_vfs_are_withheld_then_published_then_queried_then_removed(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         await it.reconcile()
         assert it.provisioner.withheld.keys() == set(VFS)
         await it.answered()
         await it.reconcile()
-        assert it.helper.asked == [], "the kubelet has not been told yet: any may have been given out"
+        assert it.helper.requests == [], "not published yet: any VF may have been allocated"
         it.provisioner.published()
         await it.reconcile()
-        assert it.helper.asked == [], "the last answer is from before"
+        assert it.helper.requests == [], "the last answer was to an earlier query"
         await it.answered()
         await it.reconcile()
-        await until(lambda: len(it.helper.asked) == 2)
-        assert isinstance(it.helper.asked[0], SetServices)
-        assert set(it.marked) >= {PF, *VFS}
+        await until(lambda: len(it.helper.requests) == 2)
+        assert isinstance(it.helper.requests[0], SetServices)
+        assert set(it.changes) >= {PF, *VFS}
 
 
-async def test_a_pod_that_came_in_between_is_waited_for(tmp_path: Path) -> None:
+async def test_a_pod_that_was_admitted_before_publishing_is_waited_for(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         await it.reconcile()
-        it.just_now.add(VFS[1])  # allocated before it was published
+        it.being_admitted.add(VFS[1])  # allocated before it was published
         it.provisioner.published()
         await it.answered()
         await it.reconcile()
         assert it.stage() is Stage.WAITING
-        assert it.provisioner.withheld == {}, "its free VFs may be given out again"
-        it.just_now.clear()
+        assert it.provisioner.withheld == {}, "its free VFs may be allocated again"
+        it.being_admitted.clear()
         it.pods = {VFS[1]: "default/pod/main"}
         await it.answered()
         await it.reconcile()
@@ -136,14 +136,14 @@ async def test_a_pod_that_came_in_between_is_waited_for(tmp_path: Path) -> None:
         it.pods = {}
         await it.answered()
         await it.reconcile()
-        assert it.helper.asked == [], "to be withheld, published and asked for anew"
+        assert it.helper.requests == [], "must be withheld, published and queried again"
         it.provisioner.published()
         await it.answered()
         await it.reconcile()
-        await until(lambda: it.helper.asked)
+        await until(lambda: it.helper.requests)
 
 
-async def test_drained_are_the_free_ones_only(tmp_path: Path) -> None:
+async def test_drain_withholds_only_free_vfs(tmp_path: Path) -> None:
     async with bench(tmp_path, drain=True) as it:
         it.pods = {VFS[0]: "default/pod/main"}
         await it.answered()
@@ -156,10 +156,10 @@ async def test_drained_are_the_free_ones_only(tmp_path: Path) -> None:
         assert it.provisioner.withheld.keys() == set(VFS)
         await it.answered()
         await it.reconcile()
-        assert it.helper.asked == [], "the one that has just become free was not withheld while it was asked"
+        assert it.helper.requests == [], "the VF that has just become free was not withheld during the query"
 
 
-async def test_without_podresources_what_has_vfs_waits(tmp_path: Path) -> None:
+async def test_without_podresources_a_pf_with_vfs_waits(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         inventory = discover(it.tree.root, ("4xxxvf",), 64)
         await it.provisioner.reconcile(inventory, CRYPTO, lambda: None, it.work)
@@ -167,7 +167,7 @@ async def test_without_podresources_what_has_vfs_waits(tmp_path: Path) -> None:
         it.tree.pf("70:00.0", sriov_totalvfs="2")
         inventory = discover(it.tree.root, ("4xxxvf",), 64)
         await it.provisioner.reconcile(inventory, CRYPTO, lambda: None, it.work)
-        await until(lambda: [request.address for request in it.helper.asked[:1]] == [OTHER])  # type: ignore[union-attr]
+        await until(lambda: [request.address for request in it.helper.requests[:1]] == [OTHER])  # type: ignore[union-attr]
 
 
 async def test_vfs_are_not_bound_while_their_pf_is_being_changed(tmp_path: Path) -> None:
@@ -178,16 +178,16 @@ async def test_vfs_are_not_bound_while_their_pf_is_being_changed(tmp_path: Path)
         assert it.provisioner.may_be_bound(inventory, VFS) == []
         it.provisioner.published()
         await it.answered()
-        it.helper.go_on.clear()
+        it.helper.proceed.clear()
         await it.reconcile()
         assert it.provisioner.working == (PF,)
         assert it.provisioner.may_be_bound(inventory, VFS) == []
         assert it.provisioner.settled(inventory.pfs) == []
         await it.reconcile()
-        assert len(it.helper.asked) == 1, "one at a time"
+        assert len(it.helper.requests) == 1, "one at a time"
 
 
-async def test_a_failure_is_tried_again_later_and_what_does_not_stick_not_without_a_pause(tmp_path: Path) -> None:
+async def test_failures_and_changes_without_effect_are_retried_with_backoff(tmp_path: Path) -> None:
     async with bench(tmp_path) as it:
         for vf in VFS:
             it.tree.remove(str(vf))
@@ -197,20 +197,20 @@ async def test_a_failure_is_tried_again_later_and_what_does_not_stick_not_withou
         await it.reconcile()
         await until(lambda: not it.provisioner.working)
         await it.reconcile()
-        assert (it.stage(), len(it.helper.asked)) == (Stage.FAILED, 1)
+        assert (it.stage(), len(it.helper.requests)) == (Stage.FAILED, 1)
         it.time += 0.6
         it.helper.failure = HelperError(ErrorCode.BUSY, "an earlier one")
         await it.reconcile()
         await until(lambda: not it.provisioner.working)
         await it.reconcile()
-        assert (it.stage(), len(it.helper.asked)) == (Stage.BUSY, 2)
+        assert (it.stage(), len(it.helper.requests)) == (Stage.BUSY, 2)
         it.time += 1.1
         it.helper.failure = None
         await it.reconcile()
         await until(lambda: not it.provisioner.working)
-        assert len(it.helper.asked) == 4
+        assert len(it.helper.requests) == 4
         await it.reconcile()  # the tree has not changed
-        assert (it.stage(), len(it.helper.asked)) == (Stage.WORKING, 4)
+        assert (it.stage(), len(it.helper.requests)) == (Stage.WORKING, 4)
         it.helper.connected = False
         it.time += 60
         await it.reconcile()

@@ -1,4 +1,4 @@
-"""qat.conf: what each text means, and one sentence with file, line and key for each that means nothing."""
+"""qat.conf: the settings of each text, and one sentence with file, line and key for each invalid one."""
 
 import pytest
 from hypothesis import given
@@ -37,24 +37,24 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "capitals": ("ServicesEnabled=Sym", f"qat.conf line 1: ServicesEnabled: unknown service 'Sym'; {KNOWN}"),
     "comma": ("ServicesEnabled=sym,asym", f"qat.conf line 1: ServicesEnabled: unknown service 'sym,asym'; {KNOWN}"),
-    "no service": ("ServicesEnabled=", f"qat.conf line 1: ServicesEnabled: no service is named; {KNOWN}"),
-    "semicolons only": ("ServicesEnabled=;", f"qat.conf line 1: ServicesEnabled: no service is named; {KNOWN}"),
+    "no service": ("ServicesEnabled=", f"qat.conf line 1: ServicesEnabled: no service is given; {KNOWN}"),
+    "semicolons only": ("ServicesEnabled=;", f"qat.conf line 1: ServicesEnabled: no service is given; {KNOWN}"),
     "semicolon at the end": (
         "ServicesEnabled=sym;",
-        "qat.conf line 1: ServicesEnabled: there is nothing before or after a `;`",
+        "qat.conf line 1: ServicesEnabled: a service is missing before or after `;`",
     ),
-    "service twice": ("ServicesEnabled=dc; dc", "qat.conf line 1: ServicesEnabled: dc is named twice"),
-    "auto-reset yes": ("AutoresetEnabled=yes", "qat.conf line 1: AutoresetEnabled: 'yes' is not on or off"),
-    "auto-reset without value": ("AutoresetEnabled=", "qat.conf line 1: AutoresetEnabled: '' is not on or off"),
+    "service twice": ("ServicesEnabled=dc; dc", "qat.conf line 1: ServicesEnabled: dc is given twice"),
+    "auto-reset yes": ("AutoresetEnabled=yes", "qat.conf line 1: AutoresetEnabled: 'yes' is neither on nor off"),
+    "auto-reset without value": ("AutoresetEnabled=", "qat.conf line 1: AutoresetEnabled: '' is neither on nor off"),
     "unknown key": (
         "# x\nservicesenabled=dc",
         "qat.conf line 2: unknown key 'servicesenabled'; known are ServicesEnabled, AutoresetEnabled",
     ),
     "no key": ("=dc", "qat.conf line 1: unknown key ''; known are ServicesEnabled, AutoresetEnabled"),
-    "no equals sign": ("ServicesEnabled dc", "qat.conf line 1: 'ServicesEnabled dc' is not Key=value"),
+    "no equals sign": ("ServicesEnabled dc", "qat.conf line 1: 'ServicesEnabled dc' is not of the form Key=value"),
     "key twice": (
         "ServicesEnabled=dc\nAutoresetEnabled=on\nServicesEnabled=dc",
-        "qat.conf line 3: ServicesEnabled: stands in line 1 already; keep one of the two",
+        "qat.conf line 3: ServicesEnabled: is already set on line 1; remove one of the two",
     ),
     "two values": ("ServicesEnabled=dc=sym", f"qat.conf line 1: ServicesEnabled: unknown service 'dc=sym'; {KNOWN}"),
 }
@@ -67,14 +67,14 @@ def test_bad(text: str, message: str) -> None:
     assert str(raised.value) == message
 
 
-def test_error_has_its_facts() -> None:
+def test_error_has_file_line_and_key() -> None:
     with pytest.raises(ConfigurationError) as raised:
         parse("ServicesEnabled=x", "qat-node1.conf")
     error = raised.value
     assert (error.file, error.line, error.key) == ("qat-node1.conf", 1, "ServicesEnabled")
 
 
-def test_canonical_of_what_a_device_shows() -> None:
+def test_canonical_services_of_a_device() -> None:
     assert canonical("sym;asym\n") == ("asym", "sym")
     assert canonical("") is None
     assert canonical(None) is None
@@ -93,7 +93,7 @@ _lines = st.one_of(
 
 
 @given(st.lists(_lines, max_size=5))
-def test_any_text_is_read_or_refused_in_one_sentence(lines: list[str]) -> None:
+def test_any_text_is_parsed_or_gives_one_sentence(lines: list[str]) -> None:
     try:
         parse("\n".join(lines))
     except ConfigurationError as error:
@@ -102,5 +102,5 @@ def test_any_text_is_read_or_refused_in_one_sentence(lines: list[str]) -> None:
 
 
 @given(st.permutations(["sym", "asym", "dc"]), st.sampled_from([";", " ; ", "; "]))
-def test_order_does_not_count(words: list[str], between: str) -> None:
+def test_order_has_no_effect(words: list[str], between: str) -> None:
     assert parse(f"ServicesEnabled={between.join(words)}").services == ("asym", "sym", "dc")

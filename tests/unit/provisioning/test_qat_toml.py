@@ -1,4 +1,4 @@
-"""qat.toml: what each text means, and one sentence with file, line and key path for each that means nothing."""
+"""qat.toml: the settings of each text, and one sentence with file, line and key path for each invalid one."""
 
 import pytest
 from hypothesis import given
@@ -62,16 +62,16 @@ BAD: dict[str, tuple[str, str]] = {
         f"qat.toml line 7: rules[1].service: unknown key; known are {SETTINGS}, address, device_id, numa_node",
     ),
     "rules as one table": ("[rules]\nvfs = 0", "qat.toml line 1: rules: expected `array`, got `table`"),
-    "auto-reset as word": (
+    "auto-reset as string": (
         '[defaults]\nauto_reset = "on"',
         "qat.toml line 2: defaults.auto_reset: expected `bool | null`, got `str`",
     ),
     "number of VFs negative": ("[defaults]\nvfs = -1", "qat.toml line 2: defaults.vfs: expected `int` >= 0"),
-    "number of VFs as truth": (
+    "number of VFs as boolean": (
         "[defaults]\nvfs = true",
         "qat.toml line 2: defaults.vfs: expected `int | str | null`, got `bool`",
     ),
-    "VFs as word": (
+    "VFs as string": (
         '[defaults]\nvfs = "some"',
         "qat.toml line 2: defaults.vfs: 'some' is neither a number nor \"all\"",
     ),
@@ -81,19 +81,19 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "no service": (
         "[defaults]\nservices = []",
-        "qat.toml line 2: defaults.services: no service is named; known are asym, sym, dc, decomp, dcc",
+        "qat.toml line 2: defaults.services: no service is given; known are asym, sym, dc, decomp, dcc",
     ),
-    "rule for no PF": (
+    "rule without a selector": (
         "[[rules]]\nvfs = 0",
-        "qat.toml line 1: rules[0]: names no PF; address, device_id or numa_node is needed ([defaults] is for all PFs)",
+        "qat.toml line 1: rules[0]: selects no PF; add address, device_id or numa_node, or use [defaults] for all PFs",
     ),
     "rule without setting": (
         "[[rules]]\nnuma_node = 0",
-        "qat.toml line 1: rules[0]: sets nothing; services, auto_reset, vfs or pm_idle_enabled is needed",
+        "qat.toml line 1: rules[0]: has no setting; add services, auto_reset, vfs or pm_idle_enabled",
     ),
     "two rules for the same PFs": (
         '[[rules]]\ndevice_id = "4940"\nvfs = 0\n\n[[rules]]\ndevice_id = 0x4940\nauto_reset = true',
-        "qat.toml line 5: rules[1]: is about the same PFs as rules[0]; make one rule of the two",
+        "qat.toml line 5: rules[1]: selects the same PFs as rules[0]; merge the two rules",
     ),
     "address without domain": (
         '[[rules]]\naddress = "6b:00.0"\nvfs = 0',
@@ -101,27 +101,27 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "device id in decimal": (
         "[[rules]]\ndevice_id = 4940\nvfs = 0",
-        "qat.toml line 2: rules[0].device_id: 4940 (0x134c) is no PF that is provisioned;"
-        " those are 37c8, 4940, 4942, 4944, 4946, 4948",
+        "qat.toml line 2: rules[0].device_id: 4940 (0x134c) is not a PF that can be provisioned;"
+        " known are 37c8, 4940, 4942, 4944, 4946, 4948",
     ),
     "device id of a VF": (
         '[[rules]]\ndevice_id = "4941"\nvfs = 0',
-        "qat.toml line 2: rules[0].device_id: '4941' is no PF that is provisioned;"
-        " those are 37c8, 4940, 4942, 4944, 4946, 4948",
+        "qat.toml line 2: rules[0].device_id: '4941' is not a PF that can be provisioned;"
+        " known are 37c8, 4940, 4942, 4944, 4946, 4948",
     ),
     "negative NUMA node": (
         "[[rules]]\nnuma_node = -1\nvfs = 0",
         "qat.toml line 2: rules[0].numa_node: expected `int` >= 0",
     ),
-    "heartbeat that is no duration": (
+    "heartbeat that is not a duration": (
         'heartbeat_interval = "5 s"',
         "qat.toml line 1: heartbeat_interval: '5 s' is not a duration such as 5s, 500ms or 1m30s",
     ),
-    "heartbeat that never ends": (
+    "infinite heartbeat": (
         "heartbeat_interval = inf",
         "qat.toml line 1: heartbeat_interval: 'inf' is not a duration such as 5s, 500ms or 1m30s",
     ),
-    "date where a word belongs": (
+    "date instead of a string": (
         "[defaults]\nservices = 2024-01-01",
         "qat.toml line 2: defaults.services: expected `str | array | null`, got `date`",
     ),
@@ -135,13 +135,13 @@ def test_bad(text: str, message: str) -> None:
     assert str(raised.value) == message
 
 
-def test_too_deep_and_too_long_numbers_are_refused() -> None:
+def test_deep_nesting_and_long_numbers_are_errors() -> None:
     for text in ("x = " + "[" * 3000, "x = " + "9" * 5000):
-        with pytest.raises(ConfigurationError, match="not TOML that can be read"):
+        with pytest.raises(ConfigurationError, match="cannot be parsed as TOML"):
             parse(text)
 
 
-def test_rules_are_the_most_specific_first() -> None:
+def test_rules_have_the_most_specific_first() -> None:
     text = "".join(
         f"[[rules]]\n{selector}\nvfs = 0\n"
         for selector in (
@@ -185,7 +185,7 @@ _lines = st.one_of(
 
 
 @given(st.lists(_lines, max_size=8))
-def test_any_text_is_read_or_refused(lines: list[str]) -> None:
+def test_any_text_is_parsed_or_gives_an_error(lines: list[str]) -> None:
     try:
         parse("\n".join(lines))
     except ConfigurationError as error:

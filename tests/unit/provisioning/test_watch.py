@@ -1,4 +1,4 @@
-"""The watch of the configuration's directory: what is noticed, what is kept, what is said once."""
+"""The watch of the configuration directory: changes are detected, errors keep the last valid configuration."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ def services(it: ConfigurationWatch) -> tuple[str, ...] | None:
     return it.current.conf.services if it.current is not None else None
 
 
-async def test_swaps_and_edits_are_noticed(tmp_path: Path) -> None:
+async def test_swaps_and_edits_are_detected(tmp_path: Path) -> None:
     config = ConfigMap(tmp_path / "config")
     async with watched(config.directory) as (it, changes):
         for number in range(20):
@@ -45,7 +45,7 @@ async def test_swaps_and_edits_are_noticed(tmp_path: Path) -> None:
         await until(lambda: services(it) is None)
 
 
-async def test_equal_files_are_no_change(tmp_path: Path) -> None:
+async def test_equal_configurations_are_no_change(tmp_path: Path) -> None:
     config = ConfigMap(tmp_path / "config")
     config.write({"qat.conf": "ServicesEnabled=sym;asym\n"})
     async with watched(config.directory) as (it, changes):
@@ -55,7 +55,7 @@ async def test_equal_files_are_no_change(tmp_path: Path) -> None:
         assert len(changes) == 2
 
 
-async def test_a_directory_that_comes_later_and_is_made_anew(tmp_path: Path) -> None:
+async def test_a_directory_that_is_created_late_and_removed(tmp_path: Path) -> None:
     directory = tmp_path / "config"
     async with watched(directory) as (it, _):
         assert services(it) is None
@@ -70,10 +70,10 @@ async def test_a_directory_that_comes_later_and_is_made_anew(tmp_path: Path) -> 
         await until(lambda: services(it) is None)
         directory.rmdir()
         it.load()
-        assert it.error, "and the last good one stays"
+        assert it.error, "the directory is gone"
 
 
-async def test_what_is_wrong_is_said_once_and_the_last_good_one_stays(
+async def test_an_error_is_logged_once_and_the_last_valid_configuration_stays(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = ConfigMap(tmp_path / "config")
@@ -86,11 +86,11 @@ async def test_what_is_wrong_is_said_once_and_the_last_good_one_stays(
             it.load()
             assert services(it) == ("dc",)
     assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [
-        "provisioning configuration not usable"
+        "provisioning configuration cannot be used"
     ]
 
 
-async def test_without_inotify_it_is_read_when_asked_and_said_once(
+async def test_without_inotify_a_load_detects_changes_and_the_warning_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def none_left(*_: object) -> None:

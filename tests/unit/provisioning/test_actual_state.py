@@ -1,4 +1,4 @@
-"""What is read of a PF for a plan: attributes that may be missing, malformed ones, and which of its VFs are open."""
+"""The actual state of a PF: attributes that may be missing or malformed, and which of its VFs are open."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from qat_server.devices.inventory import PhysicalFunction, Problem
-from qat_server.provisioning.state import ProvisionedState, read_state, read_states
+from qat_server.provisioning.actual_state import ActualState, read_actual_state, read_actual_states
 from support.sysfs_tree import SysfsTree, address
 
 AT = address("6b:00.0")
@@ -19,30 +19,30 @@ def tree(tmp_path: Path) -> SysfsTree:
 
 
 def test_read(tree: SysfsTree) -> None:
-    tree.pf("6b:00.0", sriov_numvfs="never read: that may wait")
+    tree.pf("6b:00.0", sriov_numvfs="never read: reading may block")
     tree.write("6b:00.0", "qat/auto_reset", "on\n")
     tree.write("6b:00.0", "qat/pm_idle_enabled", "0\n")
     tree.vf("6b:00.1", "6b:00.0", "vfio-pci", enable="1")
     tree.vf("6b:00.2", "6b:00.0", "vfio-pci", enable="0")
     tree.vf("6b:00.3", "6b:00.0", "4xxxvf", enable="1")
     tree.vf("6b:00.4", "6b:00.0", "vfio-pci", enable=None)
-    tree.vf("6b:00.5", "6b:00.0", None, enable="1")  # half taken away, and waits for its user
+    tree.vf("6b:00.5", "6b:00.0", None, enable="1")  # its unbind waits for its user
     tree.vf("6b:00.6", "6b:00.0", None)
-    tree.link("6b:00.0", "virtfn9", "../0000:6b:01.0")  # vanished meanwhile
+    tree.link("6b:00.0", "virtfn9", "../0000:6b:01.0")  # has just vanished
     tree.link("6b:00.0", "virtfn8", "../nonsense")
-    assert read_state(tree.root, AT) == ProvisionedState(True, False, 8, 16, (address("6b:00.1"), address("6b:00.5")))
+    assert read_actual_state(tree.root, AT) == ActualState(True, False, 8, 16, (address("6b:00.1"), address("6b:00.5")))
 
 
 def test_unreadable_vf_counts_as_open(tree: SysfsTree) -> None:
     tree.pf("6b:00.0")
     tree.vf("6b:00.1", "6b:00.0", "vfio-pci")
     tree.write("6b:00.1", "enable", b"\xff")
-    assert read_state(tree.root, AT).open_vfs == (address("6b:00.1"),)
+    assert read_actual_state(tree.root, AT).open_vfs == (address("6b:00.1"),)
 
 
-def test_read_what_an_old_driver_has(tree: SysfsTree) -> None:
+def test_attributes_of_an_old_driver(tree: SysfsTree) -> None:
     tree.pf("6b:00.0", 0x37C8, "c6xx", None, None, sriov_totalvfs=None)
-    assert read_state(tree.root, AT) == ProvisionedState(None, None, 0, 0)
+    assert read_actual_state(tree.root, AT) == ActualState(None, None, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_malformed(tree: SysfsTree, name: str, content: str | bytes, why: str) -
     tree.pf("6c:00.0")
     tree.write("6b:00.0", name, content)
     other = replace(PF, address=address("6c:00.0"))
-    states = read_states(tree.root, [PF, other])
+    states = read_actual_states(tree.root, [PF, other])
     assert states[AT] == Problem(AT, why)
-    assert states[other.address] == ProvisionedState(None, None, 0, 16)
+    assert states[other.address] == ActualState(None, None, 0, 16)
 
 
 def test_pf_that_is_gone(tree: SysfsTree) -> None:
-    assert read_states(tree.root, [PF]) == {AT: Problem(AT, "device: No such file or directory")}
+    assert read_actual_states(tree.root, [PF]) == {AT: Problem(AT, "device: No such file or directory")}

@@ -1,4 +1,4 @@
-"""What a plan needs to know of a PF beyond the inventory, and its reader. Only reads."""
+"""The actual state of a PF beyond the inventory, and its reader. Never writes."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +16,10 @@ _MOST_VFS: Final = 0xFFFF
 _ON_OFF: Final = {"on": True, "off": False, "1": True, "0": False}
 
 
-class ProvisionedState(Struct, frozen=True):
-    """What a plan needs of a PF beyond the inventory; None where the driver has no such attribute.
+class ActualState(Struct, frozen=True):
+    """The attributes of a PF that a plan needs beyond the inventory; None where the driver has no such attribute.
 
-    `open_vfs` are its VFs that a process holds open, also those that max-num-devices cuts from the inventory.
+    `open_vfs` are the VFs that a process holds open, including those beyond --max-num-devices.
     """
 
     auto_reset: bool | None
@@ -29,46 +29,46 @@ class ProvisionedState(Struct, frozen=True):
     open_vfs: tuple[PciAddress, ...] = ()
 
 
-def read_states(
-    sysfs_root: Path, pfs: Iterable[PhysicalFunction], use: bool = True
-) -> dict[PciAddress, ProvisionedState | Problem]:
-    """`read_state` of each PF, or what is wrong with it."""
-    states: dict[PciAddress, ProvisionedState | Problem] = {}
+def read_actual_states(
+    sysfs_root: Path, pfs: Iterable[PhysicalFunction], open_vfs: bool = True
+) -> dict[PciAddress, ActualState | Problem]:
+    """`read_actual_state` of each PF, or the Problem that prevents it."""
+    states: dict[PciAddress, ActualState | Problem] = {}
     for pf in pfs:
         try:
-            states[pf.address] = read_state(sysfs_root, pf.address, use)
+            states[pf.address] = read_actual_state(sysfs_root, pf.address, open_vfs)
         except SysfsError as error:
             states[pf.address] = Problem(pf.address, f"{error.path}: {error.why}")
     return states
 
 
-def read_state(sysfs_root: Path, address: PciAddress, use: bool = True) -> ProvisionedState:
-    """Read a PF's attributes, and with `use` (which costs three reads for each) which of its VFs are open.
+def read_actual_state(sysfs_root: Path, address: PciAddress, open_vfs: bool = True) -> ActualState:
+    """Read a PF's attributes and, with `open_vfs`, which of its VFs are open (three reads for each VF).
 
     Raises SysfsError.
     """
     with open_device(sysfs_root, address) as device:
         vfs = [vf for _, vf in device.virtual_functions()]
-        return ProvisionedState(
+        return ActualState(
             auto_reset=_switch(device, "qat/auto_reset"),
             pm_idle_enabled=_switch(device, "qat/pm_idle_enabled"),
-            # Not sriov_numvfs: to read that waits for whoever is writing to it, maybe for ever.
+            # Not sriov_numvfs: reading it waits for any writer, possibly for ever.
             num_vfs=len(vfs),
             total_vfs=_count(device, "sriov_totalvfs"),
-            open_vfs=tuple(vf for vf in vfs if use and isinstance(vf, PciAddress) and _is_open(sysfs_root, vf)),
+            open_vfs=tuple(vf for vf in vfs if open_vfs and isinstance(vf, PciAddress) and _is_open(sysfs_root, vf)),
         )
 
 
 def _is_open(sysfs_root: Path, address: PciAddress) -> bool:
     try:
         with open_device(sysfs_root, address) as vf:
-            # Only vfio-pci enables a device when it is opened; other drivers when they bind. Without a driver: one that
-            # is being taken from vfio-pci, and waits for its user.
+            # Only vfio-pci enables a device when it is opened; other drivers do so when they bind. A VF without a
+            # driver may be one whose unbind from vfio-pci waits for its user.
             return vf.link("driver") in (DpdkDriver.VFIO_PCI, None) and vf.read("enable") != "0"
     except MissingError:
         return False
     except SysfsError:
-        return True  # not to be told: as if it were
+        return True  # unknown, so assume that it is open
 
 
 def _switch(device: PciDevice, name: str) -> bool | None:

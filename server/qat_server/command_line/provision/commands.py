@@ -1,5 +1,6 @@
-"""`qat-plugin provision` and `qat-plugin config check`: their options, and what becomes of their errors."""
+"""The options of `qat-plugin provision` and `qat-plugin config check`, and their exit statuses."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -12,30 +13,40 @@ import typer
 from rich.console import Console
 
 from qat_server.command_line import extensions
-from qat_server.command_line.provision_once import ALL_DRIVERS, Once, Outcome, check, provision
+from qat_server.command_line.provision.plan_table import show
+from qat_server.command_line.provision.run import Outcome, plan_node, provision
 from qat_server.command_line.settings import SettingsError, check_sysfs_root
 from qat_server.devices.pci_bus import VF_DRIVERS
 from qat_server.parsing import values
 from qat_server.provisioning import configuration
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.qat_conf import ConfigurationError
+from qat_shared.devices import PHYSICAL, VIRTUAL
 
+_ALL_DRIVERS: Final = tuple(
+    sorted({kind.driver for kind in VIRTUAL.values() if PHYSICAL[kind.physical].provisioned}),
+)
+"""The kernel VF drivers of all PFs that can be provisioned."""
+
+_DIRECTORY_HELP: Final = "directory of qat.conf and qat.toml"
 _NODE_NAME: Final = typer.Option(
     "--node-name",
     metavar="NAME",
-    help="qat-NAME.conf wins over qat.conf",
+    help="read qat-NAME.conf, where it exists, instead of qat.conf",
     envvar=["QAT_PLUGIN_NODE_NAME", "NODE_NAME"],
 )
-_SYSFS_ROOT: Final = typer.Option("--sysfs-root", metavar="DIR", help="where sysfs is", envvar="QAT_PLUGIN_SYSFS_ROOT")
+_SYSFS_ROOT: Final = typer.Option(
+    "--sysfs-root", metavar="DIR", help="where sysfs is mounted", envvar="QAT_PLUGIN_SYSFS_ROOT"
+)
 _NodeName = Annotated[str, _NODE_NAME]
 _SysfsRoot = Annotated[str, _SYSFS_ROOT]
 
-config = typer.Typer(rich_markup_mode=None, help="The provisioning configuration.")
+config = typer.Typer(rich_markup_mode=None)
 
 
 @config.callback()
 def _config() -> None:
-    """The provisioning configuration."""
+    """Check the provisioning configuration."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -51,14 +62,14 @@ def _provision(
         typer.Option(
             "--provisioning-config",
             metavar="DIR",
-            help="where qat.conf and qat.toml are",
+            help=_DIRECTORY_HELP,
             envvar="QAT_PLUGIN_PROVISIONING_CONFIG",
         ),
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, and do nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan without changing anything")] = False,
     init: Annotated[
         bool,
-        typer.Option("--init", help="exit 0 also when there is nothing to do or VFs are in use, as an init container"),
+        typer.Option("--init", help="for init containers: also exit 0 when there is nothing to do or VFs are in use"),
     ] = False,
     node_name: _NodeName = "",
     sysfs_root: _SysfsRoot = "/sys",
@@ -69,50 +80,55 @@ def _provision(
         ),
     ] = "/run/qat-plugin/helper.sock",
     kernel_vf_drivers: Annotated[
-        str, typer.Option("--kernel-vf-drivers", metavar="LIST", help="kernel VF drivers whose PFs are provisioned")
-    ] = ",".join(ALL_DRIVERS),
-    wait: Annotated[str, typer.Option("--wait", metavar="DURATION", help="for the helper to be there")] = "30s",
+        str, typer.Option("--kernel-vf-drivers", metavar="LIST", help="provision the PFs of these kernel VF drivers")
+    ] = ",".join(_ALL_DRIVERS),
+    wait: Annotated[str, typer.Option("--wait", metavar="DURATION", help="how long to wait for the helper")] = "30s",
 ) -> None:
-    """Make the PFs what qat.conf and qat.toml want, once, and exit.
+    """Provision the PFs as qat.conf and qat.toml specify, once, and exit.
 
-    Exit status: 0 done, 10 nothing to do, 11 VFs are in use (all else is done), 1 failed, 2 a setting is wrong.
+    Exit status: 0 done, 10 nothing to do, 11 VFs are in use (everything else is done), 1 at least one PF failed, or
+    there is no helper, 2 a file or an option is invalid.
     """
-    _quiet()
-    once = Once(
-        configuration=_load(directory, node_name),
-        sysfs_root=_root(sysfs_root),
-        helper_socket=Path(helper_socket),
-        kernel_vf_drivers=_read("kernel-vf-drivers", kernel_vf_drivers),
-        dry_run=dry_run,
-        patience=_duration(wait),
+    _silence_logs()
+    outcome = asyncio.run(
+        provision(
+            configuration=_load(directory, node_name),
+            sysfs_root=_checked_root(sysfs_root),
+            helper_socket=Path(helper_socket),
+            kernel_vf_drivers=_drivers(kernel_vf_drivers),
+            dry_run=dry_run,
+            helper_timeout=_duration(wait),
+            console=_console(),
+        )
     )
-    outcome = provision(once, _console())
     if init and outcome in (Outcome.NOTHING_TO_DO, Outcome.WAITING):
         outcome = Outcome.DONE
     raise typer.Exit(int(outcome))
 
 
 def _check(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="where qat.conf and qat.toml are")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help=_DIRECTORY_HELP)],
     node: Annotated[
-        str, typer.Option("--node", metavar="FILE", help="a node description (JSON), not this machine")
+        str, typer.Option("--node", metavar="FILE", help="plan for this node description (JSON), not for this machine")
     ] = "",
     node_name: _NodeName = "",
     sysfs_root: _SysfsRoot = "/sys",
 ) -> None:
     """Check qat.conf and qat.toml, and show the plan for this machine or a described node. Needs no helper.
 
-    Exit status: 0 all of it can be, 1 some PF cannot be what is wanted, 2 the files or a setting are wrong.
+    The plan assumes that no pod holds a VF. Exit status: 0 the plan can be carried out, 1 at least one PF does not
+    support the configuration, 2 a file or an option is invalid.
     """
-    _quiet()
-    wanted = _load(directory, node_name)
-    with _described(node) if node else contextlib.nullcontext(_root(sysfs_root)) as root:
-        good = check(wanted, root, ALL_DRIVERS, _console())
-    raise typer.Exit(0 if good else 1)
+    _silence_logs()
+    loaded = _load(directory, node_name)
+    with _described(node) if node else contextlib.nullcontext(_checked_root(sysfs_root)) as root:
+        planned = plan_node(loaded, root, _ALL_DRIVERS, holders={})
+    show(planned, loaded, _console())
+    raise typer.Exit(int(any(each.impossible for each in planned.pfs)))
 
 
 def _described(node: str) -> AbstractContextManager[Path]:
-    """The sysfs root of a described node. Raises SettingsError, and FlagError where no distribution makes one."""
+    """The sysfs root of a described node. Raises SettingsError, and FlagError where no distribution provides one."""
     try:
         return extensions.described_node(Path(node))
     except (OSError, ValueError) as error:
@@ -126,17 +142,17 @@ def _load(directory: str, node_name: str) -> Configuration:
         raise SettingsError(str(error)) from None
 
 
-def _root(text: str) -> Path:
+def _checked_root(text: str) -> Path:
     root = Path(text)
     check_sysfs_root(root)
     return root
 
 
-def _read(flag: str, text: str) -> tuple[str, ...]:
+def _drivers(text: str) -> tuple[str, ...]:
     try:
         return values.names(text, VF_DRIVERS, "kernel VF driver")
     except ValueError as error:
-        raise SettingsError(f"--{flag}: {error}") from None
+        raise SettingsError(f"--kernel-vf-drivers: {error}") from None
 
 
 def _duration(text: str) -> float:
@@ -146,8 +162,8 @@ def _duration(text: str) -> float:
         raise SettingsError(f"--wait: {error}") from None
 
 
-def _quiet() -> None:
-    """What the parts log is said here in sentences."""
+def _silence_logs() -> None:
+    """Silence the server's loggers: the commands print sentences instead."""
     logging.getLogger("qat_server").setLevel(logging.CRITICAL)
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 

@@ -21,7 +21,7 @@ from qat_server.instrumentation.conditions import Conditions
 from qat_server.kubelet import listing
 from qat_server.kubelet.device import Listing
 from qat_server.kubelet.endpoints import Endpoints
-from qat_server.kubelet.usage import Usage
+from qat_server.kubelet.usage import DeviceUsage
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
 from qat_shared.messages import DpdkDriver
@@ -48,7 +48,7 @@ class Reconciler:
         health: HealthMonitor,
         resource_names: ResourceNames,
         binder: Binder,
-        usage: Usage,
+        usage: DeviceUsage,
         endpoints: Endpoints,
         queue: ChangeQueue,
         conditions: Conditions,
@@ -113,14 +113,12 @@ class Reconciler:
             | self._health.unhealthy()
             | self._provisioner.withheld,
             self._driver,
-            self._endpoints.releasable,
-            self._endpoints.held,
-            self._usage.holders,
+            self._endpoints,
         )
-        self._usage.observe(self.listing)
+        self._usage.track_unhealthy(self.listing)
         self.error = ""
         # The first list must have what pods hold, even if it has gone: the kubelet's answer leads to a reconcile.
-        if self._usage.asked:
+        if self._usage.synced:
             self._endpoints.publish(self.listing, work)
             self._provisioner.published()
 
@@ -135,7 +133,7 @@ class Reconciler:
         self._binder.reconcile(wanted, work)
 
     def _holders(self) -> dict[PciAddress, str] | None:
-        return self._usage.holders_of(self.listing, self._endpoints.held)
+        return self._endpoints.holder_names(self.listing)
 
     def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
         """The names, without new VFs that are being bound or whose PF has not answered its first heartbeat yet."""

@@ -17,7 +17,7 @@ from qat_server.helper_client.client import HelperClient
 from qat_server.kubelet.endpoints import Endpoints
 from qat_server.kubelet.sockets import grpc_socket
 from qat_server.kubelet.sockets.endpoint_directory import DirectoryGoneError, EndpointDirectory
-from qat_server.kubelet.usage import Usage
+from qat_server.kubelet.usage import DeviceUsage
 from qat_server.observability.status_server import StatusServer
 from qat_server.provisioning.watch import ConfigurationWatch
 from qat_server.reconciler import Reconciler
@@ -36,7 +36,7 @@ class RunLoop:
         helper: HelperClient,
         uevents: UeventListener,
         health: HealthMonitor,
-        usage: Usage,
+        usage: DeviceUsage,
         configuration: ConfigurationWatch | None,
         directory: EndpointDirectory,
         endpoints: Endpoints,
@@ -69,7 +69,7 @@ class RunLoop:
                     await self._helper.tried.wait()
             while True:
                 await self._directory.prepare()
-                async with self._directory.held():
+                async with self._directory.locked():
                     grpc_socket.remove_leftovers(self._directory.path)
                     await self._serve()
 
@@ -79,7 +79,7 @@ class RunLoop:
         self._queue.rescan()
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._directory.until_gone())
+                tasks.create_task(self._directory.watch())
                 tasks.create_task(self._status_server.serve_locally(self._directory.path))
                 if self._configuration is not None:
                     tasks.create_task(self._configuration.run())
@@ -92,5 +92,5 @@ class RunLoop:
                         if await self._reconciler.reconcile_safely(await self._queue.next(), work):
                             self.on_reconciled()
         except* DirectoryGoneError:
-            self._endpoints.forget()
-            self._reconciler.error = "the socket directory has gone"
+            self._endpoints.clear()
+            self._reconciler.error = "the socket directory was removed"

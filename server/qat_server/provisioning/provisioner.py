@@ -20,7 +20,7 @@ from qat_server import logs
 from qat_server.devices.inventory import Inventory, PhysicalFunction
 from qat_server.helper_client.backoff import Backoff, WakeUp
 from qat_server.helper_client.client import HelperClient, HelperError, HelperUnavailableError
-from qat_server.kubelet.usage import BEING_ADMITTED, Usage
+from qat_server.kubelet.usage import BEING_ADMITTED, DeviceUsage
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.plan import PfPlan, Step, plan
 from qat_server.provisioning.progress import Progress, Stage
@@ -50,7 +50,7 @@ class Provisioner:
         self,
         helper: HelperClient,
         sysfs_root: Path,
-        usage: Usage,
+        usage: DeviceUsage,
         on_change: Callable[[PciAddress | None], None],
         drain: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -137,7 +137,7 @@ class Provisioner:
             address = one.pf.address
             if address in self._running or address not in states:
                 continue
-            if not self._usage.asked and one.pf.vfs and (one.steps or one.later):
+            if not self._usage.synced and one.pf.vfs and (one.steps or one.later):
                 self._undecided.add(address)  # whether pods have some will soon be known
                 continue
             progress = self._judge(one, work)
@@ -156,7 +156,7 @@ class Provisioner:
         if self._closing:
             self._closed.update(dict.fromkeys(self._closing, self._clock()))
             self._closing.clear()
-            self._usage.ask()
+            self._usage.refresh()
 
     def _judge(self, one: PfPlan, work: asyncio.TaskGroup) -> Progress:
         address, wanted = one.pf.address, wanted_text(one.wanted)
@@ -199,7 +199,7 @@ class Provisioner:
         if closed is None:
             self._closing.add(address)
             return False
-        return self._usage.answer_asked_at > closed
+        return self._usage.answer_queried_at > closed
 
     async def _carry_out(self, one: PfPlan) -> None:
         address = one.pf.address
@@ -262,7 +262,7 @@ class Provisioner:
                 self._watched, self._ask_at, self._pause = seen, now, POLL
             # Where a VF is open, the kernel tells first when it is not any more.
             if now >= self._ask_at and any(one.state and not one.state.open_vfs for one in waiting):
-                self._usage.ask()
+                self._usage.refresh()
                 # That one is being admitted is known for some seconds at most: its pod shows, or it has gone.
                 admitted = any(BEING_ADMITTED in _names(one) for one in waiting)
                 self._pause = POLL if admitted else min(self._pause * 2, _ASK_LAST)

@@ -69,7 +69,7 @@ def moment() -> State:
         foreign={VFS[2]: "qat_other"},
         failures={VFS[3]: "the kernel refused"},
         held={VFS[1]: "default/pod/main"},
-        waits_for="another server works here",
+        waits_for="another server is running",
         uevents=9,
         uevent_overruns=1,
     )
@@ -80,7 +80,7 @@ def test_status_of_a_moment() -> None:
 
     assert (status.version, status.ready) == (VERSION, False)
     assert status.not_ready == (
-        "another server works here",
+        "another server is running",
         "qat.intel.com/dc is not registered with the kubelet: connection refused",
     )
     assert [(pf.address, pf.vfs, pf.total_vfs, pf.reason) for pf in status.pfs] == [
@@ -143,7 +143,7 @@ def test_screen() -> None:
 
     for part in (
         f"qat-plugin {VERSION}: not ready",
-        "  another server works here",
+        "  another server is running",
         "helper: connected, version 0.1.0, audit log at 17 (abababababab)",
         "audit: the helper's audit log went back",
         "connection refused",

@@ -121,10 +121,10 @@ async def test_one_request_waits_for_a_kubelet_that_is_down(kubelet: Kubelet) ->
         await kubelet.stop()
         await until(lambda: helper.waiting)
         assert not endpoint.state.registered
-        asked = len(helper.asked)
+        requests = len(helper.requests)
         await kubelet.start()
         await kubelet.wait_for(watched(kubelet))
-        assert len(helper.asked) == asked
+        assert len(helper.requests) == requests
 
 
 async def test_it_registers_again_after_the_end_of_an_older_stream(kubelet: Kubelet) -> None:
@@ -246,7 +246,7 @@ async def test_registration_with_a_hostile_kubelet_is_retried_with_growing_pause
     loop = asyncio.get_running_loop()
     async with running(kubelet, helper=helper) as endpoint:
         began = loop.time()
-        await until(lambda: error in endpoint.state.error and len(helper.asked) >= 8)
+        await until(lambda: error in endpoint.state.error and len(helper.requests) >= 8)
         # Pauses of at least 0, (0,) 10, 20, 40, 50, 50 ms.
         assert loop.time() - began > 0.15
         changes = [record for record in caplog.records if record.levelno >= logging.INFO]

@@ -20,17 +20,17 @@ PATHS = {
 class DirectHelper:
     """Like the helper's OpenKubeletSocket, it waits for the socket up to `wait_ms`. If `error` is set, it is raised.
 
-    `waiting`: the number of calls that are waiting. `asked`: the services of all calls.
+    `waiting`: the number of calls that are waiting. `requests`: the services of all calls.
     """
 
     def __init__(self, kubelet_directory: Path) -> None:
         self._directory = kubelet_directory
-        self.asked: list[KubeletService] = []
+        self.requests: list[KubeletService] = []
         self.waiting = 0
         self.error: HelperError | None = None
 
     async def open_kubelet_socket(self, service: KubeletService, wait_ms: int = 0) -> socket.socket:
-        self.asked.append(service)
+        self.requests.append(service)
         if self.error is not None:
             raise self.error
         path = self._directory / PATHS[service]

@@ -1,4 +1,4 @@
-"""Everything that speaks to the kubelet: what the server lists and allocates, and which devices pods hold.
+"""All communication with the kubelet: listing, allocation, registration, and the devices that pods hold.
 
 Owns the listing, one endpoint for each resource, allocation, both ways to register (`registration/`), their Unix
 sockets (`sockets/`) and the generated protocol (`generated/`). No other room speaks to the kubelet.

@@ -22,8 +22,7 @@ from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
 
-TIMEOUT: Final = 5.0
-"""Seconds that the kubelet has to answer."""
+_TIMEOUT: Final = 5.0  # seconds that the kubelet has to answer
 _PREFIX: Final = f"{NAMESPACE}/"
 _NO_SUCH_SOCKET: Final = (errno.ENOENT, errno.ENOTDIR)
 
@@ -54,8 +53,8 @@ class KubeletDownError(PodResourcesError):
     """The kubelet is not running."""
 
 
-async def held_devices(helper: KubeletDialer, directory: Path, seconds: float = TIMEOUT, wait_ms: int = 0) -> Answer:
-    """Call List, waiting up to `wait_ms` for the kubelet to listen and `seconds` for its answer.
+async def held_devices(helper: KubeletDialer, directory: Path, wait_ms: int = 0) -> Answer:
+    """Call List, waiting up to `wait_ms` for the kubelet to listen.
 
     Only this user may be able to write to `directory` (see kubelet_channel.open_channel). Raises PodResourcesError.
     """
@@ -67,7 +66,7 @@ async def held_devices(helper: KubeletDialer, directory: Path, seconds: float = 
         raise await _connect_error(helper, error) from error
     try:
         async with kubelet_channel.open_channel(connected, directory) as channel:
-            answer = await PodResourcesListerStub(channel).List(pb.ListPodResourcesRequest(), timeout=seconds)
+            answer = await PodResourcesListerStub(channel).List(pb.ListPodResourcesRequest(), timeout=_TIMEOUT)
     except OSError as error:
         raise PodResourcesError(f"cannot connect to the kubelet's PodResources service: {error}") from error
     except grpc.aio.AioRpcError as error:

@@ -1,8 +1,9 @@
-"""Which pods hold which devices, as the kubelet's PodResources reports, and so which devices may leave a listing.
+"""Which pods hold which devices, according to the kubelet's PodResources, and which devices may leave a listing.
 
 Removing a device that a pod holds, or that the kubelet is about to allocate, can crash the kubelet (a nil dereference
-in its device manager). So a device is releasable only after it has been listed as Unhealthy for SETTLE seconds, so
-that no earlier allocation can still be in progress, and after two PodResources answers queried since do not name it.
+in its device manager). So a device is releasable only under two conditions. It has been listed as Unhealthy for SETTLE
+seconds, so no earlier allocation can still be in progress. And the answers to two PodResources queries sent after that
+do not name it.
 
 A kubelet that has just started reports no pod until it knows its pods, which takes as long as the API server is away.
 A stream that opens after another has ended may come from such a kubelet. Then the settling time starts again, and
@@ -36,8 +37,8 @@ SETTLE: Final = 10.0
 """Seconds. The kubelet chooses devices and calls Allocate within one admission, which takes milliseconds."""
 ADMISSION: Final = 3.0
 """Seconds after Allocate by which PodResources reports the pod: the kubelet records the pod once Allocate has answered.
-A pod that is not reported by then has already ended, or was not admitted. (Short, since a reconfiguration of the PF
-waits for this.)"""
+A pod that is not reported by then has already ended, or was not admitted. (Short, since everything that waits for the
+device to be free waits this long.)"""
 GIVE_UP: Final = 10.0
 """Seconds of failures after which a running kubelet is assumed to have no answer."""
 _AFTER_ALLOCATION: Final = 1.0  # the kubelet reports a pod in PodResources once the pod is admitted

@@ -28,10 +28,10 @@ class Kubelet:
     def __init__(self) -> None:
         self.holders: Holders | PodResourcesError = {}
         self.pods = 1
-        self.asked = 0
+        self.queries = 0
 
     async def query(self) -> Answer:
-        self.asked += 1
+        self.queries += 1
         if isinstance(self.holders, PodResourcesError):
             raise self.holders
         return Answer(self.holders, self.pods)
@@ -43,7 +43,7 @@ async def with_usage(
     usage = DeviceUsage(kubelet.query, lambda: None, interval, settle)
     task = asyncio.create_task(usage.run())
     try:
-        await until(lambda: kubelet.asked)
+        await until(lambda: kubelet.queries)
         await scenario(usage)
     finally:
         task.cancel()
@@ -60,7 +60,7 @@ async def test_a_device_that_no_pod_holds_is_releasable_after_it_has_settled() -
         assert not usage.releasable("dc", VF), "it is not listed there"
 
     await with_usage(kubelet, 0.05, scenario)
-    assert kubelet.asked == 3, "two answers make it releasable"
+    assert kubelet.queries == 3, "two answers make it releasable"
 
 
 async def test_a_held_device_stays_until_its_pod_ends() -> None:
@@ -70,7 +70,7 @@ async def test_a_held_device_stays_until_its_pod_ends() -> None:
     async def scenario(usage: DeviceUsage) -> None:
         assert usage.holder_names() == {VF: "default/pod/main"}
         usage.track_unhealthy(GONE)
-        await until(lambda: kubelet.asked >= 3)
+        await until(lambda: kubelet.queries >= 3)
         assert not usage.releasable("cy", VF)
         kubelet.holders = {}
         await until(lambda: usage.releasable("cy", VF))
@@ -113,9 +113,9 @@ async def test_an_allocated_device_may_be_held_until_the_kubelet_has_had_time_to
 
     async def scenario(usage: DeviceUsage) -> None:
         allocated_at = time.monotonic()
-        asked = kubelet.asked
+        queries = kubelet.queries
         usage.refresh()
-        await until(lambda: kubelet.asked > asked)
+        await until(lambda: kubelet.queries > queries)
         await until(lambda: usage.answer_queried_at > allocated_at)
         assert usage.may_be_held("cy", VF, allocated_at), "the kubelet may not report its pod yet"
         kubelet.holders = {"cy": {VF: Holder("default/pod/main")}}
@@ -201,7 +201,7 @@ async def test_a_kubelet_that_is_down_is_queried_again_soon() -> None:
     kubelet.holders = KubeletDownError("the kubelet does not listen")
 
     async def scenario(usage: DeviceUsage) -> None:
-        await until(lambda: kubelet.asked >= 3)
+        await until(lambda: kubelet.queries >= 3)
         kubelet.holders = {"cy": {VF: Holder("default/pod/main")}}
         await until(usage.holder_names)
 
@@ -210,11 +210,11 @@ async def test_a_kubelet_that_is_down_is_queried_again_soon() -> None:
 
 async def test_a_kubelet_that_the_helper_waited_for_is_queried_again_at_once() -> None:
     """The helper waits ten seconds. The kubelet may start just after that, and admits pods milliseconds later."""
-    manual, asked = ManualUsage(), 0
+    manual, queries = ManualUsage(), 0
 
     async def waited() -> Answer:
-        nonlocal asked
-        asked += 1
+        nonlocal queries
+        queries += 1
         manual.now += 10.0
         await asyncio.sleep(0)
         raise KubeletDownError("the kubelet does not listen")
@@ -224,7 +224,7 @@ async def test_a_kubelet_that_the_helper_waited_for_is_queried_again_at_once() -
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert asked > 10
+    assert queries > 10
 
 
 HELD: Holders = {"cy": {VF: Holder("default/pod/main")}}

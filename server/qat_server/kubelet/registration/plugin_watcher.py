@@ -2,7 +2,7 @@
 
 How the kubelet behaves (pkg/kubelet/pluginmanager, v1.36): it watches plugins_registry and every directory in it,
 reconciles once a second, and ignores names that begin with a dot. It calls GetInfo again only after a name has
-appeared anew, or after its own restart. It then dials the endpoint as any other; an empty endpoint means the socket
+reappeared, or after its own restart. It then dials the endpoint as any other; an empty endpoint means the socket
 that it has found.
 
 The kubelet retries a path that has failed after up to two minutes, and a kubelet that starts before the server finds

@@ -13,7 +13,8 @@ import pytest
 from qat_simulation.interception.supervisor import InterceptionError
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.node.description import Node, Pf
-from support.emulated_kernel import PF, VF, attribute, emulated, wait_until
+from support.conditions import wait_until
+from support.emulated_kernel import PF, VF, attribute, emulated
 
 NODE = Node(pfs=(Pf(address=PF, total_vfs=4, vf_driver="vfio-pci"), Pf(address="0001:6b:00.0", total_vfs=4)))
 

@@ -21,7 +21,7 @@ from qat_shared.messages import SocketDirectory
 from qat_simulation.node.description import Node, Pf
 from qat_simulation.running_node import running_node
 from support.conditions import until
-from support.helper_process import forked, needs_root
+from support.helper_process import needs_root, run_as_user
 
 CY = "qat.intel.com/cy"
 ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, numa_node=0),))
@@ -75,10 +75,10 @@ def test_a_server_of_another_user_continues_after_the_last_one_was_killed() -> N
         for user in (65532, 65533, 65532):
             os.chown(path, 0, user)
             os.chmod(path, MODE)
-            assert forked(user, user, [partial(os.umask, 0o077), lambda: asyncio.run(work(path))]) == 0
+            assert run_as_user(user, user, [partial(os.umask, 0o077), lambda: asyncio.run(work(path))]) == 0
             assert (path / "cy.sock").stat().st_uid == user
         os.chown(path, 0, 0)
-        assert forked(65532, 65532, [lambda: asyncio.run(refused(work(path)))]) == 0
+        assert run_as_user(65532, 65532, [lambda: asyncio.run(refused(work(path)))]) == 0
 
 
 async def refused(work: Coroutine[None, None, None]) -> None:
@@ -97,7 +97,8 @@ async def test_if_it_is_recreated_both_report_that_they_must_be_restarted(way: R
         for each in ("device-plugins", "plugins_registry"):
             shutil.rmtree(node.kubelet.directory / each, ignore_errors=True)
         await node.kubelet.start()
-        await node.until("the helper says it", lambda: "directory was made anew" in node.log("server"), 40)
+        helpers_reason = "restart it if the kubelet's directory was recreated"
+        await node.until("the helper reports it", lambda: helpers_reason in node.log("server"), 40)
         server, node.server = node.server, None  # which exits on its own
         assert server is not None
         await node.stop_helper()

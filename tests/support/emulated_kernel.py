@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,14 +44,6 @@ def attribute(address: str, name: str) -> str:
 def real(address: str, name: str) -> str:
     """The real path of an attribute, as the emulated kernel gets it: of a device on its own root bus."""
     return f"devices/pci{address[:7]}/{address}/{name}"
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
-    """As support.conditions.until, for tests with threads instead of an event loop."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true"
-        time.sleep(0.002)
 
 
 def background(function: Callable[[], object]) -> threading.Thread:

@@ -10,8 +10,9 @@ from qat_shared.messages import AnyReply, BindDriver, DpdkDriver, ErrorCode, Fai
 from qat_shared.pci import PciAddress
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.node.description import Node
+from support.conditions import wait_until
 from support.emulated_kernel import emulated
-from support.helper_process import COMMAND, Client, helper_options, wait_until
+from support.helper_process import COMMAND, Client, helper_options
 
 
 class Running:

@@ -11,7 +11,7 @@ import pytest
 from qat_server.devices.uevents import Uevent, parse
 from qat_shared.pci import PciAddress
 from qat_simulation.kernel.uevents import Broadcaster, packet
-from support.emulated_kernel import wait_until
+from support.conditions import wait_until
 
 FIELDS = ["DRIVER=vfio-pci", "PCI_CLASS=B4000", "PCI_ID=8086:4941", "PCI_SLOT_NAME=0000:6b:00.1"]
 

@@ -8,7 +8,8 @@ import pytest
 
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.node.description import Node, Pf
-from support.emulated_kernel import PF, VF, VF2, attribute, background, emulated, read, real, wait_until
+from support.conditions import wait_until
+from support.emulated_kernel import PF, VF, VF2, attribute, background, emulated, read, real
 from support.mixed_node import DRV, MIXED, NUMVFS, OFF, OVERRIDE, STATE, TO_VFIO
 
 

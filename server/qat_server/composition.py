@@ -26,7 +26,7 @@ from qat_server.kubelet.endpoints import Endpoints
 from qat_server.kubelet.pod_resources import held_devices
 from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.sockets.endpoint_directory import EndpointDirectory
-from qat_server.kubelet.usage import Usage
+from qat_server.kubelet.usage import DeviceUsage
 from qat_server.observability import readiness
 from qat_server.observability.state import State
 from qat_server.observability.status_server import StatusServer
@@ -35,7 +35,7 @@ from qat_server.provisioning.watch import ConfigurationWatch
 from qat_server.reconciler import Reconciler
 from qat_server.run_loop import RunLoop, Task
 
-_WITHOUT_HELPER: Final = 5.0
+_HELPER_TIMEOUT: Final = 5.0
 """Seconds that the first list waits for a helper, where the kubelet can be reached without one."""
 _KUBELET_WAIT_MS: Final = 10_000  # that the helper waits for the kubelet before it reports that there is none
 
@@ -87,13 +87,13 @@ class Server:
             settings.socket_directory,
             settings.helper_socket.parent,
         )
-        self.usage = Usage(
+        self.usage = DeviceUsage(
             functools.partial(held_devices, self.helper, settings.socket_directory, wait_ms=_KUBELET_WAIT_MS),
             self.queue.reconcile,
             settings.resync_interval,
             clock=clock,
             # The plugin watcher needs no helper, so an absent one must not keep the kubelet waiting for ever.
-            without_helper=_WITHOUT_HELPER if watcher else None,
+            helper_timeout=_HELPER_TIMEOUT if watcher else None,
         )
         self.endpoints = Endpoints(
             settings.registration,
@@ -154,7 +154,7 @@ class Server:
         self.helper.on_connected += [
             self.provisioner.helper_changed,
             self.queue.rescan,  # what could not be bound or read without the helper
-            self.usage.ask,
+            self.usage.refresh,
             self.health.query_all,
         ]
 
@@ -172,8 +172,8 @@ class Server:
             helper=self.helper.state,
             foreign=self.reconciler.foreign,
             failures=self.binder.failures,
-            held=self.usage.by_device(),
-            holders_unknown="" if self.usage.asked else self.usage.error,
+            held=self.usage.holder_names(),
+            holders_unknown="" if self.usage.synced else self.usage.error,
             provisioning=self.provisioner.progress,
             changing=self.provisioner.working,
             configured=configuration is None or configuration.current is not None,

@@ -22,7 +22,7 @@ from qat_server.instrumentation.conditions import Conditions
 from qat_server.kubelet import listing
 from qat_server.kubelet.device import Listing
 from qat_server.kubelet.endpoints import Endpoints
-from qat_server.kubelet.usage import Usage
+from qat_server.kubelet.usage import DeviceUsage
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
 from qat_shared.messages import DpdkDriver
@@ -48,7 +48,7 @@ class Reconciler:
     health: HealthMonitor
     resource_names: ResourceNames
     binder: Binder
-    usage: Usage
+    usage: DeviceUsage
     endpoints: Endpoints
     queue: ChangeQueue
     conditions: Conditions
@@ -101,14 +101,12 @@ class Reconciler:
             | self.health.unhealthy()
             | self.provisioner.withheld,
             self.driver,
-            self.endpoints.releasable,
-            self.endpoints.held,
-            self.usage.holders,
+            self.endpoints,
         )
-        self.usage.observe(self.listing)
+        self.usage.track_unhealthy(self.listing)
         self.error = ""
         # The first list must have what pods hold, even if it has gone: the kubelet's answer leads to a reconcile.
-        if self.usage.asked:
+        if self.usage.synced:
             self.endpoints.publish(self.listing, work)
             self.provisioner.published()
 
@@ -121,7 +119,7 @@ class Reconciler:
         self.binder.reconcile(wanted, work)
 
     def _holders(self) -> dict[PciAddress, str] | None:
-        return self.usage.holders_of(self.listing, self.endpoints.held)
+        return self.endpoints.holder_names(self.listing)
 
     def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
         """The names, without new VFs that are being bound or whose PF has not answered its first heartbeat yet."""

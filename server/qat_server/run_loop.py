@@ -49,7 +49,7 @@ class RunLoop:
                     await self.helper.tried.wait()
             while True:
                 await self.directory.prepare()
-                async with self.directory.held():
+                async with self.directory.locked():
                     grpc_socket.remove_leftovers(self.directory.path)
                     await self._serve()
 
@@ -59,7 +59,7 @@ class RunLoop:
         self.queue.rescan()
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self.directory.until_gone())
+                tasks.create_task(self.directory.watch())
                 for task in self.serving:
                     tasks.create_task(task())
                 async with asyncio.TaskGroup() as work:
@@ -67,5 +67,5 @@ class RunLoop:
                         if await self.reconciler.reconcile_safely(await self.queue.next(), work):
                             self.on_reconciled()
         except* DirectoryGoneError:
-            self.endpoints.forget()
-            self.reconciler.error = "the socket directory has gone"
+            self.endpoints.clear()
+            self.reconciler.error = "the socket directory was removed"

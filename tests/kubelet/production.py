@@ -189,11 +189,11 @@ class ProductionNode(Processes, Generic[K]):
     async def replace_server(self) -> "subprocess.Popen[bytes]":
         """Start another server beside the present one, as a rolling update does, and return the old one."""
         assert self.server is not None
-        old, before = self.server, self.log("server").count("another server works here")
+        old, before = self.server, self.log("server").count("another server is running")
         self.start_server()
         await self.until(
             "the new server waits for the old one",
-            lambda: self.log("server").count("another server works here") > before,
+            lambda: self.log("server").count("another server is running") > before,
         )
         return old
 

@@ -12,7 +12,7 @@ from qat_simulation.kubelet.kubelet import Hostility
 
 SAID = {
     Hostility.REFUSE: "is not supported by kubelet",
-    Hostility.NO_STREAM: "did not ask for the devices",
+    Hostility.NO_STREAM: "did not open a ListAndWatch stream",
     Hostility.END_STREAM: "ended the ListAndWatch stream",
     Hostility.CLOSE: "the kubelet closed the connection",
     Hostility.GARBAGE: "the kubelet closed the connection",

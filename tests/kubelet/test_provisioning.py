@@ -14,7 +14,7 @@ from kubelet.nodes import CY, DC, SYM_DC
 from kubelet.production import ProductionNode, production_node
 from kubelet.real_kubelet import RealKubelet
 from qat_server.kubelet.registration.directories import Registration
-from qat_server.kubelet.usage import ADMITTED
+from qat_server.kubelet.usage import ADMISSION
 from qat_simulation.kubelet.config_map import ConfigMap
 from qat_simulation.kubelet.topology import TopologyPolicy
 from qat_simulation.node.description import Node, Pf
@@ -127,7 +127,7 @@ async def test_a_change_with_pods_running_waits_and_then_happens(drain: bool) ->
         assert await node.kubelet.devices_of("crypto") == set(pod.devices)
         assert asked(node, "SetServices") == 1, "that of the start"
         held_open.close()
-        async with Timed("the last pod ends, to the new allocatable", ADMITTED + 1) as timed:
+        async with Timed("the last pod ends, to the new allocatable", ADMISSION + 1) as timed:
             began = time.monotonic()
             await node.kubelet.free("crypto")
             await node.wait({DC: 8, CY: 0}, 40)

@@ -369,7 +369,7 @@ async def test_held_devices_are_unknown_with_a_reason(node: Node) -> None:
         await held_devices(helper, directory)
     helper.error = None
 
-    with pytest.raises(PodResourcesError, match="cannot speak to the kubelet's PodResources"):
+    with pytest.raises(PodResourcesError, match="cannot connect to the kubelet's PodResources"):
         await held_devices(helper, directory / "missing")
 
     await node.kubelet.stop(kill=True)

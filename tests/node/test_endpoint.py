@@ -1,4 +1,4 @@
-"""An endpoint against the emulated kubelet over real sockets: it is registered whenever the kubelet lets it be."""
+"""An endpoint and the emulated kubelet over real sockets: it is registered whenever the kubelet accepts it."""
 
 import asyncio
 import logging
@@ -27,18 +27,18 @@ from qat_server.kubelet.sockets import grpc_socket
 from qat_simulation.kubelet.kubelet import Hostility, Kubelet
 from support.conditions import until
 from support.endpoints import NoUsage, device, running_endpoint
-from support.kubelet_sockets import DirectHelper, gone
+from support.kubelet_sockets import DirectHelper, no_helper
 
 CY = "qat.intel.com/cy"
 QUICK = Timing(
-    first=0.01,
+    first_pause=0.01,
     after_failure=0.05,
     after_stream=0.05,
     settled=0.3,
     register=0.5,
     stream_first=0.1,
-    stream_last=1.0,  # time enough for a stream to come on a busy machine
-    kubelet=5.0,
+    stream_last=1.0,  # enough for a stream to open on a busy machine
+    kubelet_wait=5.0,
 )
 
 
@@ -66,7 +66,7 @@ async def running(
     registrar = SocketRegistrar(name, sockets, helper, timing)
     async with running_endpoint(name, registrar, [device(number) for number in range(devices)], timing) as endpoint:
         yield endpoint
-    assert os.listdir(sockets) == [], "nothing is left behind"
+    assert os.listdir(sockets) == [], "no file is left behind"
 
 
 def watched(kubelet: Kubelet, number: int = 4) -> Callable[[], bool]:
@@ -102,7 +102,7 @@ async def test_a_stale_socket_is_replaced(kubelet: Kubelet, directory: Path) -> 
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
-async def test_a_kubelet_restart_is_survived_again_and_again(kubelet: Kubelet, kill: bool) -> None:
+async def test_it_registers_again_after_each_kubelet_restart(kubelet: Kubelet, kill: bool) -> None:
     async with running(kubelet) as endpoint:
         await kubelet.wait_for(watched(kubelet))
         allocation = await kubelet.allocate("pod", [("main", CY, 2)])
@@ -114,21 +114,21 @@ async def test_a_kubelet_restart_is_survived_again_and_again(kubelet: Kubelet, k
         assert kubelet.devices_of("pod") == set(allocation.devices)
 
 
-async def test_a_kubelet_that_is_down_costs_one_waiting_request(kubelet: Kubelet) -> None:
+async def test_one_request_waits_for_a_kubelet_that_is_down(kubelet: Kubelet) -> None:
     helper = DirectHelper(kubelet.directory)
     async with running(kubelet, helper=helper) as endpoint:
         await kubelet.wait_for(watched(kubelet))
         await kubelet.stop()
         await until(lambda: helper.waiting)
         assert not endpoint.state.registered
-        asked = len(helper.asked)
+        requests = len(helper.requests)
         await kubelet.start()
         await kubelet.wait_for(watched(kubelet))
-        assert len(helper.asked) == asked
+        assert len(helper.requests) == requests
 
 
-async def test_the_end_of_an_older_stream_is_answered_too(kubelet: Kubelet) -> None:
-    """The trap of a rolling update: the kubelet drops the newest client when the older one's stream ends."""
+async def test_it_registers_again_after_the_end_of_an_older_stream(kubelet: Kubelet) -> None:
+    """As in a rolling update: the kubelet drops the newest client when the older stream ends."""
     async with another_plugin(kubelet, devices=3) as old:
         await kubelet.wait_for(watched(kubelet, 3))
         async with running(kubelet):
@@ -140,7 +140,7 @@ async def test_the_end_of_an_older_stream_is_answered_too(kubelet: Kubelet) -> N
 
 @asynccontextmanager
 async def another_plugin(kubelet: Kubelet, devices: int) -> AsyncIterator[DevicePlugin]:
-    """An older version of ours: its own socket, the same resource."""
+    """An older version of the plugin, with its own socket and the same resource."""
     plugin = DevicePlugin("cy", AllocationPolicy.NONE, Counters(), NoUsage())
     plugin.update([device(number) for number in range(devices)])
     server = grpc.aio.server()
@@ -156,7 +156,7 @@ async def another_plugin(kubelet: Kubelet, devices: int) -> AsyncIterator[Device
         await server.stop(None)
 
 
-async def test_a_socket_that_was_deleted_is_made_anew(kubelet: Kubelet) -> None:
+async def test_a_deleted_socket_is_recreated(kubelet: Kubelet) -> None:
     async with running(kubelet) as endpoint:
         await kubelet.wait_for(watched(kubelet))
         endpoint.socket_path.unlink()
@@ -164,7 +164,7 @@ async def test_a_socket_that_was_deleted_is_made_anew(kubelet: Kubelet) -> None:
         await kubelet.wait_for(watched(kubelet))
 
 
-async def test_a_directory_that_is_not_there_yet_is_waited_for(kubelet: Kubelet) -> None:
+async def test_it_waits_for_a_directory_that_does_not_exist_yet(kubelet: Kubelet) -> None:
     sockets = kubelet.plugin_directory / "qat.intel.com"
     sockets.rmdir()
     async with running(kubelet) as endpoint:
@@ -173,11 +173,11 @@ async def test_a_directory_that_is_not_there_yet_is_waited_for(kubelet: Kubelet)
         await kubelet.wait_for(watched(kubelet))
 
 
-async def test_a_lost_helper_does_not_end_what_is_registered(kubelet: Kubelet) -> None:
+async def test_a_lost_helper_does_not_end_a_registration(kubelet: Kubelet) -> None:
     helper = DirectHelper(kubelet.directory)
     async with running(kubelet, helper=helper) as endpoint:
         await kubelet.wait_for(watched(kubelet))
-        helper.error = gone()
+        helper.error = no_helper()
         endpoint.update([device(0)])
         await kubelet.wait_for(watched(kubelet, 1))
         await kubelet.restart()
@@ -192,7 +192,7 @@ async def test_withdrawing_ends_the_stream_and_removes_the_socket(kubelet: Kubel
         async with asyncio.timeout(120):
             await endpoint.withdraw()
         await kubelet.wait_for(watched(kubelet, 0))
-        assert kubelet.capacity() == {CY: 4}, "until the grace is over"
+        assert kubelet.capacity() == {CY: 4}, "until the grace period is over"
         assert not endpoint.socket_path.exists()
         assert not endpoint.state.registered
 
@@ -204,7 +204,7 @@ async def test_withdrawing_and_serving_the_same_resource_again_does_not_lose_the
             assert endpoint.socket_path.exists()
 
 
-async def test_many_resources_register_side_by_side(kubelet: Kubelet) -> None:
+async def test_several_resources_register_concurrently(kubelet: Kubelet) -> None:
     names = ("cy", "dc", "sym-dc", "generic")
     async with AsyncExitStack() as stack:
         sockets = kubelet.plugin_directory / "qat.intel.com"
@@ -230,13 +230,13 @@ async def test_many_resources_register_side_by_side(kubelet: Kubelet) -> None:
     [
         (Hostility.HANG, "the kubelet did not answer in time"),
         (Hostility.REFUSE, 'the kubelet answered UNKNOWN: requested API version "not v1beta1" is not supported'),
-        (Hostility.NO_STREAM, "the kubelet accepted the registration but did not ask for the devices"),
+        (Hostility.NO_STREAM, "the kubelet accepted the registration but did not open a ListAndWatch stream"),
         (Hostility.END_STREAM, "the kubelet ended the ListAndWatch stream"),
-        (Hostility.CLOSE, "the kubelet closed the connection, or what answers there is not the kubelet"),
-        (Hostility.GARBAGE, "the kubelet closed the connection, or what answers there is not the kubelet"),
+        (Hostility.CLOSE, "the kubelet closed the connection, or another program answers on its socket"),
+        (Hostility.GARBAGE, "the kubelet closed the connection, or another program answers on its socket"),
     ],
 )
-async def test_a_hostile_kubelet_is_asked_with_growing_pauses_until_it_is_sane(
+async def test_registration_with_a_hostile_kubelet_is_retried_with_growing_pauses(
     kubelet: Kubelet, hostility: Hostility, error: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "qat_server.kubelet.endpoint")
@@ -246,8 +246,8 @@ async def test_a_hostile_kubelet_is_asked_with_growing_pauses_until_it_is_sane(
     loop = asyncio.get_running_loop()
     async with running(kubelet, helper=helper) as endpoint:
         began = loop.time()
-        await until(lambda: error in endpoint.state.error and len(helper.asked) >= 8)
-        # Pauses of 0, (0,) 10, 20, 40, 50, 50 ms at the least.
+        await until(lambda: error in endpoint.state.error and len(helper.requests) >= 8)
+        # Pauses of at least 0, (0,) 10, 20, 40, 50, 50 ms.
         assert loop.time() - began > 0.15
         changes = [record for record in caplog.records if record.levelno >= logging.INFO]
         assert len(changes) < 8, "a line for each change, not for each attempt"
@@ -257,8 +257,8 @@ async def test_a_hostile_kubelet_is_asked_with_growing_pauses_until_it_is_sane(
         await until(lambda: endpoint.state.registered)
 
 
-def test_all_of_it_on_uvloop(directory: Path) -> None:
-    """The loop of production, which has sockets of its own."""
+def test_on_uvloop(directory: Path) -> None:
+    """The event loop used in production, which has its own socket implementation."""
 
     async def scenario() -> None:
         kubelet = Kubelet(directory)

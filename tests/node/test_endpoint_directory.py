@@ -1,4 +1,4 @@
-"""The directory of the endpoints' sockets: not prepared by the helper, gone, or another server's."""
+"""The directory of the endpoints' sockets: not prepared by the helper, removed, or locked by another server."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ from qat_server.helper_client.client import HelperClient
 from qat_server.instrumentation.counters import Counters
 from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.sockets.endpoint_directory import DirectoryUnusableError, EndpointDirectory
-from qat_server.kubelet.sockets.grpc_socket import private_name, put, remove_leftovers
+from qat_server.kubelet.sockets.grpc_socket import move_into_place, remove_leftovers, temporary_path
 from qat_shared.messages import SocketDirectory
 from qat_simulation.node.description import Node, Pf
 from qat_simulation.running_node import running_node
@@ -28,7 +28,7 @@ ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, 
 
 
 @pytest.mark.parametrize("way", list(Registration))
-async def test_a_helper_that_may_not_prepare_it_is_done_without(
+async def test_the_server_works_if_policy_forbids_to_prepare_it(
     way: Registration, helper_policy: Callable[[str], None]
 ) -> None:
     helper_policy('operations = ["BindDriver", "OpenKubeletSocket"]\n')
@@ -42,8 +42,8 @@ async def test_a_helper_that_may_not_prepare_it_is_done_without(
         assert node.log("server").count("socket directory used as it is") == 1
 
 
-async def test_an_audit_log_that_was_moved_away_does_not_keep_a_watched_server_from_starting_again() -> None:
-    """With kubelet-socket, connecting to the kubelet is an operation that is not done without its line in the log."""
+async def test_with_the_plugin_watcher_a_server_restarts_without_an_audit_log() -> None:
+    """With kubelet-socket it cannot: the helper connects to the kubelet only if it can write that to the audit log."""
     async with running_node(ONE_PF, ("--registration=plugin-watcher",)) as node:
         node.start_helper()
         node.start_server()
@@ -57,19 +57,19 @@ async def test_an_audit_log_that_was_moved_away_does_not_keep_a_watched_server_f
 
 
 @needs_root
-def test_a_server_that_is_another_user_goes_on_where_the_last_one_was_killed() -> None:
-    """From the manifests to the systemd units and back: uid and gid change, and the helper gives the directory on."""
+def test_a_server_of_another_user_continues_after_the_last_one_was_killed() -> None:
+    """Between the manifests and the systemd units uid and gid change, and the helper changes the directory's group."""
 
     async def work(path: Path) -> None:
         helper = HelperClient(path / "no-helper.sock", Counters())
-        async with EndpointDirectory(helper, SocketDirectory.DEVICE_PLUGINS, path, path).held():
+        async with EndpointDirectory(helper, SocketDirectory.DEVICE_PLUGINS, path, path).locked():
             remove_leftovers(path)
-            with private_name(path) as private, socket.socket(socket.AF_UNIX) as endpoint:
-                endpoint.bind(private)
-                put(private, path / "cy.sock")
+            with temporary_path(path) as temporary, socket.socket(socket.AF_UNIX) as endpoint:
+                endpoint.bind(temporary)
+                move_into_place(temporary, path / "cy.sock")
 
     with tempfile.TemporaryDirectory(prefix="qat-", dir="/tmp") as parent:
-        os.chmod(parent, 0o755)  # noqa: S103 - all those users go through it
+        os.chmod(parent, 0o755)  # noqa: S103 - all these users traverse it
         path = Path(parent, "qat.intel.com")
         path.mkdir()
         for user in (65532, 65533, 65532):
@@ -82,13 +82,13 @@ def test_a_server_that_is_another_user_goes_on_where_the_last_one_was_killed() -
 
 
 async def refused(work: Coroutine[None, None, None]) -> None:
-    with pytest.raises(DirectoryUnusableError, match="is not open to this server"):
+    with pytest.raises(DirectoryUnusableError, match="is not accessible to this server"):
         await work
 
 
 @pytest.mark.parametrize("way", list(Registration))
-async def test_when_it_was_made_anew_both_say_that_they_must_be_started_again(way: Registration) -> None:
-    """Their sandboxes are of the directories that were there at their start."""
+async def test_if_it_is_recreated_both_report_that_they_must_be_restarted(way: Registration) -> None:
+    """Their sandboxes allow the directories that existed when they started."""
     async with running_node(ONE_PF, (f"--registration={way}",)) as node:
         node.start_helper()
         node.start_server()
@@ -97,36 +97,36 @@ async def test_when_it_was_made_anew_both_say_that_they_must_be_started_again(wa
         for each in ("device-plugins", "plugins_registry"):
             shutil.rmtree(node.kubelet.directory / each, ignore_errors=True)
         await node.kubelet.start()
-        await node.until("the helper says it", lambda: "directory was recreated" in node.log("server"), 40)
-        server, node.server = node.server, None  # which is to end by itself
+        helpers_reason = "restart it if the kubelet's directory was recreated"
+        await node.until("the helper reports it", lambda: helpers_reason in node.log("server"), 40)
+        server, node.server = node.server, None  # which exits on its own
         assert server is not None
         await node.stop_helper()
         node.start_helper()
         await node.until("the server ends", lambda: server.poll() is not None, 40)
         assert server.returncode == 1
-        assert "if it was made anew, start helper and server again" in node.log("server")
+        assert "if the directory was recreated, restart the helper and the server" in node.log("server")
         node.start_server()
         await node.until("registered again", lambda: node.kubelet.allocatable().get(CY) == 4, 40)
         await node.until_status("ready", lambda status: status.ready)
         assert "Traceback" not in node.log("server")
 
 
-async def test_one_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> None:
+async def test_a_missing_directory_is_reported_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "device-plugins" / "qat.intel.com"
     helper = HelperClient(tmp_path / "helper.sock", Counters())
     directory = EndpointDirectory(helper, SocketDirectory.DEVICE_PLUGINS, path, tmp_path)
     with pytest.raises(DirectoryUnusableError) as caught:
-        async with directory.held():
+        async with directory.locked():
             pass
     assert str(caught.value) == (
-        f"{path} is not there: mount the kubelet's device-plugins/qat.intel.com there, which the helper makes for this "
-        "server's group, or give the kubelet's directory with --kubelet-dir; if it was made anew, start helper and "
-        "server again"
+        f"{path} does not exist: mount the kubelet's device-plugins/qat.intel.com there, which the helper creates for "
+        "this server's group, or set --kubelet-dir; if the directory was recreated, restart the helper and the server"
     )
 
 
 @pytest.mark.parametrize("way", list(Registration), ids=lambda way: f"then-{way}")
-async def test_two_servers_do_not_work_at_once_however_they_register(way: Registration) -> None:
+async def test_two_servers_never_run_at_once_however_they_register(way: Registration) -> None:
     async with running_node(ONE_PF) as node:
         node.start_helper()
         node.start_server()
@@ -135,10 +135,10 @@ async def test_two_servers_do_not_work_at_once_however_they_register(way: Regist
         assert first is not None
         node.add_server_options(f"--registration={way}")
         node.start_server()
-        await until(lambda: "another server works here" in node.log("server"))
+        await until(lambda: "another server is running" in node.log("server"))
         status, body = await node.get("/readyz")
         assert status == 503
-        assert body.startswith(b"another server works here: waiting for its end (")
+        assert body.startswith(b"another server is running: waiting for it to exit (")
         before = node.log("server").count("resource served")
         first.terminate()
         assert first.wait(120) == 0

@@ -1,4 +1,4 @@
-"""An endpoint against the emulated plugin watcher, whose time passes fast here: it is registered whenever it can be."""
+"""An endpoint and the emulated plugin watcher, with short periods: it is registered whenever it can be."""
 
 import asyncio
 import functools
@@ -30,7 +30,13 @@ CY = "qat.intel.com/cy"
 Watching: TypeAlias = "grpc.aio.UnaryStreamCall[deviceplugin.Empty, deviceplugin.ListAndWatchResponse]"
 PERIOD = 0.02
 QUICK = Timing(
-    first=0.01, after_failure=0.05, after_stream=0.05, settled=0.3, stream_first=0.1, stream_last=10.0, found=5.0
+    first_pause=0.01,
+    after_failure=0.05,
+    after_stream=0.05,
+    settled=0.3,
+    stream_first=0.1,
+    stream_last=10.0,
+    discovery=5.0,
 )
 DEVICES = [device(number) for number in range(4)]
 
@@ -67,7 +73,7 @@ async def allocatable(kubelet: Kubelet, number: int = 4) -> None:
     await kubelet.wait_for(lambda: kubelet.allocatable().get(CY) == number)
 
 
-async def test_it_is_found_and_its_devices_are_allocatable(kubelet: Kubelet) -> None:
+async def test_the_watcher_finds_it_and_its_devices_are_allocatable(kubelet: Kubelet) -> None:
     async with running(kubelet) as endpoint:
         await allocatable(kubelet)
         await until(lambda: endpoint.state.registered)
@@ -82,7 +88,7 @@ async def test_it_is_found_and_its_devices_are_allocatable(kubelet: Kubelet) -> 
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
-async def test_a_kubelet_restart_is_survived_again_and_again(kubelet: Kubelet, kill: bool) -> None:
+async def test_it_is_registered_again_after_each_kubelet_restart(kubelet: Kubelet, kill: bool) -> None:
     async with running(kubelet) as endpoint:
         await allocatable(kubelet)
         for _ in range(10):
@@ -91,7 +97,7 @@ async def test_a_kubelet_restart_is_survived_again_and_again(kubelet: Kubelet, k
         await until(lambda: endpoint.state.registered)
 
 
-async def test_a_kubelet_that_comes_late_needs_nothing_from_us(kubelet: Kubelet) -> None:
+async def test_a_kubelet_that_starts_late_finds_the_same_socket(kubelet: Kubelet) -> None:
     await kubelet.stop()
     async with running(kubelet, timing=Timing()) as endpoint:
         await until(endpoint.socket_path.exists)
@@ -101,12 +107,10 @@ async def test_a_kubelet_that_comes_late_needs_nothing_from_us(kubelet: Kubelet)
         assert endpoint.socket_path.stat().st_ctime_ns == made
 
 
-async def test_a_kubelet_that_stays_away_is_a_reason_said_once(
-    kubelet: Kubelet, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_kubelet_that_stays_down_is_logged_once(kubelet: Kubelet, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "qat_server.kubelet.endpoint")
     await kubelet.stop()
-    timing = Timing(first=0.01, after_failure=0.02, found=0.5)  # long enough to be found in, on a busy machine
+    timing = Timing(first_pause=0.01, after_failure=0.02, discovery=0.5)  # long enough to be found on a busy machine
     async with running(kubelet, timing=timing) as endpoint:
         made = set()
 
@@ -116,18 +120,18 @@ async def test_a_kubelet_that_stays_away_is_a_reason_said_once(
             return len(made) >= 3
 
         await until(several)
-        assert "has not asked at" in endpoint.state.error
+        assert "has not called GetInfo at" in endpoint.state.error
         assert len(caplog.records) == 1
         await kubelet.start()
         await allocatable(kubelet)
 
 
-async def test_the_end_of_a_stream_makes_the_socket_anew_under_its_name(kubelet: Kubelet) -> None:
+async def test_after_the_end_of_a_stream_the_socket_is_recreated_under_its_name(kubelet: Kubelet) -> None:
     async with running(kubelet) as endpoint:
         await allocatable(kubelet)
         await until(lambda: endpoint.state.registered)
         before, path = endpoint.socket_path.stat().st_ctime_ns, endpoint.socket_path
-        await kubelet.plugins.plugin_gone(CY)  # it drops the client, and would never ask again
+        await kubelet.plugins.plugin_gone(CY)  # it drops the client, and would never call GetInfo again
         await kubelet.wait_for(lambda: len(kubelet.registrations) == 2)
         await allocatable(kubelet)
         assert endpoint.socket_path == path
@@ -135,8 +139,8 @@ async def test_the_end_of_a_stream_makes_the_socket_anew_under_its_name(kubelet:
         await until(lambda: endpoint.state.registrations == 2)
 
 
-async def test_a_kubelet_that_asks_before_the_old_one_has_gone_finds_no_new_socket(kubelet: Kubelet) -> None:
-    """It is about to connect: a socket made anew would end its stream, or make it register all over again."""
+async def test_no_new_socket_after_a_getinfo_that_came_before_the_old_stream_ended(kubelet: Kubelet) -> None:
+    """The kubelet is about to connect: a new socket would end its stream, or make it register all over again."""
     await kubelet.stop()
     async with running(kubelet, timing=Timing()) as endpoint, AsyncExitStack() as channels:
         await until(endpoint.socket_path.exists)
@@ -157,14 +161,14 @@ async def test_a_kubelet_that_asks_before_the_old_one_has_gone_finds_no_new_sock
 
 
 async def watched(channel: grpc.aio.Channel) -> Watching:
-    """What a kubelet does once it has found a socket."""
+    """The calls of a kubelet that has found the socket."""
     await RegistrationStub(channel).GetInfo(registration.InfoRequest())
     call: Watching = DevicePluginStub(channel).ListAndWatch(deviceplugin.Empty())
     devices = await call.read()
     assert isinstance(devices, deviceplugin.ListAndWatchResponse)
     assert len(devices.devices) == 4
-    word = registration.RegistrationStatus(plugin_registered=True)
-    await RegistrationStub(channel).NotifyRegistrationStatus(word)
+    status = registration.RegistrationStatus(plugin_registered=True)
+    await RegistrationStub(channel).NotifyRegistrationStatus(status)
     return call
 
 
@@ -172,7 +176,7 @@ def registered_times(endpoint: Endpoint, number: int) -> bool:
     return endpoint.state.registrations == number
 
 
-async def test_nobody_is_turned_away_while_the_socket_is_made_anew(kubelet: Kubelet) -> None:
+async def test_no_connection_is_refused_while_the_socket_is_recreated(kubelet: Kubelet) -> None:
     async with running(kubelet) as endpoint:
         await allocatable(kubelet)
         for n in range(1, 6):
@@ -185,7 +189,7 @@ async def test_nobody_is_turned_away_while_the_socket_is_made_anew(kubelet: Kube
                 await writer.wait_closed()
 
 
-async def test_a_socket_that_was_deleted_is_made_anew(kubelet: Kubelet) -> None:
+async def test_a_deleted_socket_is_recreated(kubelet: Kubelet) -> None:
     async with running(kubelet) as endpoint:
         await allocatable(kubelet)
         endpoint.socket_path.unlink()
@@ -203,7 +207,7 @@ async def test_withdrawing_deregisters(kubelet: Kubelet) -> None:
         assert not endpoint.state.registered
 
 
-async def test_many_resources_side_by_side(kubelet: Kubelet) -> None:
+async def test_several_resources_register_concurrently(kubelet: Kubelet) -> None:
     names = ("cy", "dc", "sym-dc", "generic")
     async with AsyncExitStack() as stack:
         for name in names:
@@ -216,23 +220,23 @@ async def test_many_resources_side_by_side(kubelet: Kubelet) -> None:
 @pytest.mark.parametrize(
     ("hostility", "error"),
     [
-        (Hostility.HANG, "the kubelet has not asked at"),
+        (Hostility.HANG, "the kubelet has not called GetInfo at"),
         (
             Hostility.REFUSE,
             "the kubelet refused: RegisterPlugin error -- plugin validation failed with err: manager version, v1beta1,"
             " is not among plugin supported versions [not v1beta1]",
         ),
-        (Hostility.NO_STREAM, "the kubelet accepted the registration but did not ask for the devices"),
+        (Hostility.NO_STREAM, "the kubelet accepted the registration but did not open a ListAndWatch stream"),
         (Hostility.END_STREAM, "the kubelet ended the ListAndWatch stream"),
     ],
 )
-async def test_a_hostile_kubelet_is_met_with_pauses_until_it_is_sane(
+async def test_registration_with_a_hostile_kubelet_is_retried_with_pauses(
     kubelet: Kubelet, hostility: Hostility, error: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "qat_server.kubelet.endpoint")
     kubelet.hostility = hostility
-    # Only who hangs is not waited for: the others come at once, as fast as the machine allows.
-    timing = replace(QUICK, found=0.5) if hostility is Hostility.HANG else QUICK
+    # A short wait only for the kubelet that hangs: the others answer as fast as the machine allows.
+    timing = replace(QUICK, discovery=0.5) if hostility is Hostility.HANG else QUICK
     made: set[int] = set()
     async with running(kubelet, timing=timing) as endpoint:
 
@@ -243,7 +247,7 @@ async def test_a_hostile_kubelet_is_met_with_pauses_until_it_is_sane(
 
         began = asyncio.get_running_loop().time()
         await until(seen)
-        assert asyncio.get_running_loop().time() - began > 0.03, "no spin"
+        assert asyncio.get_running_loop().time() - began > 0.03, "no busy loop"
         assert len(caplog.records) < 8, "a line for each change, not for each attempt"
         kubelet.hostility = Hostility.NONE
         await kubelet.restart()
@@ -251,8 +255,8 @@ async def test_a_hostile_kubelet_is_met_with_pauses_until_it_is_sane(
         await until(lambda: endpoint.state.registered)
 
 
-async def test_what_is_no_kubelet_harms_nothing(kubelet: Kubelet) -> None:
-    """Whoever may connect to the socket, and says nothing, or what is no HTTP/2."""
+async def test_a_client_that_is_not_a_kubelet_does_no_harm(kubelet: Kubelet) -> None:
+    """A client that connects to the socket and sends nothing, or something other than HTTP/2."""
     async with running(kubelet) as endpoint:
         await allocatable(kubelet)
         for packet in (b"", b"\x00\xff this is no HTTP/2 at all\r\n" * 100):
@@ -263,8 +267,8 @@ async def test_what_is_no_kubelet_harms_nothing(kubelet: Kubelet) -> None:
         await allocatable(kubelet)
 
 
-def test_all_of_it_on_uvloop(directory: Path) -> None:
-    """The loop of production, which has sockets of its own."""
+def test_on_uvloop(directory: Path) -> None:
+    """The event loop used in production, which has its own socket implementation."""
 
     async def scenario() -> None:
         async with started(directory) as kubelet, running(kubelet) as endpoint:

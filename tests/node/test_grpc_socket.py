@@ -1,4 +1,4 @@
-"""What is left of gRPC's sockets, and of a cancellation."""
+"""Leftover sockets of gRPC, and a cancellation that gRPC loses."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ async def test_leftovers_of_a_killed_server_are_removed(directory: Path) -> None
             dead.bind(str(directory / name))
     (directory / "link.sock").symlink_to("dead.sock")
     grpc_socket.remove_leftovers(directory)
-    assert sorted(os.listdir(directory)) == ["cy.sock", "link.sock"], "what is no socket is not ours"
+    assert sorted(os.listdir(directory)) == ["cy.sock", "link.sock"], "files that are not sockets are not ours"
 
 
 async def test_a_cancellation_that_grpc_loses_is_not_lost() -> None:

@@ -1,4 +1,4 @@
-"""gRPC over a passed socket: the relay between the two, as it begins, fails and ends."""
+"""gRPC over a passed socket: how the relay starts, fails and ends."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ async def test_the_relay_works_from_a_directory_too_deep_for_a_socket(directory:
     deep = directory / ("d" * 100)
     deep.mkdir()
     connected = await DirectHelper(directory).open_kubelet_socket(KubeletService.REGISTRATION)
-    async with kubelet_channel.over(connected, deep) as channel:
+    async with kubelet_channel.open_channel(connected, deep) as channel:
         assert os.listdir(deep) == []
         with pytest.raises(grpc.aio.AioRpcError, match="not supported by kubelet"):
             await RegistrationStub(channel).Register(pb.RegisterRequest(version="v0"), timeout=60)
@@ -33,11 +33,11 @@ async def test_the_relay_works_from_a_directory_too_deep_for_a_socket(directory:
 
 async def test_a_call_on_the_relay_fails_at_once_when_the_peer_closes(directory: Path) -> None:
     ours, theirs = socket.socketpair()
-    async with kubelet_channel.over(ours, directory) as channel:
+    async with kubelet_channel.open_channel(ours, directory) as channel:
         call = RegistrationStub(channel).Register(pb.RegisterRequest(), timeout=60)
         loop = asyncio.get_running_loop()
         theirs.setblocking(False)
-        assert (await loop.sock_recv(theirs, 3)) == b"PRI", "HTTP/2 arrives as it was sent"
+        assert (await loop.sock_recv(theirs, 3)) == b"PRI", "HTTP/2 arrives unchanged"
         theirs.close()
         for attempt in (call, RegistrationStub(channel).Register(pb.RegisterRequest(), timeout=60)):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -52,7 +52,7 @@ async def test_the_relay_is_cancelled_cleanly_at_any_moment(directory: Path) -> 
         ours, theirs = socket.socketpair()
 
         async def use(ours: socket.socket = ours) -> None:
-            async with kubelet_channel.over(ours, directory) as channel:
+            async with kubelet_channel.open_channel(ours, directory) as channel:
                 await RegistrationStub(channel).Register(pb.RegisterRequest(), timeout=60)
 
         task = asyncio.create_task(use())
@@ -62,7 +62,7 @@ async def test_the_relay_is_cancelled_cleanly_at_any_moment(directory: Path) -> 
         with pytest.raises(asyncio.CancelledError):
             await task
         theirs.close()
-        # A task that never began did not get to close what it was given.
+        # A task that never started has not closed its socket.
         ours.close()
         assert os.listdir(directory) == []
     await until(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 4)

@@ -259,7 +259,7 @@ async def test_one_server_works_at_a_time() -> None:
         await start(node, {CY: 4})
         first, node.server = node.server, None
         node.start_server()
-        await until(lambda: "another server works here" in node.log("server"))
+        await until(lambda: "another server is running" in node.log("server"))
         assert len(node.kubelet.registrations) == 1
         assert first is not None
         first.terminate()

@@ -1,4 +1,4 @@
-"""An endpoint that runs for a test, whichever way it registers, and devices for its list."""
+"""Run an endpoint for a test, with either registrar, and make devices for its list."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,15 +13,15 @@ from qat_shared.pci import PciAddress
 
 
 class NoUsage:
-    """Stands for the usage of devices where nothing is known of pods."""
+    """An AllocationObserver that knows nothing about pods."""
 
     def allocated(self) -> None:
         pass
 
-    def watched(self, again: bool) -> None:
+    def stream_opened(self, reconnected: bool) -> None:
         pass
 
-    def in_use(self, resource: str, handed_out: Mapping[PciAddress, float]) -> None:
+    def in_use(self, resource: str, allocated_at: Mapping[PciAddress, float]) -> None:
         pass
 
 
@@ -36,7 +36,7 @@ def device(number: int, reason: str = "") -> Device:
 async def running_endpoint(
     name: str, registrar: Registrar, devices: Sequence[Device], timing: Timing | None = None
 ) -> AsyncIterator[Endpoint]:
-    """It runs while the block does, and leaves no socket behind."""
+    """Run the endpoint while the block runs; afterwards its socket must be gone."""
     endpoint = Endpoint(name, registrar, AllocationPolicy.NONE, Counters(), NoUsage(), timing=timing)
     endpoint.update(devices)
     task = asyncio.create_task(endpoint.run())

@@ -1,4 +1,4 @@
-"""Stands for the helper in tests of what speaks to the kubelet: connects to its sockets itself."""
+"""A stand-in for the helper that connects to the kubelet's sockets itself."""
 
 import asyncio
 import contextlib
@@ -18,19 +18,19 @@ PATHS = {
 
 
 class DirectHelper:
-    """As the helper's OpenKubeletSocket: waits for the socket up to `wait_ms`. `error` is raised instead, when set.
+    """Like the helper's OpenKubeletSocket, it waits for the socket up to `wait_ms`. If `error` is set, it is raised.
 
-    `waiting`: how many do so.
+    `waiting`: the number of calls that are waiting. `requests`: the services of all calls.
     """
 
     def __init__(self, kubelet_directory: Path) -> None:
         self._directory = kubelet_directory
-        self.asked: list[KubeletService] = []
+        self.requests: list[KubeletService] = []
         self.waiting = 0
         self.error: HelperError | None = None
 
     async def open_kubelet_socket(self, service: KubeletService, wait_ms: int = 0) -> socket.socket:
-        self.asked.append(service)
+        self.requests.append(service)
         if self.error is not None:
             raise self.error
         path = self._directory / PATHS[service]
@@ -52,13 +52,13 @@ class DirectHelper:
                 return connected
 
 
-def gone() -> HelperError:
+def no_helper() -> HelperError:
     return HelperUnavailableError("there is no helper")
 
 
 @contextlib.contextmanager
 def short_directory() -> Iterator[Path]:
-    """A Unix socket's path has 107 bytes."""
+    """A directory whose path leaves room for a socket: a Unix socket's path has 107 bytes at most."""
     directory = Path(tempfile.mkdtemp(prefix="qat-", dir="/tmp"))
     try:
         yield directory

@@ -1,6 +1,7 @@
-"""Everything between the server and the kubelet: what it is offered, what it allocates, what its pods hold.
+"""All communication with the kubelet: listing, allocation, registration, and the devices that pods hold.
 
-Owns the listing, one endpoint for each resource, allocation, both ways to register (`registration/`), the sockets of
-all these (`sockets/`) and the generated protocol (`generated/`). No other room speaks to the kubelet.
-A device does not leave a listing before the kubelet says that no pod holds it.
+Owns the listing, one endpoint for each resource, allocation, both ways to register (`registration/`), their Unix
+sockets (`sockets/`) and the generated protocol (`generated/`). No other room speaks to the kubelet.
+Guarantee: a device leaves a listing only after the kubelet has reported that no pod holds it.
+The composition root, the reconciler and the run loop use `endpoints` and `usage`; provisioning uses `usage`.
 """

@@ -1,4 +1,4 @@
-"""A device as the kubelet sees it, the listing of all of them, and the pod that holds one."""
+"""A device as the kubelet sees it, the listing of all devices, and the pod that holds one."""
 
 from msgspec import Struct
 
@@ -6,9 +6,10 @@ from qat_shared.pci import PciAddress
 
 
 class Device(Struct, frozen=True):
-    """One VF as the kubelet is told of it. `nodes` are device files (rw), `mounts` host paths, the same inside.
+    """One VF as it is listed to the kubelet.
 
-    `reason` says why it is not healthy, empty when it is.
+    `nodes`: device files, given to the container as read-write. `mounts`: host paths, mounted at the same path.
+    `reason`: why the device is unhealthy, "" if it is healthy.
     """
 
     address: PciAddress
@@ -20,7 +21,7 @@ class Device(Struct, frozen=True):
 
     @property
     def healthy(self) -> bool:
-        """Whether the kubelet may give it to a pod."""
+        """Whether the kubelet may allocate the device to a pod."""
         return not self.reason
 
 
@@ -29,7 +30,7 @@ Listing = dict[str, tuple[Device, ...]]
 
 
 class Holder(Struct, frozen=True):
-    """Who has a device, as "namespace/pod/container", and the NUMA node that it had when it was allocated."""
+    """The container that holds a device, as "namespace/pod/container", and the device's NUMA node at allocation."""
 
     name: str
     numa_node: int | None = None

@@ -1,10 +1,10 @@
 """One resource's endpoint: its socket, and its registration with the kubelet for as long as it runs.
 
-Theory of operation: the socket is served first, since the kubelet calls back while it registers; then it is registered
-in one of two ways (registration.py); then wait. Whenever *any* ListAndWatch stream ends, register again: the kubelet,
-at the end of an older stream, drops the client that the newest registration made (device manager, runClient and
-getClient). So nothing is ever concluded from a stream that was open before. A kubelet that fails, or ends streams at
-once, is asked again after a growing pause.
+Theory of operation: the socket is served first, since the kubelet calls back while it registers. Then the endpoint is
+registered in one of two ways (registration/). Whenever *any* ListAndWatch stream ends, it registers again: at the end
+of an older stream, the kubelet drops the client that the newest registration made (device manager, runClient and
+getClient). So a stream that was open before proves nothing. Registration is retried with a growing pause if the
+kubelet fails, or ends streams immediately.
 """
 
 import asyncio
@@ -34,11 +34,11 @@ log = logs.get(__name__)
 
 SOCKET_MODE: Final = 0o660
 STOP_GRACE: Final = 0.2
-"""Seconds that an answer under way is given when the endpoint ends."""
+"""Seconds that RPCs in progress get when the endpoint stops."""
 
 
 class EndpointState(Struct, frozen=True):
-    """One resource and the kubelet: registered now, how often so far, and why not (the last error, "" for none)."""
+    """Whether the resource is registered, how often it has been so far, and the last error ("" for none)."""
 
     registered: bool = False
     registrations: int = 0
@@ -46,10 +46,9 @@ class EndpointState(Struct, frozen=True):
 
 
 class Endpoint:
-    """Made for one resource: `update` at any time, `run` once, `withdraw` to end it from outside.
+    """The endpoint of one resource: call `update` at any time, `run` once, and `withdraw` to end it from outside.
 
-    `state` is replaced at each change. `handed_out` maps devices to the time, by `clock`, of their last allocation.
-    `on_lost` is called when the socket's directory cannot be used.
+    `state` is replaced at each change. `on_socket_error` is called when no socket can be made in the directory.
     """
 
     def __init__(
@@ -59,12 +58,12 @@ class Endpoint:
         policy: AllocationPolicy,
         counters: Counters,
         usage: AllocationObserver,
-        on_lost: Callable[[], None] = lambda: None,
+        on_socket_error: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         timing: Timing | None = None,
     ) -> None:
         self.name = name
-        self._on_lost = on_lost
+        self._on_socket_error = on_socket_error
         self.state = EndpointState()
         self._registrar = registrar
         self._timing = timing or Timing()
@@ -74,7 +73,7 @@ class Endpoint:
         self._withdrawing = asyncio.Event()
         self._ended = asyncio.Event()
         self._running = False
-        self._short_lived = 0  # streams in a row that ended before they had settled
+        self._short_streams = 0  # streams in a row that ended before they had settled
 
     @property
     def resource(self) -> str:
@@ -83,20 +82,20 @@ class Endpoint:
 
     @property
     def socket_path(self) -> Path:
-        """Where it is served."""
+        """The path at which the endpoint is served."""
         return self._registrar.socket_path
 
     @property
-    def handed_out(self) -> dict[PciAddress, float]:
-        """The devices that have been allocated since the start: they may be in use."""
-        return self._plugin.handed_out
+    def allocated_at(self) -> dict[PciAddress, float]:
+        """The devices allocated since the start, with the time of their last allocation: they may be in use."""
+        return self._plugin.allocated_at
 
     def update(self, devices: Sequence[Device]) -> None:
         """Replace the list of devices."""
         self._plugin.update(devices)
 
     async def withdraw(self) -> None:
-        """End `run`, and return when all is closed."""
+        """End `run`, and return when the endpoint has stopped."""
         self._withdrawing.set()
         if self._running:
             await self._ended.wait()
@@ -120,7 +119,7 @@ class Endpoint:
     async def _stay_registered(self) -> None:
         loop = asyncio.get_running_loop()
         timing, streams = self._timing, self._plugin.streams
-        pause, patience = 0.0, timing.stream_first
+        pause, stream_timeout = 0.0, timing.stream_first
         while True:
             await asyncio.sleep(pause)
             began = loop.time()
@@ -128,62 +127,65 @@ class Endpoint:
                 await self._serve()
                 ended = streams.ended
                 await self._registrar.register(streams)
-                await self._until_watched(ended, patience)
+                await self._wait_for_stream(ended, stream_timeout)
             except CannotRegisterError as error:
-                self._failed(str(error))
-                patience = min(patience * 2, timing.stream_last)
-                # An attempt that waited for the kubelet was pause enough: it may be there in this very moment.
+                self._registration_failed(str(error))
+                stream_timeout = min(stream_timeout * 2, timing.stream_last)
+                # An attempt that waited for the kubelet was itself the pause: the kubelet may start at this moment.
                 waited = loop.time() - began >= timing.after_failure
-                pause = 0.0 if waited else self._longer(pause, timing.after_failure)
+                pause = 0.0 if waited else self._next_pause(pause, timing.after_failure)
                 continue
-            patience = timing.stream_first
-            if await self._watched(ended):
-                self._short_lived = 0
+            stream_timeout = timing.stream_first
+            if await self._wait_for_stream_end(ended):
+                self._short_streams = 0
             else:
-                self._short_lived += 1
-            self._lost()
-            # The first end is answered at once: mostly it is a kubelet's restart.
-            pause = 0.0 if self._short_lived < 2 else self._longer(pause, timing.after_stream)
+                self._short_streams += 1
+            self._stream_ended()
+            # No pause after the first end: mostly the kubelet has restarted.
+            pause = 0.0 if self._short_streams < 2 else self._next_pause(pause, timing.after_stream)
 
-    async def _watched(self, ended: int) -> bool:
-        """Until a stream ends: whether the streams had lived for a while."""
+    async def _wait_for_stream_end(self, ended: int) -> bool:
+        """Return when more than `ended` streams have ended: whether that took long enough for no pause to be needed."""
         streams = self._plugin.streams
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._timing.settled):
                 while streams.ended == ended:
-                    await streams.change()
+                    await streams.wait_for_change()
             return False
-        if self._short_lived >= 2:
-            self._say_registered()
+        if self._short_streams >= 2:
+            self._log_registered()
         while streams.ended == ended:
-            await streams.change()
+            await streams.wait_for_change()
         return True
 
-    def _longer(self, pause: float, most: float) -> float:
-        return min(max(pause * 2, self._timing.first), most)
+    def _next_pause(self, pause: float, longest: float) -> float:
+        return min(max(pause * 2, self._timing.first_pause), longest)
 
     async def _serve(self) -> None:
-        """Serve at the socket's path, anew if that registers, or if the file has gone. Raises CannotRegisterError."""
+        """Serve at the socket's path. Recreate the socket if that is needed to register, or if its file was removed.
+
+        Raises CannotRegisterError.
+        """
         if self._bound is not None:
             if not self._bound.exists():
                 log.warning(
-                    "endpoint's socket has gone, serving anew", resource=self.resource, socket=str(self.socket_path)
+                    "endpoint socket was removed, recreating it", resource=self.resource, socket=str(self.socket_path)
                 )
             elif not await self._registrar.needs_new_socket(self._plugin.streams):
                 return
         server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
         add_DevicePluginServicer_to_server(self._plugin, server)
-        self._registrar.add_to(server)
+        self._registrar.add_services(server)
         try:
             bound = await grpc_socket.start(server, self.socket_path, SOCKET_MODE)
         except OSError as error:
             await server.stop(None)
-            self._on_lost()
+            self._on_socket_error()
             raise CannotRegisterError(f"cannot serve {self.socket_path}: {error.strerror or error}") from error
         except BaseException:
             await server.stop(None)
             raise
-        # Only now the old one: a kubelet that connects at any moment finds somebody there.
+        # The old server stops last, so that the kubelet can connect at any moment.
         former, self._server = self._server, server
         self._bound = bound
         if former is not None:
@@ -199,21 +201,21 @@ class Endpoint:
             if bound is not None:
                 bound.remove()
 
-    async def _until_watched(self, ended: int, patience: float) -> None:
-        """Return when a stream was opened or has ended since. Raises CannotRegisterError."""
+    async def _wait_for_stream(self, ended: int, seconds: float) -> None:
+        """Return when a stream has opened, or more than `ended` have ended. Raises CannotRegisterError."""
         streams = self._plugin.streams
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(seconds):
                 while not streams.fresh and streams.ended == ended:
-                    await streams.change()
+                    await streams.wait_for_change()
         except TimeoutError:
-            why = "the kubelet accepted the registration but did not ask for the devices"
+            why = "the kubelet accepted the registration but did not open a ListAndWatch stream"
             raise CannotRegisterError(why) from None
         self.state = replace(self.state, registered=True, registrations=self.state.registrations + 1, error="")
-        if self._short_lived < 2:
-            self._say_registered()
+        if self._short_streams < 2:
+            self._log_registered()
 
-    def _say_registered(self) -> None:
+    def _log_registered(self) -> None:
         log.info(
             "resource registered",
             resource=self.resource,
@@ -221,14 +223,14 @@ class Endpoint:
             registrations=self.state.registrations,
         )
 
-    def _failed(self, why: str) -> None:
+    def _registration_failed(self, why: str) -> None:
         if why != self.state.error:
             log.warning("cannot register with the kubelet", resource=self.resource, why=why)
         self.state = replace(self.state, registered=False, error=why)
 
-    def _lost(self) -> None:
+    def _stream_ended(self) -> None:
         self.state = replace(self.state, registered=False, error="the kubelet ended the ListAndWatch stream")
-        if self._short_lived < 2:
+        if self._short_streams < 2:
             log.info("kubelet ended the stream, registering again", resource=self.resource)
-        elif self._short_lived == 2:
-            log.warning("kubelet ends streams at once, registering again with pauses", resource=self.resource)
+        elif self._short_streams == 2:
+            log.warning("kubelet ends streams immediately, registering again with pauses", resource=self.resource)

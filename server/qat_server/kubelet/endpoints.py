@@ -1,4 +1,4 @@
-"""The endpoints that are served, one for each resource of the listing: made when it comes, withdrawn when it goes."""
+"""The endpoints of one server, one for each resource of the listing: created and withdrawn as the listing changes."""
 
 import asyncio
 import time
@@ -10,12 +10,13 @@ from qat_server.instrumentation.counters import Counters
 from qat_server.kubelet.allocation import AllocationPolicy
 from qat_server.kubelet.device import Listing
 from qat_server.kubelet.endpoint import Endpoint, EndpointState
+from qat_server.kubelet.pod_resources import Holders
 from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.registration.kubelet_socket import SocketRegistrar
 from qat_server.kubelet.registration.plugin_watcher import WatcherRegistrar
 from qat_server.kubelet.registration.registrar import Registrar
 from qat_server.kubelet.sockets.endpoint_directory import EndpointDirectory
-from qat_server.kubelet.usage import Usage
+from qat_server.kubelet.usage import BEING_ADMITTED, DeviceUsage
 from qat_shared import NAMESPACE
 from qat_shared.pci import PciAddress
 
@@ -23,7 +24,10 @@ log = logs.get(__name__)
 
 
 class Endpoints:
-    """All endpoints of one server. Nothing but `publish` and `forget` changes which there are."""
+    """All endpoints of one server; only `publish` and `clear` add or remove any.
+
+    It combines their allocations with `usage` and so implements `listing.PodDevices`.
+    """
 
     def __init__(
         self,
@@ -31,7 +35,7 @@ class Endpoints:
         policy: AllocationPolicy,
         helper: HelperClient,
         directory: EndpointDirectory,
-        usage: Usage,
+        usage: DeviceUsage,
         counters: Counters,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -46,15 +50,15 @@ class Endpoints:
 
     @property
     def states(self) -> dict[str, EndpointState]:
-        """How each stands with the kubelet, by resource."""
+        """The state of each endpoint, by resource."""
         return {name: endpoint.state for name, endpoint in self._by_name.items()}
 
     def publish(self, listing: Listing, work: asyncio.TaskGroup) -> None:
-        """Serve these resources with these devices and no others; new endpoints run in tasks of `work`."""
+        """Serve exactly the resources and devices of `listing`; endpoints run in tasks of `work`."""
         for name, devices in listing.items():
             endpoint = self._by_name.get(name)
             if endpoint is None:
-                endpoint = self._by_name[name] = self._made(name)
+                endpoint = self._by_name[name] = self._create(name)
                 endpoint.update(devices)
                 log.info("resource served", resource=endpoint.resource, devices=len(devices))
                 work.create_task(endpoint.run())
@@ -64,27 +68,47 @@ class Endpoints:
             log.info("resource withdrawn", resource=f"{NAMESPACE}/{name}")
             work.create_task(self._by_name.pop(name).withdraw())
 
-    def forget(self) -> None:
-        """Their tasks have ended, with the directory that their sockets were in."""
+    def clear(self) -> None:
+        """Forget all endpoints, whose tasks have ended because their socket directory was removed."""
         self._by_name.clear()
 
-    def held(self, resource: str, address: PciAddress) -> bool:
-        """Whether a pod has a device of a resource, or may, by what was handed out and what the kubelet says."""
+    @property
+    def holders(self) -> Holders | None:
+        """The devices that pods are known to hold, None while the kubelet does not report them."""
+        return self._usage.holders
+
+    def may_be_held(self, resource: str, address: PciAddress) -> bool:
+        """Whether a pod holds a device of a resource, or may, according to PodResources and our own allocations."""
         endpoint = self._by_name.get(resource)
-        return self._usage.held(resource, address, endpoint.handed_out.get(address) if endpoint else None)
+        return self._usage.may_be_held(resource, address, endpoint.allocated_at.get(address) if endpoint else None)
 
     def releasable(self, resource: str, address: PciAddress) -> bool:
-        """Whether a device that is gone may leave the resource's list."""
-        return self._usage.releasable(resource, address) and not self.held(resource, address)
+        """Whether an unhealthy device may leave the resource's list."""
+        return self._usage.releasable(resource, address) and not self.may_be_held(resource, address)
 
-    def _made(self, name: str) -> Endpoint:
+    def holder_names(self, listing: Listing) -> dict[PciAddress, str] | None:
+        """The devices that pods hold or may hold, each with its holder; None while the kubelet does not report them.
+
+        A device of `listing` that was allocated a moment ago has BEING_ADMITTED as its holder.
+        """
+        if self.holders is None:
+            return None
+        possible = {
+            device.address: BEING_ADMITTED
+            for name, devices in listing.items()
+            for device in devices
+            if self.may_be_held(name, device.address)
+        }
+        return possible | self._usage.holder_names()
+
+    def _create(self, name: str) -> Endpoint:
         return Endpoint(
             name,
             self._registrar(name),
             self._policy,
             self._counters,
             self._usage,
-            self._directory.missed,
+            self._directory.report_missing,
             self._clock,
         )
 

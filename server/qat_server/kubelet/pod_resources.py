@@ -1,4 +1,4 @@
-"""Which pod holds which device: one question to the kubelet's PodResources service (podresources/v1, List)."""
+"""Which pod holds which device: one List call to the kubelet's PodResources service (podresources/v1)."""
 
 import errno
 from collections.abc import Mapping
@@ -22,75 +22,74 @@ from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
 
-TIMEOUT: Final = 5.0
-"""Seconds for the kubelet's answer."""
+_TIMEOUT: Final = 5.0  # seconds that the kubelet has to answer
 _PREFIX: Final = f"{NAMESPACE}/"
 _NO_SUCH_SOCKET: Final = (errno.ENOENT, errno.ENOTDIR)
 
 Holders = Mapping[str, Mapping[PciAddress, Holder]]
-"""Resource name without its namespace, to device, to its holder."""
+"""Resource name without its namespace to a map of its held devices to their holders."""
 
 
 class Answer(Struct, frozen=True):
-    """Who holds what. `pods` counts all pods named: a kubelet that names none may only not know them yet."""
+    """Which pods hold which devices. `pods`: how many pods the kubelet reports; with none, it may not know them yet."""
 
     holders: Holders
     pods: int
 
 
 class PodResourcesError(Exception):
-    """It is not known who holds what; the text says why, in one sentence. Another attempt may fare better."""
+    """The holders are unknown; the message is one sentence with the reason. A retry may succeed."""
 
 
-class NeverAnsweredError(PodResourcesError):
-    """There is no answer to be had: forbidden by policy, or this kubelet has no such service."""
+class PodResourcesUnavailableError(PodResourcesError):
+    """No answer is possible: policy forbids the call, or this kubelet has no such service."""
 
 
-class NobodyToAskError(PodResourcesError):
-    """There is no helper now that would connect to the kubelet."""
+class NoHelperError(PodResourcesError):
+    """No helper is connected that could connect to the kubelet."""
 
 
-class KubeletAwayError(PodResourcesError):
-    """The kubelet does not run."""
+class KubeletDownError(PodResourcesError):
+    """The kubelet is not running."""
 
 
-async def held_devices(helper: KubeletDialer, directory: Path, seconds: float = TIMEOUT, wait_ms: int = 0) -> Answer:
-    """Ask, waiting up to `wait_ms` for the kubelet to be there.
+async def held_devices(helper: KubeletDialer, directory: Path, wait_ms: int = 0) -> Answer:
+    """Call List, waiting up to `wait_ms` for the kubelet to listen.
 
-    `directory` is the server's own (see kubelet_channel.over). Raises PodResourcesError.
+    Only this user may be able to write to `directory` (see kubelet_channel.open_channel). Raises PodResourcesError.
     """
     try:
         connected = await helper.open_kubelet_socket(KubeletService.POD_RESOURCES, wait_ms)
     except HelperUnavailableError as error:
-        raise NobodyToAskError(error.message) from error
+        raise NoHelperError(error.message) from error
     except HelperError as error:
-        raise await _not_connected(helper, error) from error
+        raise await _connect_error(helper, error) from error
     try:
-        async with kubelet_channel.over(connected, directory) as channel:
-            answer = await PodResourcesListerStub(channel).List(pb.ListPodResourcesRequest(), timeout=seconds)
+        async with kubelet_channel.open_channel(connected, directory) as channel:
+            answer = await PodResourcesListerStub(channel).List(pb.ListPodResourcesRequest(), timeout=_TIMEOUT)
     except OSError as error:
-        raise PodResourcesError(f"cannot speak to the kubelet's PodResources service: {error}") from error
+        raise PodResourcesError(f"cannot connect to the kubelet's PodResources service: {error}") from error
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-            raise NeverAnsweredError("the kubelet is too old: it has no PodResources v1 service") from error
-        raise PodResourcesError(kubelet_channel.sentence(error)) from error
-    return Answer(_read(answer), len(answer.pod_resources))
+            raise PodResourcesUnavailableError("the kubelet is too old: it has no PodResources v1 service") from error
+        raise PodResourcesError(kubelet_channel.describe(error)) from error
+    return Answer(_holders(answer), len(answer.pod_resources))
 
 
-async def _not_connected(helper: KubeletDialer, error: HelperError) -> PodResourcesError:
+async def _connect_error(helper: KubeletDialer, error: HelperError) -> PodResourcesError:
     if error.code is ErrorCode.DENIED:
-        return NeverAnsweredError(error.message)
+        return PodResourcesUnavailableError(error.message)
     if error.code is not ErrorCode.UNAVAILABLE:
         return PodResourcesError(error.message)
-    # A socket that refuses was left by a kubelet that had the service. Without a socket, either there is no kubelet or
-    # it has no such service: whether it listens where plugins register tells which.
-    if error.errno in _NO_SUCH_SOCKET and await _kubelet_runs(helper):
-        return NeverAnsweredError(error.message)
-    return KubeletAwayError(error.message)
+    # A socket that refuses connections was left by a kubelet that had the service. Without a socket, either no kubelet
+    # is running or it has no such service; whether it listens for registrations tells which.
+    if error.errno in _NO_SUCH_SOCKET and await _kubelet_running(helper):
+        return PodResourcesUnavailableError(error.message)
+    return KubeletDownError(error.message)
 
 
-async def _kubelet_runs(helper: KubeletDialer) -> bool:
-    """Whether it does, or that cannot be known."""
+async def _kubelet_running(helper: KubeletDialer) -> bool:
+    """Whether the kubelet is running. True also if policy forbids finding out."""
     try:
         (await helper.open_kubelet_socket(KubeletService.REGISTRATION)).close()
     except HelperError as error:
@@ -98,7 +97,7 @@ async def _kubelet_runs(helper: KubeletDialer) -> bool:
     return True
 
 
-def _read(answer: pb.ListPodResourcesResponse) -> dict[str, dict[PciAddress, Holder]]:
+def _holders(answer: pb.ListPodResourcesResponse) -> dict[str, dict[PciAddress, Holder]]:
     held: dict[str, dict[PciAddress, Holder]] = {}
     for pod in answer.pod_resources:
         for container in pod.containers:
@@ -112,8 +111,8 @@ def _read(answer: pb.ListPodResourcesResponse) -> dict[str, dict[PciAddress, Hol
                     try:
                         address = PciAddress.parse(text)
                     except ValueError:
-                        # Given out by another plugin under the same name, before this one: never one of our devices.
-                        log.v(2, "pod holds a device that is no PCI address", device=text, pod=pod.name)
+                        # Allocated by an earlier plugin under the same resource name: never one of our devices.
+                        log.v(2, "pod holds a device whose ID is not a PCI address", device=text, pod=pod.name)
                         continue
                     holders[address] = holder
     return held

@@ -1,13 +1,15 @@
-"""Which pods hold which devices, as the kubelet's PodResources says, and so which devices may leave a list.
+"""Which pods hold which devices, according to the kubelet's PodResources, and which devices may leave a listing.
 
-Dropping a device that a pod holds, or that the kubelet is about to give out, can crash the kubelet (a nil dereference
-in its device manager). So a device leaves only after it has been listed as Unhealthy for SETTLE seconds, so that no
-allocation begun before can still be under way, and two PodResources answers asked for after that do not name it.
+Removing a device that a pod holds, or that the kubelet is about to allocate, can crash the kubelet (a nil dereference
+in its device manager). So a device is releasable only under two conditions. It has been listed as Unhealthy for SETTLE
+seconds, so no earlier allocation can still be in progress. And the answers to two PodResources queries sent after that
+do not name it.
 
-A kubelet that has just started names no pod until it has heard of its pods, which may take as long as the API server is
-away. When a stream is opened after the end of one it may be such a one: the time to settle begins anew, and what was
-known to be held is held until it has named a pod, any pod. (It names all or, but for static pods, none; where the
-server is a pod itself, there is one.) Without PodResources nothing ever leaves a list while this server lives.
+A kubelet that has just started reports no pod until it knows its pods, which takes as long as the API server is away.
+A stream that opens after another has ended may come from such a kubelet. Then the settling time starts again, and
+devices that were known to be held stay held until the kubelet has reported a pod, any pod. (It reports all or, except
+for static pods, none; where the server itself is a pod, there is one.) Without PodResources no device is ever
+releasable while this server lives.
 """
 
 import asyncio
@@ -22,10 +24,10 @@ from qat_server.kubelet.device import Listing
 from qat_server.kubelet.pod_resources import (
     Answer,
     Holders,
-    KubeletAwayError,
-    NeverAnsweredError,
-    NobodyToAskError,
+    KubeletDownError,
+    NoHelperError,
     PodResourcesError,
+    PodResourcesUnavailableError,
 )
 from qat_shared.pci import PciAddress
 
@@ -33,31 +35,33 @@ log = logs.get(__name__)
 
 SETTLE: Final = 10.0
 """Seconds. The kubelet chooses devices and calls Allocate within one admission, which takes milliseconds."""
-ADMITTED: Final = 3.0
-"""Seconds after which a pod is named that was given a device: the kubelet has it down once Allocate has answered. One
-that is not named then has ended already, or was not admitted. (Short: whoever waits for the device waits for this.)"""
-PATIENCE: Final = 10.0
-"""Seconds of failures after which a kubelet that runs is taken to have no answer."""
-_AFTER_ALLOCATION: Final = 1.0  # the kubelet shows a pod in PodResources once it is admitted
-_SECOND: Final = 1.0  # between the two answers that let a device go
+ADMISSION: Final = 3.0
+"""Seconds after Allocate by which PodResources reports the pod: the kubelet records the pod once Allocate has answered.
+A pod that is not reported by then has already ended, or was not admitted. (Short, since everything that waits for the
+device to be free waits this long.)"""
+GIVE_UP: Final = 10.0
+"""Seconds of failures after which a running kubelet is assumed to have no answer."""
+_AFTER_ALLOCATION: Final = 1.0  # the kubelet reports a pod in PodResources once the pod is admitted
+_BETWEEN_ANSWERS: Final = 1.0  # between the two answers that make a device releasable
 _RETRY_FIRST: Final = 0.25
 _RETRY_LAST: Final = 5.0
 _NEVER: Final = float("-inf")
 BEING_ADMITTED: Final = "a pod that is being admitted"
-"""Who holds what was allocated a moment ago: PodResources may not name the pod yet."""
+"""The holder of a device that was allocated a moment ago: PodResources may not report the pod yet."""
 
 
-class _Answered(Struct, frozen=True):
-    """The question's time, and who holds what by all that is known then."""
+class _DatedAnswer(Struct, frozen=True):
+    """When the query was sent, and the holders known from its answer. `holders` is None without an answer."""
 
-    asked_at: float = _NEVER
-    holders: Holders = {}
+    queried_at: float = _NEVER
+    holders: Holders | None = None
 
 
-class Usage:
-    """Asks `query` when there is a reason to, and calls `on_change` when the answer differs from the last.
+class DeviceUsage:
+    """Runs `query` when there is a reason to, and calls `on_change` when the answer differs from the last one.
 
-    `without_helper`: seconds after which a helper that is not there is not waited for any more, None for never.
+    `interval`: seconds between queries without any other reason. `settle`: see SETTLE. `helper_timeout`: seconds after
+    which the first listing no longer waits for a missing helper, None for never.
     """
 
     def __init__(
@@ -67,191 +71,188 @@ class Usage:
         interval: float,
         settle: float = SETTLE,
         clock: Callable[[], float] = time.monotonic,
-        without_helper: float | None = None,
+        helper_timeout: float | None = None,
     ) -> None:
         self._query = query
         self._on_change = on_change
         self._interval = interval
         self._settle = settle
         self._clock = clock
-        self._without_helper = without_helper
+        self._helper_timeout = helper_timeout
         self._unhealthy_since: dict[tuple[str, PciAddress], float] = {}
-        self._told = True
-        self._last = self._before = _Answered()
-        self._known: Holders = {}  # of the last answer, also when it does not count any more
-        self._pods_known = False  # this kubelet has named a pod
-        self._watched_at = _NEVER
-        self._shown: dict[tuple[str, PciAddress], float] = {}
-        """When the last answer was asked for that named the device."""
-        self._due = asyncio.Event()
-        self._due_at = 0.0
-        self._pause = _RETRY_FIRST
-        self._asked_at = _NEVER
+        self._notify_anyway = False  # call `on_change` after the next query even if the answer is the same
+        self._last = self._previous = _DatedAnswer()
+        self._last_known: Holders = {}  # of the last answer, kept when a later query fails
+        self._pods_reported = False  # whether the present kubelet has reported a pod
+        self._stream_opened_at = _NEVER
+        self._last_reported: dict[tuple[str, PciAddress], float] = {}
+        """When the latest answer that names the device was queried."""
+        self._rescheduled = asyncio.Event()
+        self._next_query_at = 0.0
+        self._retry_delay = _RETRY_FIRST
         self._failing_since: tuple[type[PodResourcesError], float] | None = None
-        self.holders: Holders | None = None
         self.error = "the kubelet has not answered yet"
-        self.asked = False
-        """Whether there has been an answer, or it is known that none is to be had."""
+        self.synced = False
+        """Whether the kubelet has answered once, or is known to have no answer: the first listing waits for this."""
 
     @property
-    def answer_asked_at(self) -> float:
-        """When, by the clock, the question was asked that the last answer is to."""
-        return self._last.asked_at
+    def holders(self) -> Holders | None:
+        """The devices that pods are known to hold, None while the kubelet does not report them."""
+        return self._last.holders
 
-    def observe(self, listing: Listing) -> None:
-        """Take note of the devices that are listed as unhealthy now."""
+    @property
+    def answer_queried_at(self) -> float:
+        """When the query of the last answer was sent, by the clock."""
+        return self._last.queried_at
+
+    def track_unhealthy(self, listing: Listing) -> None:
+        """Record which devices are listed as unhealthy now."""
         now = self._clock()
         unhealthy = {(name, d.address) for name, devices in listing.items() for d in devices if not d.healthy}
         self._unhealthy_since = {key: self._unhealthy_since.get(key, now) for key in unhealthy}
-        self._plan()
+        self._schedule_release()
 
     def allocated(self) -> None:
-        """Take note that devices were handed out just now."""
-        self._ask_at(self._clock() + _AFTER_ALLOCATION)
+        """Devices were allocated just now."""
+        self._schedule(self._clock() + _AFTER_ALLOCATION)
 
-    def watched(self, again: bool) -> None:
-        """Take note that the kubelet opened a stream; `again`: another ended before, so it may have just started."""
-        self._watched_at = self._clock()
-        if again:
-            self._pods_known = False
-        self.ask()
+    def stream_opened(self, reconnected: bool) -> None:
+        """The kubelet opened a stream. `reconnected`: another has ended before, so the kubelet may have restarted."""
+        self._stream_opened_at = self._clock()
+        if reconnected:
+            self._pods_reported = False
+        self.refresh()
 
-    def ask(self) -> None:
-        """Ask now, and tell of the answer even if it is as the last."""
-        self._told = False
-        self._ask_at(self._clock())
+    def refresh(self) -> None:
+        """Query now, and call `on_change` even if the answer is the same as the last one."""
+        self._notify_anyway = True
+        self._schedule(self._clock())
 
     def releasable(self, resource: str, address: PciAddress) -> bool:
-        """Whether a device of a list cannot be in use, nor be about to be."""
+        """Whether a listed device cannot be in use according to PodResources, nor be in an admission in progress."""
         since = self._unhealthy_since.get((resource, address))
-        if since is None or self.holders is None or self._before.asked_at < self._settled(since):
+        if since is None or self._previous.queried_at < self._settled_at(since):
             return False
-        return all(address not in answer.holders.get(resource, {}) for answer in (self._before, self._last))
+        return all(address not in (answer.holders or {}).get(resource, {}) for answer in (self._previous, self._last))
 
-    def held(self, resource: str, address: PciAddress, handed_out_at: float | None) -> bool:
-        """Whether a pod has a device of a resource, or may. `handed_out_at`: when this server last allocated it.
+    def may_be_held(self, resource: str, address: PciAddress, allocated_at: float | None) -> bool:
+        """Whether a pod holds the device, or may. `allocated_at`: when this server last allocated it, None for never.
 
-        Without PodResources, whatever this server has ever allocated counts as held.
+        Without PodResources, every device that this server has ever allocated may be held.
         """
-        if handed_out_at is not None:
+        if allocated_at is not None:
             if self.holders is None:
                 return True
-            # Has the kubelet shown the pod that it was handed out to, it knows; else the answer may be from before.
-            shown = self._shown.get((resource, address), _NEVER) > handed_out_at
-            unknown = handed_out_at < self._watched_at and not self._pods_known
-            if not shown and (unknown or handed_out_at > self.answer_asked_at - min(ADMITTED, self._settle)):
+            # If the kubelet has reported the device since that allocation, its answer holds. Otherwise the answer may
+            # be older than the allocation.
+            reported = self._last_reported.get((resource, address), _NEVER) > allocated_at
+            unknown = allocated_at < self._stream_opened_at and not self._pods_reported
+            recent = allocated_at > self.answer_queried_at - min(ADMISSION, self._settle)
+            if not reported and (unknown or recent):
                 return True
         return address in (self.holders or {}).get(resource, {})
 
-    def in_use(self, resource: str, handed_out: Mapping[PciAddress, float]) -> Collection[PciAddress] | None:
-        """The devices of a resource that pods hold, or may, by what was handed out when; None without PodResources."""
+    def in_use(self, resource: str, allocated_at: Mapping[PciAddress, float]) -> Collection[PciAddress] | None:
+        """The devices of a resource that pods hold or may hold, None without PodResources.
+
+        `allocated_at`: when this server last allocated each device.
+        """
         if self.holders is None:
             return None
         known = self.holders.get(resource, {}).keys()
-        return known | {address for address, at in handed_out.items() if self.held(resource, address, at)}
+        return known | {address for address, at in allocated_at.items() if self.may_be_held(resource, address, at)}
 
-    def by_device(self) -> dict[PciAddress, str]:
+    def holder_names(self) -> dict[PciAddress, str]:
         """The devices that pods are known to hold, each with its holder (namespace/pod/container)."""
         return {address: holder.name for held in (self.holders or {}).values() for address, holder in held.items()}
 
-    def holders_of(self, listing: Listing, held: Callable[[str, PciAddress], bool]) -> dict[PciAddress, str] | None:
-        """Who has, or may have, which listed device; None while the kubelet does not say. `held` is as the method."""
-        if self.holders is None:
-            return None
-        just_now = {
-            device.address: BEING_ADMITTED
-            for name, devices in listing.items()
-            for device in devices
-            if held(name, device.address)
-        }
-        return just_now | self.by_device()
-
     async def run(self) -> None:
-        """Until cancelled."""
-        self._due_at = self._clock()
+        """Query when one is due, until cancelled."""
+        self._next_query_at = self._clock()
         while True:
-            while (wait := self._due_at - self._clock()) > 0:
-                self._due.clear()
+            while (wait := self._next_query_at - self._clock()) > 0:
+                self._rescheduled.clear()
                 try:
                     async with asyncio.timeout(wait):
-                        await self._due.wait()  # an earlier time may be set meanwhile
+                        await self._rescheduled.wait()
                 except TimeoutError:
                     break
-            self._due_at = self._clock() + self._interval
-            await self.question()
+            self._next_query_at = self._clock() + self._interval
+            await self.query_once()
 
-    async def question(self) -> None:
-        """Ask once."""
-        asked_at, watched_at = self._clock(), self._watched_at
-        self._asked_at = asked_at
-        told, self._told = self._told, True
-        asked = self.asked
+    async def query_once(self) -> None:
+        """Query PodResources, and call `on_change` if there is a reason to."""
+        queried_at, stream_opened_at = self._clock(), self._stream_opened_at
+        notify, self._notify_anyway = self._notify_anyway, False
+        synced = self.synced
         try:
             answer = await self._query()
         except PodResourcesError as error:
-            self._failed(error)
-            if not told or asked != self.asked:
+            self._failed(error, queried_at)
+            if notify or synced != self.synced:
                 self._on_change()
             return
-        self.error, self.asked = "", True
-        self._pause, self._failing_since = _RETRY_FIRST, None
-        if watched_at == self._watched_at:  # else it may be the word of the kubelet before
-            self._pods_known = self._pods_known or answer.pods > 0
-        holders = answer.holders if self._pods_known else _joined(self._known, answer.holders)
-        self._before, self._last = self._last, _Answered(asked_at, holders)
-        self._shown.update(((name, address), asked_at) for name, held in answer.holders.items() for address in held)
+        self.error, self.synced = "", True
+        self._retry_delay, self._failing_since = _RETRY_FIRST, None
+        if stream_opened_at == self._stream_opened_at:  # else the answer may be that of the previous kubelet
+            self._pods_reported = self._pods_reported or answer.pods > 0
+        holders = answer.holders if self._pods_reported else _merged(self._last_known, answer.holders)
         changed = holders != self.holders
-        self._known = self.holders = holders
-        self._plan()
-        if not told or not asked or changed or self._unhealthy_since:
+        self._previous, self._last = self._last, _DatedAnswer(queried_at, holders)
+        self._last_known = holders
+        self._last_reported.update(
+            ((name, address), queried_at) for name, held in answer.holders.items() for address in held
+        )
+        self._schedule_release()
+        if notify or not synced or changed or self._unhealthy_since:
             self._on_change()
 
-    def _failed(self, error: PodResourcesError) -> None:
+    def _failed(self, error: PodResourcesError, queried_at: float) -> None:
         now = self._clock()
         if str(error) != self.error:
-            log.warning("kubelet does not say who holds devices: what vanishes stays listed", why=str(error))
+            log.warning("kubelet does not report which pods hold devices: removed devices stay listed", why=str(error))
         self.error = str(error)
-        # What an old answer said may be wrong by now, and a device must not leave a list by it.
-        self.holders = None
-        self._before = self._last = _Answered()
+        # The old answer may be wrong by now, and must not make a device releasable.
+        self._previous = self._last = _DatedAnswer()
         if self._failing_since is None or self._failing_since[0] is not type(error):
             self._failing_since = (type(error), now)
-        patience, since = self._patience(error), self._failing_since[1]
-        self.asked = self.asked or (patience is not None and now >= since + patience)
-        if self.asked and not self._unhealthy_since and not isinstance(error, KubeletAwayError):
+        timeout, since = self._timeout(error), self._failing_since[1]
+        self.synced = self.synced or (timeout is not None and now >= since + timeout)
+        kubelet_down = isinstance(error, KubeletDownError)
+        if self.synced and not self._unhealthy_since and not kubelet_down:
             return
-        # One that has waited for the kubelet all that time was pause enough: it may be there in this very moment.
-        retry = max(now, self._asked_at + self._pause) if isinstance(error, KubeletAwayError) else now + self._pause
-        self._ask_at(retry if self.asked or patience is None else min(retry, since + patience))
-        if not isinstance(error, KubeletAwayError):  # which has waited for the kubelet to be there
-            self._pause = min(self._pause * 2, _RETRY_LAST)
+        # A query that has waited for the kubelet was itself the delay: the kubelet may start at this very moment.
+        retry_at = max(now, queried_at + self._retry_delay) if kubelet_down else now + self._retry_delay
+        self._schedule(retry_at if self.synced or timeout is None else min(retry_at, since + timeout))
+        if not kubelet_down:
+            self._retry_delay = min(self._retry_delay * 2, _RETRY_LAST)
 
-    def _patience(self, error: PodResourcesError) -> float | None:
-        """For how long such failures may go on until no answer counts as the answer, None for ever."""
-        if isinstance(error, NeverAnsweredError):
+    def _timeout(self, error: PodResourcesError) -> float | None:
+        """For how many seconds the first listing waits while such failures last, None for ever."""
+        if isinstance(error, PodResourcesUnavailableError):
             return 0.0
-        if isinstance(error, KubeletAwayError):
-            return None  # when it comes it will answer, and it is the one that could crash
-        return self._without_helper if isinstance(error, NobodyToAskError) else PATIENCE
+        if isinstance(error, KubeletDownError):
+            return None  # a kubelet that starts will answer, and it is the one that could crash
+        return self._helper_timeout if isinstance(error, NoHelperError) else GIVE_UP
 
-    def _settled(self, since: float) -> float:
-        return max(since, self._watched_at) + self._settle
+    def _settled_at(self, since: float) -> float:
+        return max(since, self._stream_opened_at) + self._settle
 
-    def _plan(self) -> None:
-        """Have the two answers asked for that let devices go."""
+    def _schedule_release(self) -> None:
+        """Schedule the two queries that can make unhealthy devices releasable."""
         for since in self._unhealthy_since.values():
-            settled = self._settled(since)
-            if self._last.asked_at < settled:
-                self._ask_at(settled)
-            elif self._before.asked_at < settled:
-                self._ask_at(self._last.asked_at + min(_SECOND, self._settle))
+            settled_at = self._settled_at(since)
+            if self._last.queried_at < settled_at:
+                self._schedule(settled_at)
+            elif self._previous.queried_at < settled_at:
+                self._schedule(self._last.queried_at + min(_BETWEEN_ANSWERS, self._settle))
 
-    def _ask_at(self, when: float) -> None:
-        if when < self._due_at:
-            self._due_at = when
-            self._due.set()
+    def _schedule(self, when: float) -> None:
+        """Query at `when`, unless a query is due earlier."""
+        if when < self._next_query_at:
+            self._next_query_at = when
+            self._rescheduled.set()
 
 
-def _joined(known: Holders, named: Holders) -> Holders:
-    """What was known to be held, and what is named."""
-    return {name: {**known.get(name, {}), **named.get(name, {})} for name in known.keys() | named.keys()}
+def _merged(known: Holders, reported: Holders) -> Holders:
+    return {name: {**known.get(name, {}), **reported.get(name, {})} for name in known.keys() | reported.keys()}

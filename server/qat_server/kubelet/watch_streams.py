@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 
 class WatchStreams:
-    """The kubelet's ListAndWatch streams of one resource: how many were opened and ended; a way to wait for a change.
+    """Counts the streams that were opened and that have ended, and lets a caller wait for the next change.
 
-    `fresh`: a stream was opened after the last one that ended. `on_opened` is called for each new stream, with whether
-    another has ended before.
+    `fresh`: a stream was opened after the last one ended. `on_opened` is called for each new stream; its argument is
+    whether any stream has ended before.
     """
 
     def __init__(self, on_opened: Callable[[bool], None] = lambda _: None) -> None:
@@ -16,20 +16,20 @@ class WatchStreams:
         self.ended = 0
         self.fresh = False
         self._on_opened = on_opened
-        self._event = asyncio.Event()
+        self._changed = asyncio.Event()
 
-    async def change(self) -> None:
-        """Return when a stream is opened or ends after this call."""
-        self._event.clear()
-        await self._event.wait()
+    async def wait_for_change(self) -> None:
+        """Return when a stream opens or ends after this call."""
+        self._changed.clear()
+        await self._changed.wait()
 
     def open(self) -> None:
         self.opened += 1
         self.fresh = True
-        self._event.set()
+        self._changed.set()
         self._on_opened(self.ended > 0)
 
     def end(self) -> None:
         self.ended += 1
         self.fresh = False
-        self._event.set()
+        self._changed.set()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from qat_server.kubelet.sockets.grpc_socket import private_name, put
+from qat_server.kubelet.sockets.grpc_socket import move_into_place, temporary_path
 from qat_server.observability.status import STATUS_SOCKET
 
 _BACKLOG: Final = 16
@@ -22,11 +22,11 @@ _MODE: Final = 0o660
 def listening(directory: Path) -> Iterator[socket.socket]:
     """A socket that listens at `directory`/STATUS_SOCKET and replaces a stale one. Raises OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        with private_name(directory) as private:
-            listener.bind(private)
-            os.chmod(private, _MODE)
+        with temporary_path(directory) as temporary:
+            listener.bind(temporary)
+            os.chmod(temporary, _MODE)
             listener.listen(_BACKLOG)
-            bound = put(private, directory / STATUS_SOCKET)
+            bound = move_into_place(temporary, directory / STATUS_SOCKET)
         try:
             yield listener
         finally:

@@ -21,7 +21,7 @@ from qat_server import logs
 from qat_server.devices.inventory import Inventory, PhysicalFunction
 from qat_server.helper_client.backoff import Backoff, WakeUp
 from qat_server.helper_client.client import HelperClient, HelperError, HelperUnavailableError
-from qat_server.kubelet.usage import BEING_ADMITTED, Usage
+from qat_server.kubelet.usage import BEING_ADMITTED, DeviceUsage
 from qat_server.provisioning.actual_state import read_actual_states
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.execute import execute, failure_text, refused_services
@@ -48,7 +48,7 @@ class Provisioner:
         self,
         helper: HelperClient,
         sysfs_root: Path,
-        usage: Usage,
+        usage: DeviceUsage,
         on_change: Callable[[PciAddress | None], None],
         drain: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -126,7 +126,7 @@ class Provisioner:
             record = self._records[each.pf.address]
             if record.running or each.pf.address not in states:
                 continue
-            if not self._usage.asked and each.pf.vfs and (each.steps or each.pending):
+            if not self._usage.synced and each.pf.vfs and (each.steps or each.pending):
                 record.holders_pending = True
                 continue
             before, record.progress = record.progress, self._reconcile_pf(each, record, work)
@@ -147,7 +147,7 @@ class Provisioner:
         for record in unpublished:
             record.withheld_since = self._clock()
         if unpublished:
-            self._usage.ask()
+            self._usage.refresh()
 
     def _reconcile_pf(self, pf_plan: PfPlan, record: PfRecord, work: asyncio.TaskGroup) -> Progress:
         address, wanted, held_by = pf_plan.pf.address, str(pf_plan.desired), pf_plan.holders
@@ -186,7 +186,7 @@ class Provisioner:
         """Whether VFs that the plan found free cannot have been given to a pod since."""
         if record.withheld_since is None:
             record.withheld_since = NOT_PUBLISHED
-        return self._usage.answer_asked_at > record.withheld_since
+        return self._usage.answer_queried_at > record.withheld_since
 
     async def _execute(self, pf_plan: PfPlan, record: PfRecord) -> None:
         address = pf_plan.pf.address
@@ -248,7 +248,7 @@ class Provisioner:
                 self._polled, self._query_at, self._pause = polled, now, _POLL
             # While a VF is open, the kernel shows first that it is free.
             if now >= self._query_at and any(each.actual and not each.actual.open_vfs for each in waiting):
-                self._usage.ask()
+                self._usage.refresh()
                 # BEING_ADMITTED lasts a few seconds at most: then PodResources names the pod, or it is gone.
                 admitting = any(BEING_ADMITTED in each.holders for each in waiting)
                 self._pause = _POLL if admitting else min(self._pause * 2, _LONGEST_PAUSE)

@@ -13,7 +13,7 @@ NONE, PACKED, BALANCED = AllocationPolicy.NONE, AllocationPolicy.PACKED, Allocat
 
 
 def ids(*texts: str) -> list[PciAddress]:
-    """03:00.0, 03:00.0-3 (a range of functions); in the order given."""
+    """03:00.0, or 03:00.0-3 for a range of functions; in the given order."""
     found = []
     for text in texts:
         first, _, last = text.partition("-")
@@ -35,30 +35,30 @@ def preferred(
     size: int,
     devices: dict[PciAddress, Device],
 ) -> list[PciAddress]:
-    """What the index of `devices` answers to one request, as addresses."""
+    """The answer of an index of `devices` to one request, as addresses."""
     chosen = AllocationIndex(devices.values()).preferred(policy, list(map(str, available)), list(map(str, must)), size)
     return [PciAddress.parse(device_id) for device_id in chosen]
 
 
 FOUR = ids("03:00.0-7", "04:00.0-7", "05:00.0-7", "06:00.0-7")
 
-# policy, available, must include, size, chosen; all of 03..06:00.0-7 are listed, so what is not available is in use
+# policy, available, must include, size, chosen; all of 03..06:00.0-7 are listed, so unavailable devices are in use
 CHOICES: dict[str, tuple[AllocationPolicy, list[PciAddress], list[PciAddress], int, list[PciAddress]]] = {
     "none: first in address order": (NONE, ids("06:00.1", "04:00.2", "03:00.7"), [], 2, ids("03:00.7", "04:00.2")),
     "none: must-include first": (NONE, FOUR, ids("06:00.7"), 3, ids("03:00.0-1", "06:00.7")),
     "none: all": (NONE, FOUR, [], 32, FOUR),
     "packed: nothing in use": (PACKED, FOUR, [], 4, ids("03:00.0-3")),
     "packed: more than one PF": (PACKED, FOUR, [], 10, ids("03:00.0-7", "04:00.0-1")),
-    "packed: a PF that is begun": (PACKED, ids("03:00.0-7", "04:00.3-7", "05:00.0-7"), [], 2, ids("04:00.3-4")),
-    "packed: the begun PF with the fewest free": (
+    "packed: a PF in use": (PACKED, ids("03:00.0-7", "04:00.3-7", "05:00.0-7"), [], 2, ids("04:00.3-4")),
+    "packed: the PF in use with the fewest free": (
         PACKED,
         ids("03:00.4-7", "04:00.0-7", "05:00.6-7", "06:00.0-7"),
         [],
         3,
         ids("03:00.4", "05:00.6-7"),
     ),
-    "packed: must-include says where to begin": (PACKED, FOUR, ids("05:00.3"), 3, ids("05:00.0-1", "05:00.3")),
-    "packed: must-include before begun": (
+    "packed: the PF of a must-include device first": (PACKED, FOUR, ids("05:00.3"), 3, ids("05:00.0-1", "05:00.3")),
+    "packed: must-include before a PF in use": (
         PACKED,
         ids("03:00.1-7", "04:00.0-7"),
         ids("04:00.0"),
@@ -74,14 +74,14 @@ CHOICES: dict[str, tuple[AllocationPolicy, list[PciAddress], list[PciAddress], i
         6,
         ids("03:00.0-1", "04:00.0-1", "05:00.0", "06:00.0"),
     ),
-    "balanced: the least used": (
+    "balanced: the least used PF": (
         BALANCED,
         ids("03:00.1-7", "04:00.2-7", "05:00.0-7", "06:00.1-7"),
         [],
         1,
         ids("05:00.0"),
     ),
-    "balanced: until all are as used": (
+    "balanced: until all are used equally": (
         BALANCED,
         ids("03:00.4-7", "04:00.2-7", "05:00.3-7", "06:00.3-7"),
         [],
@@ -95,15 +95,15 @@ CHOICES: dict[str, tuple[AllocationPolicy, list[PciAddress], list[PciAddress], i
         4,
         ids("03:00.5", "04:00.0", "05:00.0", "06:00.0"),
     ),
-    "balanced: a PF that is full otherwise": (BALANCED, ids("03:00.7", "04:00.0-7"), [], 3, ids("04:00.0-2")),
-    "balanced: a PF that has no more": (
+    "balanced: a PF that is otherwise full": (BALANCED, ids("03:00.7", "04:00.0-7"), [], 3, ids("04:00.0-2")),
+    "balanced: a PF that has no more devices": (
         BALANCED,
         ids("03:00.6-7", "04:00.7", "05:00.7"),
         [],
         3,
         ids("03:00.6-7", "04:00.7"),
     ),
-    "balanced: two of one PF to be included": (
+    "balanced: two must-include devices of one PF": (
         BALANCED,
         ids("03:00.0-7", "04:00.0-7", "05:00.7", "06:00.7"),
         ids("03:00.0-1"),
@@ -126,17 +126,17 @@ def test_choice(
     devices = listed(FOUR, pf=pf)
 
     assert preferred(policy, available, must, size, devices) == chosen
-    assert preferred(policy, available[::-1], must, size, devices) == chosen, "the order of the question does not count"
+    assert preferred(policy, available[::-1], must, size, devices) == chosen, "the order in the request does not matter"
 
 
-def test_balanced_does_not_count_what_is_unhealthy() -> None:
+def test_balanced_does_not_count_unhealthy_devices() -> None:
     devices = listed(ids("04:00.0-7"), pf=True) | listed(ids("03:00.0-6"), pf=True, reason="bad")
     devices |= listed(ids("03:00.7"), pf=True)
 
     assert preferred(BALANCED, ids("03:00.7", "04:00.1-7"), [], 1, devices) == ids("03:00.7")
 
 
-def test_pfs_are_told_by_what_is_known_not_by_the_bus() -> None:
+def test_a_known_pf_counts_and_not_the_bus() -> None:
     first, second = address("03:00.0"), address("03:00.1")
     devices = {
         at: Device(at, pf, None, (), ())
@@ -147,7 +147,7 @@ def test_pfs_are_told_by_what_is_known_not_by_the_bus() -> None:
     assert preferred(BALANCED, ids("04:00.1-3"), [], 1, devices) == ids("04:00.2")
 
 
-def test_an_id_that_is_not_listed_has_its_pf_by_address() -> None:
+def test_the_pf_of_an_unlisted_id_is_derived_from_its_address() -> None:
     devices = listed(ids("03:00.0-3"), pf=True)
 
     assert preferred(BALANCED, ids("03:00.1-3", "04:00.0"), [], 1, devices) == ids("04:00.0")
@@ -157,15 +157,15 @@ def test_an_id_that_is_not_listed_has_its_pf_by_address() -> None:
 
 
 REFUSED: dict[str, tuple[list[PciAddress], list[PciAddress], int, str]] = {
-    "none": (FOUR, [], 0, "0 devices are asked for: at least 1 must be"),
-    "negative": (FOUR, [], -3, "-3 devices are asked for: at least 1 must be"),
-    "too many": (ids("03:00.0-2"), [], 4, "4 devices are asked for, but only 3 are available"),
-    "nothing available": ([], [], 1, "1 devices are asked for, but only 0 are available"),
+    "none": (FOUR, [], 0, "0 devices are requested, but at least 1 is required"),
+    "negative": (FOUR, [], -3, "-3 devices are requested, but at least 1 is required"),
+    "too many": (ids("03:00.0-2"), [], 4, "4 devices are requested, but only 3 are available"),
+    "nothing available": ([], [], 1, "1 devices are requested, but only 0 are available"),
     "fewer than must be included": (
         FOUR,
         ids("03:00.0-2"),
         2,
-        "2 devices are asked for, fewer than the 3 to be included",
+        "2 devices are requested, fewer than the 3 must-include devices",
     ),
     "must-include not available": (
         ids("03:00.0-2"),
@@ -177,13 +177,13 @@ REFUSED: dict[str, tuple[list[PciAddress], list[PciAddress], int, str]] = {
         ids("03:00.0", "03:00.1", "03:00.0"),
         [],
         2,
-        "device 0000:03:00.0 is named 2 times among the 3 available devices",
+        "device 0000:03:00.0 is listed 2 times among the 3 available devices",
     ),
     "must-include twice": (
         FOUR,
         ids("03:00.1", "03:00.1"),
         2,
-        "device 0000:03:00.1 is named 2 times among the 2 must-include devices",
+        "device 0000:03:00.1 is listed 2 times among the 2 must-include devices",
     ),
 }
 
@@ -207,7 +207,7 @@ def _requests(draw: st.DrawFn) -> tuple[dict[PciAddress, Device], list[PciAddres
     everything = draw(st.lists(_ANY, unique=True, min_size=1, max_size=40))
     devices = {}
     for at in everything:
-        if draw(st.integers(0, 9)):  # one in ten is offered by the kubelet and not listed any more
+        if draw(st.integers(0, 9)):  # one in ten is offered by the kubelet but no longer listed
             pf = draw(st.sampled_from([None, address("03:00.0"), address("04:00.0")]))
             devices[at] = Device(at, pf, None, (), (), draw(st.sampled_from(["", "", "", "bad"])))
     available = draw(st.lists(st.sampled_from(everything), unique=True, min_size=1))
@@ -229,7 +229,7 @@ def test_any_request(
     assert len(set(chosen)) == len(chosen), "nothing repeated"
     assert set(must) <= set(chosen), "must-include honoured"
     assert chosen == sorted(chosen)
-    assert preferred(policy, sorted(available), must[::-1], size, devices) == chosen, "no matter in which order"
+    assert preferred(policy, sorted(available), must[::-1], size, devices) == chosen, "in any order"
 
 
 @given(st.data())
@@ -247,13 +247,13 @@ def test_balanced_never_leaves_a_pf_that_had_less(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_packed_leaves_no_more_than_one_pf_begun_anew(data: st.DataObject) -> None:
+def test_packed_leaves_at_most_one_pf_partly_used(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, len(FOUR)))
 
     chosen = preferred(PACKED, FOUR, [], size, listed(FOUR, pf=True))
 
-    begun = [bus for bus in range(3, 7) if 0 < sum(at.bus == bus for at in chosen) < 8]
-    assert len(begun) <= 1
+    partly_used = [bus for bus in range(3, 7) if 0 < sum(at.bus == bus for at in chosen) < 8]
+    assert len(partly_used) <= 1
 
 
 ENVIRONMENTS: dict[str, tuple[list[PciAddress], dict[str, str]]] = {
@@ -280,7 +280,7 @@ def test_environment(addresses: list[PciAddress], expected: dict[str, str]) -> N
     assert list(environment(addresses)) == list(expected)
 
 
-def test_what_pods_hold_counts_whether_it_is_healthy_or_offered_or_not() -> None:
+def test_held_devices_count_even_if_unhealthy_and_unheld_ones_do_not_even_if_unavailable() -> None:
     """03: two held, one of them unhealthy. 04: one held. 05: none held, but not offered (another NUMA node)."""
     devices = [
         Device(address, PciAddress(0, address.bus, 0, 0), 0, (), (), reason="bad" if address == sick else "")
@@ -291,5 +291,7 @@ def test_what_pods_hold_counts_whether_it_is_healthy_or_offered_or_not() -> None
     index = AllocationIndex(devices)
     held = ids("03:00.1-2", "04:00.1")
     assert index.preferred(BALANCED, available, [], 1, held) == ["0000:04:00.2"]
-    assert index.preferred(BALANCED, available, [], 1) == ["0000:03:00.3"], "without PodResources that cannot be seen"
-    assert index.preferred(BALANCED, available, [], 1, [*held, *ids("03:00.3")]) == ["0000:04:00.2"], "offered: free"
+    assert index.preferred(BALANCED, available, [], 1) == ["0000:03:00.3"], "unknown without PodResources"
+    assert index.preferred(BALANCED, available, [], 1, [*held, *ids("03:00.3")]) == ["0000:04:00.2"], (
+        "offered, so not held"
+    )

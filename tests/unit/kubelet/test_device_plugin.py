@@ -1,4 +1,4 @@
-"""The DevicePlugin service over real gRPC: tables of answers and refusals, and streams of lists."""
+"""The DevicePlugin service over real gRPC: tables of answers and refusals, and ListAndWatch streams."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -52,7 +52,7 @@ DEVICES = (
 
 
 class Served:
-    """A plugin with its stub, and the RPCs in short."""
+    """A plugin, its stub, and short forms of the RPCs."""
 
     def __init__(self, plugin: DevicePlugin, stub: "DevicePluginAsyncStub", counters: Counters) -> None:
         self.plugin = plugin
@@ -93,14 +93,14 @@ async def served(policy: AllocationPolicy) -> AsyncIterator[Served]:
 ANSWERS = [
     ("vfio", ["0000:6b:00.1"], ["/dev/vfio/31", VFIO], [], {"QAT0": "0000:6b:00.1"}),
     (
-        "several, in the order of addresses",
+        "several, in address order",
         ["0000:70:00.1", "0000:6b:00.4", "0000:6b:00.1"],
         ["/dev/vfio/31", VFIO, "/dev/vfio/noiommu-3", "/dev/vfio/41"],
         [],
         {"QAT0": "0000:6b:00.1", "QAT1": "0000:6b:00.4", "QAT2": "0000:70:00.1"},
     ),
     (
-        "one group, named once",
+        "one group, listed once",
         ["0000:6b:00.2", "0000:6b:00.3"],
         ["/dev/vfio/32", VFIO],
         [],
@@ -120,10 +120,10 @@ async def test_allocate_answers(
     ]
     assert [(each.host_path, each.container_path) for each in answer.mounts] == [(path, path) for path in mounts]
     assert dict(answer.envs) == envs
-    assert served.plugin.handed_out == {PciAddress.parse(each): 42.0 for each in ids}
+    assert served.plugin.allocated_at == {PciAddress.parse(each): 42.0 for each in ids}
 
 
-async def test_each_container_is_numbered_by_itself(served: Served) -> None:
+async def test_each_container_is_numbered_separately(served: Served) -> None:
     first, second = (await served.allocate(["0000:6b:00.1"], ["0000:6b:00.2"])).container_responses
     assert dict(first.envs) == {"QAT0": "0000:6b:00.1"}
     assert dict(second.envs) == {"QAT0": "0000:6b:00.2"}
@@ -136,10 +136,10 @@ REFUSALS = [
     ("no device", [[]], INVALID, "names no device"),
     ("no device for the second container", [["0000:6b:00.1"], []], INVALID, "names no device"),
     ("twice", [["0000:6b:00.1", "0000:6b:00.1"]], INVALID, "twice"),
-    ("unknown", [["0000:6b:01.0"]], INVALID, "'0000:6b:01.0' is no device of qat.intel.com/cy"),
-    ("no address", [["x" * 5000]], INVALID, "is no device of qat.intel.com/cy"),
-    ("other spelling", [["6b:00.1"]], INVALID, "'6b:00.1' is no device of"),
-    ("unhealthy", [["0000:6b:00.5"]], PRECONDITION, "0000:6b:00.5 cannot be given to a container: its PF's heartbeat"),
+    ("unknown", [["0000:6b:01.0"]], INVALID, "'0000:6b:01.0' is not a device of qat.intel.com/cy"),
+    ("no address", [["x" * 5000]], INVALID, "is not a device of qat.intel.com/cy"),
+    ("other spelling", [["6b:00.1"]], INVALID, "'6b:00.1' is not a device of"),
+    ("unhealthy", [["0000:6b:00.5"]], PRECONDITION, "0000:6b:00.5 cannot be allocated: its PF's heartbeat"),
 ]
 
 
@@ -152,18 +152,18 @@ async def test_allocate_refuses(
     assert caught.value.code() is code
     assert words in (caught.value.details() or "")
     assert len(caught.value.details() or "") < 300
-    assert served.plugin.handed_out == {}
+    assert served.plugin.allocated_at == {}
     assert sum(served.counters.allocations.values()) == 1
 
 
-async def test_a_device_that_left_the_list_is_told_from_one_that_never_was(served: Served) -> None:
+async def test_a_device_that_left_the_list_is_distinguished_from_an_unknown_one(served: Served) -> None:
     served.plugin.update(DEVICES[1:])
-    with pytest.raises(grpc.aio.AioRpcError, match="has gone and is not listed any more") as caught:
+    with pytest.raises(grpc.aio.AioRpcError, match=r"QAT device 0000:6b:00\.1 is no longer listed") as caught:
         await served.allocate(["0000:6b:00.1"])
     assert caught.value.code() is PRECONDITION
 
 
-async def test_a_withdrawn_resource_gives_nothing(served: Served) -> None:
+async def test_a_withdrawn_resource_allocates_nothing(served: Served) -> None:
     served.plugin.withdraw()
     with pytest.raises(grpc.aio.AioRpcError, match="is being withdrawn") as caught:
         await served.allocate(["0000:6b:00.1"])
@@ -181,7 +181,7 @@ PREFERENCES = [
     ),
     ("must include", AllocationPolicy.NONE, ["0000:6b:00.1", "0000:70:00.1"], ["0000:70:00.1"], 1, ["0000:70:00.1"]),
     (
-        "balanced counts what is allocated",
+        "balanced counts unavailable devices",
         AllocationPolicy.BALANCED,
         ["0000:6b:00.1", "0000:70:00.1", "0000:6b:00.2"],
         [],
@@ -189,7 +189,7 @@ PREFERENCES = [
         ["0000:70:00.1"],
     ),
     (
-        "the unhealthy and the unknown are passed over",
+        "unhealthy and unknown devices are skipped",
         AllocationPolicy.NONE,
         ["0000:6b:00.5", "0000:00:00.0", "0000:6b:00.4"],
         [],
@@ -197,7 +197,7 @@ PREFERENCES = [
         ["0000:6b:00.4"],
     ),
     (
-        "an unhealthy one that must be included is",
+        "an unhealthy must-include device is included",
         AllocationPolicy.NONE,
         ["0000:6b:00.1", "0000:6b:00.5"],
         ["0000:6b:00.5"],
@@ -221,8 +221,8 @@ async def test_preferred_allocation(
     ("available", "must", "size", "words"),
     [
         (["0000:6b:00.1"], [], 2, "only 1"),
-        (["0000:6b:00.1", "0000:6b:00.5"], [], 2, "1 of those offered are not healthy or not listed any more"),
-        (["0000:6b:00.1"], ["nothing"], 1, "'nothing' is no device of qat.intel.com/cy"),
+        (["0000:6b:00.1", "0000:6b:00.5"], [], 2, "1 of the offered devices are unhealthy or no longer listed"),
+        (["0000:6b:00.1"], ["nothing"], 1, "'nothing' is not a device of qat.intel.com/cy"),
         (["0000:6b:00.1"], [], 0, "0 devices"),
         (["0000:6b:00.1"], [], -1, "-1 devices"),
     ],
@@ -243,7 +243,7 @@ async def test_options_and_pre_start(served: Served) -> None:
     assert await served.stub.PreStartContainer(pb.PreStartContainerRequest(), timeout=60) is not None
 
 
-async def test_the_list_says_health_and_numa_node(served: Served) -> None:
+async def test_the_list_has_health_and_numa_node(served: Served) -> None:
     stream = served.stub.ListAndWatch(pb.Empty(), timeout=60)
     listed = await stream.read()
     assert isinstance(listed, pb.ListAndWatchResponse)
@@ -288,7 +288,7 @@ async def test_a_slow_reader_gets_the_newest_list(served: Served) -> None:
 async def test_the_end_of_a_stream_is_noticed(served: Served) -> None:
     stream = served.stub.ListAndWatch(pb.Empty(), timeout=60)
     await read(stream)
-    changed = asyncio.create_task(served.plugin.streams.change())
+    changed = asyncio.create_task(served.plugin.streams.wait_for_change())
     stream.cancel()
     await asyncio.wait_for(changed, 120)
     assert (served.plugin.streams.opened, served.plugin.streams.ended) == (1, 1)
@@ -307,7 +307,7 @@ async def test_a_stream_is_fresh_if_opened_after_the_last_end(served: Served) ->
     one_ended = streams.fresh
     newest = served.stub.ListAndWatch(pb.Empty(), timeout=60)
     await read(newest)
-    assert (both_open, one_ended, streams.fresh) == (True, False, True), "not fresh though another one is open"
+    assert (both_open, one_ended, streams.fresh) == (True, False, True), "not fresh even though another stream is open"
     newer.cancel()
     newest.cancel()
 

@@ -1,8 +1,11 @@
-"""What the kubelet is told: nodes, what keeps a device in its list, shared groups, changed resources."""
+"""The listing: device nodes, when a device stays or leaves, shared IOMMU groups, changed resources."""
+
+from collections.abc import Callable, Mapping
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Struct
 
 from qat_server.devices.inventory import Inventory, Problem, VirtualFunction
 from qat_server.kubelet.device import Device, Holder, Listing
@@ -33,6 +36,17 @@ def device(where: PciAddress = VF, group: int = 12, reason: str = "") -> Device:
     return Device(where, PF, 1, (f"/dev/vfio/{group}", "/dev/vfio/vfio"), (), reason)
 
 
+Holders = Mapping[str, Mapping[PciAddress, Holder]]
+
+
+class Pods(Struct):
+    """A PodDevices made of two functions of resource and device."""
+
+    releasable: Callable[[str, PciAddress], bool]
+    may_be_held: Callable[[str, PciAddress], bool]
+    holders: Holders | None = None
+
+
 def step(
     previous: Listing,
     found: Inventory,
@@ -42,7 +56,8 @@ def step(
     unhealthy: dict[PciAddress, str] | None = None,
 ) -> Listing:
     names = {vf.address: name for vf in found.vfs} if name else {}
-    return next_listing(previous, found, names, unhealthy or {}, driver, lambda *_: releasable)
+    pods = Pods(lambda *_: releasable, lambda *_: not releasable)
+    return next_listing(previous, found, names, unhealthy or {}, driver, pods)
 
 
 NODES: dict[str, tuple[VirtualFunction, DpdkDriver, tuple[str, ...], tuple[str, ...]]] = {
@@ -64,12 +79,12 @@ def test_nodes(vf: VirtualFunction, driver: DpdkDriver, nodes: tuple[str, ...], 
 
 LISTED: Listing = {"cy": (device(),)}
 
-# what is found then, the resource's name, and the reason that the device is unhealthy for when it was listed before
+# the inventory, the resource's name, the driver, and the reason why a device that was listed before is unhealthy
 NOT_SERVED: dict[str, tuple[Inventory, str | None, DpdkDriver, str]] = {
     "gone": (inventory(), "cy", VFIO, "it is gone"),
     "malformed": (inventory(problems=(Problem(VF, "vendor: empty"),)), "cy", VFIO, "vendor: empty"),
-    "cut": (inventory(cut=(VF,)), "cy", VFIO, "it is beyond the largest number of devices"),
-    "unbound": (inventory(virtual(driver=None)), "cy", VFIO, "it is on no driver"),
+    "cut": (inventory(cut=(VF,)), "cy", VFIO, "it exceeds the maximum number of devices"),
+    "unbound": (inventory(virtual(driver=None)), "cy", VFIO, "it has no driver"),
     "on the kernel's driver": (
         inventory(virtual(driver="4xxxvf")),
         "cy",
@@ -84,13 +99,13 @@ NOT_SERVED: dict[str, tuple[Inventory, str | None, DpdkDriver, str]] = {
 
 
 @pytest.mark.parametrize(("found", "name", "driver", "reason"), NOT_SERVED.values(), ids=NOT_SERVED)
-def test_what_is_not_served(found: Inventory, name: str | None, driver: DpdkDriver, reason: str) -> None:
+def test_not_served(found: Inventory, name: str | None, driver: DpdkDriver, reason: str) -> None:
     assert step({}, found, name, driver=driver) == {}, "never listed: absent"
     kept = step(LISTED, found, name, driver=driver)
     assert kept == {"cy": (device(reason=reason),)}, "listed: unhealthy, with its last nodes"
     assert step(kept, found, name, driver=driver) == kept
-    assert step(kept, found, name, releasable=True, driver=driver) == {}, "nobody can have it: the resource ends"
-    assert step(kept, inventory(virtual())) == LISTED, "it came back"
+    assert step(kept, found, name, releasable=True, driver=driver) == {}, "no pod can hold it: the resource ends"
+    assert step(kept, inventory(virtual())) == LISTED, "it recovered"
 
 
 def test_devices_are_in_address_order_and_come_back_with_new_nodes() -> None:
@@ -104,53 +119,52 @@ def test_devices_are_in_address_order_and_come_back_with_new_nodes() -> None:
 def test_an_unhealthy_pf_makes_its_vfs_unhealthy_and_recovers() -> None:
     sick = step(LISTED, inventory(virtual()), unhealthy={PF: "no heartbeat"})
     assert sick == {"cy": (device(reason="no heartbeat"),)}
-    assert step({}, inventory(virtual()), unhealthy={PF: "no heartbeat"}) == sick, "listed all the same"
+    assert step({}, inventory(virtual()), unhealthy={PF: "no heartbeat"}) == sick, "listed nevertheless"
     assert step(sick, inventory(virtual()), unhealthy={address("70:00.0"): "no heartbeat"}) == LISTED
 
 
 def test_a_changed_resource() -> None:
     moved = step(LISTED, inventory(virtual()), "dc")
     assert moved == {
-        "cy": (device(reason="it is served as dc now"),),
-        "dc": (device(reason="a pod may have it as cy"),),
+        "cy": (device(reason="it is now served as dc"),),
+        "dc": (device(reason="a pod may hold it as cy"),),
     }
     assert step(moved, inventory(virtual()), "dc") == moved
     assert step(moved, inventory(virtual()), "dc", releasable=True) == {"dc": (device(),)}
     assert step(moved, inventory(virtual()), "cy") == {
-        "cy": (device(reason="a pod may have it as dc"),),
-        "dc": (device(reason="it is served as cy now"),),
+        "cy": (device(reason="a pod may hold it as dc"),),
+        "dc": (device(reason="it is now served as cy"),),
     }
 
 
-def test_what_a_pod_holds_is_listed_though_this_server_has_never_seen_it() -> None:
+def test_a_held_device_is_listed_even_if_this_server_has_never_seen_it() -> None:
     held = {"cy": {VF: Holder("default/pod/main", 1)}, "somebody-elses": {VF: Holder("default/other/main")}}
 
     def first(found: Inventory, name: str) -> Listing:
         names = {vf.address: name for vf in found.vfs}
-        return next_listing({}, found, names, {}, VFIO, lambda *_: False, lambda *_: True, held)
+        return next_listing({}, found, names, {}, VFIO, Pods(lambda *_: False, lambda *_: True, held))
 
     assert first(inventory(), "cy") == {"cy": (Device(VF, None, 1, (), (), "it is gone"),)}
     assert first(inventory(virtual()), "cy") == LISTED
-    assert first(inventory(virtual(driver=None)), "cy")["cy"][0].reason == "it is on no driver"
+    assert first(inventory(virtual(driver=None)), "cy")["cy"][0].reason == "it has no driver"
     assert first(inventory(virtual()), "dc") == {
-        "cy": (Device(VF, None, 1, (), (), "it is served as dc now"),),
-        "dc": (device(reason="a pod may have it as cy"),),
+        "cy": (Device(VF, None, 1, (), (), "it is now served as dc"),),
+        "dc": (device(reason="a pod may hold it as cy"),),
     }
 
 
-def test_a_changed_resource_is_healthy_at_once_where_nobody_holds_the_device() -> None:
+def test_in_a_changed_resource_a_device_that_no_pod_holds_is_healthy_at_once() -> None:
     def move(*holders: tuple[str, PciAddress]) -> Listing:
-        return next_listing(
-            LISTED, inventory(virtual()), {VF: "dc"}, {}, VFIO, lambda *_: False, lambda *key: key in holders
-        )
+        pods = Pods(lambda *_: False, lambda *key: key in holders)
+        return next_listing(LISTED, inventory(virtual()), {VF: "dc"}, {}, VFIO, pods)
 
     assert move()["dc"] == (device(),)
     assert move(("dc", VF), ("cy", OTHER))["dc"] == (device(),)
-    assert move(("cy", VF))["dc"] == (device(reason="a pod may have it as cy"),)
-    assert move()["cy"] == move(("cy", VF))["cy"] == (device(reason="it is served as dc now"),)
+    assert move(("cy", VF))["dc"] == (device(reason="a pod may hold it as cy"),)
+    assert move()["cy"] == move(("cy", VF))["cy"] == (device(reason="it is now served as dc"),)
 
 
-SHARED = "its IOMMU group 12 is also that of 0000:6b:00.1, and can have one user only"
+SHARED = "it shares IOMMU group 12 with 0000:6b:00.1, and a group can have only one user"
 
 
 def test_one_vf_of_a_shared_group_is_served() -> None:
@@ -159,16 +173,18 @@ def test_one_vf_of_a_shared_group_is_served() -> None:
     assert step({}, both) == LISTED
     assert refusals(both, VFIO) == {OTHER: SHARED}
     assert step({"cy": (device(), device(OTHER))}, both) == {"cy": (device(), device(OTHER, reason=SHARED))}
-    assert step({"cy": (device(OTHER),)}, both) == {"cy": (device(OTHER),)}, "who has the group keeps it"
+    assert step({"cy": (device(OTHER),)}, both) == {"cy": (device(OTHER),)}, (
+        "the VF that is already listed keeps the group"
+    )
 
 
 def test_a_group_with_a_device_on_another_driver_cannot_be_used() -> None:
-    why = "its IOMMU group 12 is also that of 0000:6b:00.2, which is on driver 4xxxvf"
+    why = "it shares IOMMU group 12 with 0000:6b:00.2, which is on driver 4xxxvf"
     assert step(LISTED, inventory(virtual(), virtual(OTHER, "4xxxvf"))) == {"cy": (device(reason=why),)}
     assert step(LISTED, inventory(virtual(), virtual(OTHER, None))) == LISTED, "VFIO allows those without a driver"
 
 
-# Random lives of a few VFs.
+# Random sequences of states of a few VFs.
 
 _ADDRESSES = tuple(address(f"6b:00.{function}") for function in range(1, 5))
 _VF = st.builds(
@@ -199,6 +215,11 @@ def test_any_sequence_of_changes(
 ) -> None:
     listing: Listing = {}
     for vfs, names, sick, free, holders in worlds:
+        # Without PodResources, every device that is not releasable may be held.
+        pods = Pods(
+            lambda *key: key in free,  # noqa: B023 - called in this round only
+            lambda *key: key not in free and (holders is None or key in holders),  # noqa: B023
+        )
         found = inventory(*(virtual(at, vfs[at].driver, vfs[at].iommu_group) for at in sorted(vfs)))
 
         def forward(before: Listing) -> Listing:
@@ -208,8 +229,7 @@ def test_any_sequence_of_changes(
                 names,  # noqa: B023
                 {PF: "no heartbeat"} if sick else {},  # noqa: B023
                 VFIO,
-                lambda *key: key in free,  # noqa: B023
-                None if holders is None else lambda *key: key in holders,  # noqa: B023
+                pods,  # noqa: B023
             )
 
         after = forward(listing)
@@ -218,7 +238,7 @@ def test_any_sequence_of_changes(
         assert len({device.nodes[0] for device in healthy}) == len(healthy), "one group in two devices"
         listed = {(name, device.address) for name, devices in listing.items() for device in devices}
         still = {(name, device.address) for name, devices in after.items() for device in devices}
-        assert listed - still <= free, "a device vanished that may be in use"
+        assert listed - still <= free, "a device that may be in use was removed"
         assert all(after.values())
         for devices in after.values():
             order = [device.address for device in devices]

@@ -18,7 +18,7 @@ def test_status_of_a_moment() -> None:
 
     assert (status.version, status.ready) == (VERSION, False)
     assert status.not_ready == (
-        "another server works here",
+        "another server is running",
         "qat.intel.com/dc is not registered with the kubelet: connection refused",
     )
     assert [(pf.address, pf.vfs, pf.total_vfs, pf.reason) for pf in status.pfs] == [

@@ -10,7 +10,7 @@ from qat_server.devices.discovery import discover
 from qat_server.helper_client.client import HelperClient, HelperError
 from qat_server.kubelet.device import Holder
 from qat_server.kubelet.pod_resources import Answer
-from qat_server.kubelet.usage import BEING_ADMITTED, Usage
+from qat_server.kubelet.usage import BEING_ADMITTED, DeviceUsage
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.progress import Stage
 from qat_server.provisioning.provisioner import Provisioner
@@ -57,7 +57,7 @@ class Bench:
         self.pods: dict[PciAddress, str] = {}
         self.queries = 0
         self.changes: list[PciAddress | None] = []
-        self.usage = Usage(self._query, lambda: None, 3600, clock=lambda: self.time)
+        self.usage = DeviceUsage(self._query, lambda: None, 3600, clock=lambda: self.time)
         self.being_admitted: set[PciAddress] = set()
         self.configuration = CRYPTO
         self.work = work
@@ -73,8 +73,8 @@ class Bench:
         """Query the kubelet, and wait for its answer."""
         before = self.queries
         self.time += 1
-        self.usage.ask()
-        await until(lambda: self.queries > before and self.usage.answer_asked_at == self.time)
+        self.usage.refresh()
+        await until(lambda: self.queries > before and self.usage.answer_queried_at == self.time)
 
     async def reconcile(self) -> None:
         inventory = discover(self.tree.root, ("4xxxvf",), 64)
@@ -82,7 +82,7 @@ class Bench:
         await asyncio.sleep(0)
 
     def _holders(self) -> dict[PciAddress, str] | None:
-        return dict.fromkeys(self.being_admitted, BEING_ADMITTED) | self.usage.by_device()
+        return dict.fromkeys(self.being_admitted, BEING_ADMITTED) | self.usage.holder_names()
 
     def stage(self) -> Stage:
         return self.provisioner.progress[PF].stage

@@ -1,5 +1,5 @@
 """The two ways in which the kubelet learns of an endpoint, behind one protocol (`registrar`).
 
-`kubelet_socket` calls Register on the kubelet's socket; `plugin_watcher` is found by the kubelet's plugin watcher.
-`directories` says where the endpoints' sockets are for each.
+With `kubelet_socket` the server calls Register on the kubelet's socket. With `plugin_watcher` the kubelet's plugin
+watcher finds the endpoint's socket. `directories` defines where the sockets are in each case.
 """

@@ -1,4 +1,4 @@
-"""Registration by the kubelet's own socket: Register, over a connection that the helper has made."""
+"""Registration through the kubelet's own socket: a Register call over a connection that the helper has made."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from qat_shared.messages import KubeletService
 
 
 class SocketRegistrar:
-    """For one resource, whose socket is in `directory`: device-plugins/qat.intel.com."""
+    """Registers one resource, whose endpoint socket is in `directory` (device-plugins/qat.intel.com)."""
 
     def __init__(self, name: str, directory: Path, helper: KubeletDialer, timing: Timing | None = None) -> None:
         self.socket_path = directory / f"{name}.sock"
@@ -31,23 +31,23 @@ class SocketRegistrar:
         )
 
     async def needs_new_socket(self, streams: WatchStreams) -> bool:
-        """Never: Register may be called again and again."""
+        """Never: Register can be called any number of times for the same socket."""
         return False
 
-    def add_to(self, server: grpc.aio.Server) -> None:
-        """Nothing: the kubelet is told."""
+    def add_services(self, server: grpc.aio.Server) -> None:
+        """Add nothing: the kubelet calls no service but DevicePlugin."""
 
     async def register(self, streams: WatchStreams) -> None:
-        """One Register. Raises CannotRegisterError."""
+        """Call Register once. Raises CannotRegisterError."""
         try:
             connected = await self._helper.open_kubelet_socket(
-                KubeletService.REGISTRATION, wait_ms=round(self._timing.kubelet * 1000)
+                KubeletService.REGISTRATION, wait_ms=round(self._timing.kubelet_wait * 1000)
             )
-            async with kubelet_channel.over(connected, self.socket_path.parent) as channel:
+            async with kubelet_channel.open_channel(connected, self.socket_path.parent) as channel:
                 await RegistrationStub(channel).Register(self._request, timeout=self._timing.register)
         except HelperError as error:
             raise CannotRegisterError(error.message) from error
         except OSError as error:
-            raise CannotRegisterError(f"cannot speak to the kubelet: {error}") from error
+            raise CannotRegisterError(f"cannot connect to the kubelet: {error}") from error
         except grpc.aio.AioRpcError as error:
-            raise CannotRegisterError(kubelet_channel.sentence(error)) from error
+            raise CannotRegisterError(kubelet_channel.describe(error)) from error

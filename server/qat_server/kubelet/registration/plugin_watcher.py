@@ -1,12 +1,13 @@
-"""Registration by the kubelet's plugin watcher: it finds the socket, asks what it is, and says whether it takes it.
+"""Registration through the kubelet's plugin watcher: it finds the socket, calls GetInfo, and reports the result.
 
-Facts of the kubelet (pkg/kubelet/pluginmanager, v1.36): it watches plugins_registry and every directory in it, looks
-once a second, and ignores names that begin with a dot. It asks again only when a name has appeared anew, or when it
-has restarted. The endpoint is then dialled as any other; an empty one is the socket that it has found.
+How the kubelet behaves (pkg/kubelet/pluginmanager, v1.36): it watches plugins_registry and every directory in it,
+reconciles once a second, and ignores names that begin with a dot. It calls GetInfo again only after a name has
+reappeared, or after its own restart. It then dials the endpoint as any other; an empty endpoint means the socket
+that it has found.
 
-A path that has failed is tried again with pauses up to two minutes, and a kubelet that starts before we do finds what
-a killed server has left. So each life of an endpoint has a socket name of its own, whose account with the kubelet is
-clean; within one life the name stays, since the kubelet never forgets a failed one.
+The kubelet retries a path that has failed after up to two minutes, and a kubelet that starts before the server finds
+the sockets of a killed one. So each Endpoint uses a socket name that was not used before, with no failures recorded in
+the kubelet. The Endpoint then keeps its name, since the kubelet never forgets a failed path.
 """
 
 # ruff: noqa: N802 - the RPCs' names are the protocol's
@@ -35,77 +36,71 @@ Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 
 
 class WatcherRegistrar(RegistrationServicer):
-    """For one resource, whose socket is in `directory`: plugins_registry/qat.intel.com."""
+    """Registers one resource, whose endpoint socket is in `directory` (plugins_registry/qat.intel.com)."""
 
     def __init__(self, name: str, directory: Path, timing: Timing | None = None) -> None:
         self.socket_path = directory / socket_name(name)
         self._timing = timing or Timing()
-        # The registration socket is the endpoint: no path, which the kubelet might see as another one than we do.
+        # The registration socket is also the endpoint. No path is given: the kubelet may see it at another path.
         self._info = pb.PluginInfo(type=TYPE, name=f"{NAMESPACE}/{name}", endpoint="", supported_versions=[VERSION])
-        self._asked = asyncio.Event()
-        self._refusal: str | None = None  # the kubelet's word, until `register` has taken it; empty: it is registered
-        self._word = asyncio.Event()
+        self._info_requested = asyncio.Event()
+        self._status_received = asyncio.Event()
+        self._refusal = ""  # valid while a status is received; "" means that the kubelet has registered the plugin
 
     async def needs_new_socket(self, streams: WatchStreams) -> bool:
-        """Unless a kubelet comes by itself, which a new socket would make start all over."""
+        """Not if a kubelet reconnects on its own: a new socket would make it register all over again."""
         if not streams.fresh:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._timing.by_itself):
-                    await self._asked.wait()
-        return not streams.fresh and not self._asked.is_set()
+                async with asyncio.timeout(self._timing.reconnect):
+                    await self._info_requested.wait()
+        return not streams.fresh and not self._info_requested.is_set()
 
-    def add_to(self, server: grpc.aio.Server) -> None:
-        """Add the plugin registration service; whatever was said at an older socket counts no more."""
-        self._forget()
+    def add_services(self, server: grpc.aio.Server) -> None:
+        """Add the plugin registration service; calls on an older socket no longer count."""
+        self._reset()
         add_RegistrationServicer_to_server(self, server)
 
     async def register(self, streams: WatchStreams) -> None:
-        """Wait for the kubelet's word. Raises CannotRegisterError."""
+        """Wait for the kubelet's registration status. Raises CannotRegisterError."""
         try:
-            if streams.fresh:  # the kubelet has been here meanwhile, whatever it said before
+            if streams.fresh:  # the kubelet has connected meanwhile, whatever status it sent before
                 return
-            refusal = await self._answer(streams)
+            refusal = await self._wait_for_status(streams)
         finally:
-            self._forget()
+            self._reset()
         if refusal:
             raise CannotRegisterError(refusal)
 
-    async def _answer(self, streams: WatchStreams) -> str:
-        """The kubelet's word. Raises CannotRegisterError when none comes."""
+    async def _wait_for_status(self, streams: WatchStreams) -> str:
+        """The kubelet's reason to refuse, "" if it has registered the plugin. Raises CannotRegisterError."""
         opened, ended = streams.opened, streams.ended
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._timing.found):
-                await self._word.wait()
-        if self._refusal is not None:
+            async with asyncio.timeout(self._timing.discovery):
+                await self._status_received.wait()
+        if self._status_received.is_set():
             return self._refusal
-        if streams.opened > opened and streams.ended == ended:  # its word was lost
+        if streams.opened > opened and streams.ended == ended:  # connected, but its status was lost
             return ""
-        raise CannotRegisterError(f"the kubelet has not asked at {self.socket_path}: is it running?")
+        raise CannotRegisterError(f"the kubelet has not called GetInfo at {self.socket_path}: is it running?")
 
-    def _forget(self) -> None:
-        self._asked.clear()
-        self._hear(None)
-
-    def _hear(self, refusal: str | None) -> None:
-        self._refusal = refusal
-        if refusal is None:
-            self._word.clear()
-        else:
-            self._word.set()
+    def _reset(self) -> None:
+        self._info_requested.clear()
+        self._status_received.clear()
 
     async def GetInfo(self, request: pb.InfoRequest, context: Context) -> pb.PluginInfo:
-        """The kubelet has found the socket, and is about to connect: what it said before counts no more."""
-        self._asked.set()
-        self._hear(None)
+        """The kubelet has found the socket and is about to connect; a status that it sent before no longer counts."""
+        self._info_requested.set()
+        self._status_received.clear()
         return self._info
 
     async def NotifyRegistrationStatus(
         self, request: pb.RegistrationStatus, context: Context
     ) -> pb.RegistrationStatusResponse:
-        """The kubelet's word: it has connected to the endpoint, or will not."""
-        if self._asked.is_set() and self._refusal is None:
-            refusal = request.error[:_LONGEST_REASON] or "no reason given"
-            self._hear("" if request.plugin_registered else f"the kubelet refused: {refusal}")
+        """The kubelet has connected to the endpoint, or refuses to. Only the first status after GetInfo counts."""
+        if self._info_requested.is_set() and not self._status_received.is_set():
+            reason = request.error[:_LONGEST_REASON] or "no reason given"
+            self._refusal = "" if request.plugin_registered else f"the kubelet refused: {reason}"
+            self._status_received.set()
         return pb.RegistrationStatusResponse()
 
 

@@ -1,7 +1,7 @@
-"""How the kubelet learns of an endpoint: what the endpoint knows of it, whichever of the two ways it is.
+"""How the kubelet learns of an endpoint: the interface that both ways to register have in common.
 
-registration_socket.py tells the kubelet, registration_watcher.py waits to be found. Each is one `Registrar`, made for
-one resource; endpoint.py decides when, and what to do after a failure or the end of a stream.
+kubelet_socket.py calls the kubelet, plugin_watcher.py waits for the kubelet's call. Each has one `Registrar`, made for
+one resource. endpoint.py decides when to register, and what to do after a failure or the end of a stream.
 """
 
 from pathlib import Path
@@ -16,41 +16,40 @@ VERSION: Final = "v1beta1"
 
 
 class Timing(Struct, frozen=True):
-    """All waits, in seconds. A pause begins with `first` and doubles."""
+    """All waits, in seconds."""
 
-    first: float = 0.05
-    after_failure: float = 1.0  # the longest pause after a registration failed
-    after_stream: float = 0.4  # ... after a stream that ended too soon: a kubelet restarting often must be kept up with
-    settled: float = 1.0  # a stream that lived so long ended for a reason of its own, and no pause is made
-    register: float = 12.0  # for Register's answer: the kubelet gives up on its call back after ten
-    stream_first: float = (
-        1.0  # until the kubelet opens the stream (it takes milliseconds); doubles, since it may be busy
-    )
+    first_pause: float = 0.05  # doubles with each further pause
+    after_failure: float = 1.0  # the longest pause after a failed registration
+    after_stream: float = 0.4  # the longest pause after a short stream; a kubelet that restarts often must not wait
+    settled: float = 1.0  # a stream that lived this long did not end because of us: no pause is needed
+    register: float = 12.0  # timeout of Register; the kubelet gives up on its call back after ten seconds
+    # Until the kubelet opens the stream. It takes milliseconds; the timeout doubles, since the kubelet may be busy.
+    stream_first: float = 1.0
     stream_last: float = 10.0
-    # Before a socket is made anew: a kubelet that restarts, or registers all over again by itself, takes milliseconds.
-    by_itself: float = 0.1
-    kubelet: float = 10.0  # that the helper waits for the kubelet's socket in one request
-    # Until the kubelet has found a new socket, by itself: its watcher takes a second, its dial ten. A kubelet that is
-    # down finds the socket when it starts, so this only mends what was lost.
-    found: float = 30.0
+    # Before the socket is recreated: a kubelet that restarts or reconnects without our help takes milliseconds.
+    reconnect: float = 0.1
+    kubelet_wait: float = 10.0  # how long the helper waits for the kubelet's socket in one request
+    # Until the kubelet has found a new socket: its watcher takes a second, its dial ten. A kubelet that is down finds
+    # the socket when it starts, so this timeout only repairs a lost notification.
+    discovery: float = 30.0
 
 
 class CannotRegisterError(Exception):
-    """One attempt failed; the text says why, in one sentence."""
+    """One attempt to register has failed; the message is one sentence with the reason."""
 
 
 class Registrar(Protocol):
-    """One resource's way to the kubelet."""
+    """Registers one resource with the kubelet."""
 
     @property
     def socket_path(self) -> Path:
-        """Where the endpoint is to be served."""
+        """The path to serve the endpoint at."""
 
     async def needs_new_socket(self, streams: WatchStreams) -> bool:
-        """Whether only a new socket makes the kubelet register; the old one is being served meanwhile."""
+        """Whether the kubelet registers only if the socket is recreated. The old socket is still being served."""
 
-    def add_to(self, server: grpc.aio.Server) -> None:
-        """Add what the kubelet asks on the endpoint's socket beside the DevicePlugin service."""
+    def add_services(self, server: grpc.aio.Server) -> None:
+        """Add the services that the kubelet calls on the endpoint's socket in addition to DevicePlugin."""
 
     async def register(self, streams: WatchStreams) -> None:
-        """Return when the kubelet knows of the endpoint, which is being served. Raises CannotRegisterError."""
+        """Return when the kubelet has registered the endpoint, which is being served. Raises CannotRegisterError."""

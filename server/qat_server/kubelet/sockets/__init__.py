@@ -1,4 +1,4 @@
-"""Unix sockets for gRPC: servers at a path that is never half-made, channels over a connected socket, the directory.
+"""Unix sockets for gRPC: servers whose path is always complete, and channels over a connected socket.
 
-Owns the socket directory and the lock that lets one server at a time work in it.
+Owns the socket directory and the lock that lets only one server at a time use it.
 """

@@ -1,8 +1,8 @@
-"""A gRPC server at a path: bound under a private name, then renamed, so that the path is never half-made nor lost.
+"""A gRPC server at a path: bound to a temporary name and then renamed, so that the path is always a usable socket.
 
-gRPC unlinks the path that it was bound to, at some time after the server has stopped. If that were the real path, the
-end of one server could remove the socket of the next. With the rename it finds nothing to remove; a stale socket is
-replaced in one step; and nobody can connect before the mode is right.
+gRPC unlinks the path that it was bound to, at some time after the server has stopped. With the final path, a server
+that exits could remove the socket of the next one; after the rename there is nothing for it to remove. The rename also
+replaces a stale socket in one step, and no client can connect before the mode is set.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from typing import Final
 import grpc.aio
 from msgspec import Struct
 
-_PRIVATE: Final = ".qat-"
-"""How the names begin that only the process knows which has made them."""
+_TEMPORARY: Final = ".qat-"
+"""Prefix of temporary names, which mean nothing to any other process."""
 
 
 class BoundSocket(Struct, frozen=True):
-    """A socket file that is ours: its path, and the inode by which it is known."""
+    """A socket file that this process has made: its path, and the device and inode that identify it."""
 
     path: Path
     device: int
@@ -38,15 +38,15 @@ class BoundSocket(Struct, frozen=True):
         return (found.st_dev, found.st_ino) == (self.device, self.inode)
 
     def remove(self) -> None:
-        """Remove it; a socket that another has put in its place stays."""
+        """Remove the socket, unless another process has replaced it."""
         if self.exists():
-            with contextlib.suppress(OSError):  # the directory may have gone too
+            with contextlib.suppress(OSError):  # the directory may have been removed too
                 os.unlink(self.path)
 
 
 @contextlib.contextmanager
-def short(directory: Path) -> Iterator[str]:
-    """A name of `directory` for this process that leaves room for a socket's (107 bytes in all). Raises OSError."""
+def short_path(directory: Path) -> Iterator[str]:
+    """A path of `directory` in this process, short enough for a socket path (107 bytes in all). Raises OSError."""
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{descriptor}"
@@ -55,42 +55,43 @@ def short(directory: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def private_name(directory: Path) -> Iterator[str]:
-    """A path to bind a socket of `directory` to, removed if the block fails; else to be `put`. Raises OSError."""
-    with short(directory) as here:
-        private = f"{here}/{_PRIVATE}{secrets.token_hex(4)}"
+def temporary_path(directory: Path) -> Iterator[str]:
+    """A path in `directory` to bind a socket to, for `move_into_place`. Removed if the block fails. Raises OSError."""
+    with short_path(directory) as parent:
+        path = f"{parent}/{_TEMPORARY}{secrets.token_hex(4)}"
         try:
-            yield private
+            yield path
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(private)
+                os.unlink(path)
             raise
 
 
-def put(private: str, path: Path) -> BoundSocket:
-    """Move a socket from its private name to `path`, in the same directory. Raises OSError."""
-    found = os.lstat(private)
-    os.rename(private, f"{os.path.dirname(private)}/{path.name}")
+def move_into_place(temporary: str, path: Path) -> BoundSocket:
+    """Rename a socket from its temporary path to `path`, in the same directory. Raises OSError."""
+    found = os.lstat(temporary)
+    os.rename(temporary, f"{os.path.dirname(temporary)}/{path.name}")
     return BoundSocket(path, found.st_dev, found.st_ino)
 
 
 async def start(server: grpc.aio.Server, path: Path, mode: int) -> BoundSocket:
-    """Start `server` at `path`, in place of whatever socket was there. Raises OSError."""
-    with private_name(path.parent) as private:
+    """Start `server` at `path`, replacing any socket that was there. Raises OSError."""
+    with temporary_path(path.parent) as temporary:
         try:
-            server.add_insecure_port(f"unix:{private}")
-        except RuntimeError as error:  # gRPC keeps the errno to itself
-            why = "no write permission" if not os.access(os.path.dirname(private), os.W_OK | os.X_OK) else str(error)
+            server.add_insecure_port(f"unix:{temporary}")
+        except RuntimeError as error:  # gRPC does not pass the errno on
+            writable = os.access(os.path.dirname(temporary), os.W_OK | os.X_OK)
+            why = str(error) if writable else "no write permission"
             raise OSError(f"cannot make a socket in {path.parent}: {why}") from error
-        os.chmod(private, mode)
+        os.chmod(temporary, mode)
         await server.start()
-        return put(private, path)
+        return move_into_place(temporary, path)
 
 
 async def stop(server: grpc.aio.Server, grace: float) -> None:
-    """Stop `server`; answers under way are given `grace` seconds.
+    """Stop `server`; RPCs in progress get `grace` seconds to finish.
 
-    gRPC waits with asyncio.wait_for, which before Python 3.12 loses a cancellation that comes when the wait is over.
+    gRPC waits with asyncio.wait_for, which before Python 3.12 loses a cancellation that arrives as the wait ends.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0
@@ -100,9 +101,9 @@ async def stop(server: grpc.aio.Server, grace: float) -> None:
 
 
 @contextlib.contextmanager
-def private_directory(directory: Path) -> Iterator[Path]:
-    """A fresh 0700 directory in `directory`, removed at the end. Raises OSError."""
-    made = Path(tempfile.mkdtemp(prefix=_PRIVATE, dir=directory))
+def temporary_directory(directory: Path) -> Iterator[Path]:
+    """A new 0700 directory in `directory`, removed at the end. Raises OSError."""
+    made = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=directory))
     try:
         yield made
     finally:
@@ -111,10 +112,10 @@ def private_directory(directory: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a killed process left, its sockets too: only where no other process works in `directory`."""
+    """Remove the sockets and temporary files of a killed process. No other process may be using `directory`."""
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            if not (entry.name.startswith(_PRIVATE) or _is_socket(entry)):
+            if not (entry.name.startswith(_TEMPORARY) or _is_socket(entry)):
                 continue
             with contextlib.suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):

@@ -1,9 +1,9 @@
-"""gRPC to the kubelet over a socket that the helper connected: grpcio cannot take a descriptor, so bytes are relayed.
+"""gRPC to the kubelet over a socket that the helper has connected, by relaying bytes: grpcio takes no descriptor.
 
-Theory of operation: `over` listens on a private Unix socket, has a gRPC channel connect to it, unlinks it, and pumps
-bytes between that one connection and the kubelet's until either ends; then both are closed. Nothing can connect again,
-so that a call on a lost channel fails with UNAVAILABLE at once. A kubelet that is silent is the caller's matter: each
-call is given a timeout.
+Theory of operation: `open_channel` listens on a temporary Unix socket, lets a gRPC channel connect to it, and unlinks
+it. It then copies bytes between that connection and the kubelet's until either ends, and closes both. No client can
+connect again, so a call on a broken channel fails with UNAVAILABLE at once. A kubelet that does not answer is the
+caller's responsibility: each call needs a timeout.
 """
 
 import asyncio
@@ -18,39 +18,39 @@ from typing import Final, NoReturn, Protocol
 import grpc
 import grpc.aio
 
-from qat_server.kubelet.sockets.grpc_socket import private_directory, short
+from qat_server.kubelet.sockets.grpc_socket import short_path, temporary_directory
 from qat_shared.messages import KubeletService
 
 _CHUNK: Final = 64 * 1024
 _ACCEPT_TIMEOUT: Final = 5.0
-# Dotted: in plugins_registry, a kubelet that starts would take any other name in any directory for a plugin's.
+# The dot hides it: in plugins_registry, a kubelet that starts takes any other name in any directory for a plugin.
 _NAME: Final = ".s"
 _OPTIONS: Final = (
-    # Subchannels are shared by address otherwise, and the address of an earlier relay may come again.
+    # Otherwise subchannels are shared by address, and a later relay may reuse the address of an earlier one.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),  # as kubelet's own clients of PodResources
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),  # as in the kubelet's own PodResources client
 )
 
 
 class KubeletDialer(Protocol):
-    """Who connects to the kubelet's sockets: the helper's client."""
+    """Connects to the kubelet's sockets, as the helper's client does."""
 
     async def open_kubelet_socket(self, service: KubeletService, wait_ms: int = 0) -> socket.socket:
         """A connected stream socket, which the caller closes. Raises HelperError."""
 
 
 @asynccontextmanager
-async def over(kubelet: socket.socket, directory: Path) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel over `kubelet`, a connected stream socket, which is closed at the end whatever happens.
+async def open_channel(kubelet: socket.socket, directory: Path) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel over `kubelet`, a connected stream socket. The socket is closed at the end in every case.
 
-    `directory` is where the private socket is for a moment: only this user may write there. Raises OSError.
+    The temporary socket is made in `directory`, which only this user may be able to write to. Raises OSError.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(kubelet)
         kubelet.setblocking(False)
-        channel, relayed = await _connected(directory)
+        channel, relayed = await _connect(directory)
         stack.enter_context(relayed)
         pumping = asyncio.create_task(_pump(relayed, kubelet))
         try:
@@ -63,11 +63,11 @@ async def over(kubelet: socket.socket, directory: Path) -> AsyncIterator[grpc.ai
                 await asyncio.wait((pumping,))
 
 
-async def _connected(directory: Path) -> tuple[grpc.aio.Channel, socket.socket]:
+async def _connect(directory: Path) -> tuple[grpc.aio.Channel, socket.socket]:
     """A channel and the other end of its connection."""
     with contextlib.ExitStack() as stack:
-        made = stack.enter_context(private_directory(directory))
-        name = f"{stack.enter_context(short(made))}/{_NAME}"
+        made = stack.enter_context(temporary_directory(directory))
+        name = f"{stack.enter_context(short_path(made))}/{_NAME}"
         listening = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         listening.setblocking(False)
         listening.bind(name)
@@ -77,7 +77,7 @@ async def _connected(directory: Path) -> tuple[grpc.aio.Channel, socket.socket]:
         try:
             channel.get_state(try_to_connect=True)
             async with asyncio.timeout(_ACCEPT_TIMEOUT):
-                await _readable(listening)
+                await _wait_until_readable(listening)
             relayed, _ = listening.accept()
         except BaseException as error:
             await channel.close()
@@ -88,8 +88,8 @@ async def _connected(directory: Path) -> tuple[grpc.aio.Channel, socket.socket]:
     return channel, relayed
 
 
-async def _readable(listening: socket.socket) -> None:
-    """Until there is a connection. Not sock_accept: cancelled at the wrong moment it loses what it accepted."""
+async def _wait_until_readable(listening: socket.socket) -> None:
+    """Return when a client connects. (sock_accept can lose the accepted connection when it is cancelled.)"""
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
     loop.add_reader(listening, event.set)
@@ -100,7 +100,7 @@ async def _readable(listening: socket.socket) -> None:
 
 
 async def _pump(ours: socket.socket, kubelet: socket.socket) -> None:
-    """Move bytes both ways until one side ends, then end both, so that no call waits for what cannot come."""
+    """Copy bytes both ways until one side ends, then close both, so that no call waits for ever."""
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_copy(ours, kubelet))
@@ -124,10 +124,10 @@ def _unlink(name: str) -> None:
         os.unlink(name)
 
 
-def sentence(error: grpc.aio.AioRpcError) -> str:
-    """What a failed call on such a channel means, for a person."""
+def describe(error: grpc.aio.AioRpcError) -> str:
+    """The reason why a call on such a channel failed, for log messages and status."""
     if error.code() is grpc.StatusCode.UNAVAILABLE:
-        return "the kubelet closed the connection, or what answers there is not the kubelet"
+        return "the kubelet closed the connection, or another program answers on its socket"
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "the kubelet did not answer in time"
     return f"the kubelet answered {error.code().name}: {error.details()}"

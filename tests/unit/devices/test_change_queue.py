@@ -1,0 +1,40 @@
+"""The change queue: a burst comes out as one change, and unreadable devices are put into it again."""
+
+import asyncio
+
+import pytest
+
+from qat_server.devices.change_queue import ChangeQueue, RescanBackoff
+from qat_shared.pci import PciAddress
+
+VF = PciAddress.parse("0000:6b:00.1")
+
+
+async def test_a_burst_comes_as_one() -> None:
+    queue = ChangeQueue()
+    other = PciAddress(1, 2, 3, 4)
+    queue.rescan(VF)
+    queue.rescan(other)
+    queue.rescan(VF)
+    assert await queue.next() == frozenset({VF, other})
+    queue.rescan(VF)
+    queue.rescan()
+    assert await queue.next() is None
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(queue.next(), 0.05)
+
+
+async def test_what_could_not_be_read_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat_server.devices.change_queue._RETRY_FIRST", 0.001)
+    queue, address = ChangeQueue(), PciAddress(0, 0x6B, 0, 1)
+    backoff = RescanBackoff(queue)
+    async with asyncio.timeout(120):
+        backoff.update([address])
+        assert await queue.next() == frozenset([address])
+        backoff.update([None])
+        assert await queue.next() is None
+    backoff.update([address])
+    backoff.update([])  # it could, meanwhile
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await queue.next()

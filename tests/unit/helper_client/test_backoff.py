@@ -1,0 +1,46 @@
+"""Backoff by device: when a failed operation is tried again."""
+
+from qat_server.helper_client.backoff import Backoff
+from support.sysfs_tree import address
+
+VF, OTHER = address("6b:00.1"), address("6b:00.2")
+
+
+def test_delays_double_up_to_a_minute() -> None:
+    attempts, now, delays = Backoff(), 100.0, []
+    for _ in range(9):
+        assert attempts.due(VF, now)
+        attempts = attempts.failed(VF, now)
+        due = attempts.next_due(now)
+        assert due is not None
+        assert not attempts.due(VF, due - 0.001)
+        delays.append(due - now)
+        now = due
+
+    assert delays == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_each_vf_waits_by_itself() -> None:
+    attempts = Backoff().failed(VF, 10.0).failed(OTHER, 10.2)
+
+    assert (attempts.due(VF, 10.5), attempts.due(OTHER, 10.5)) == (True, False)
+    assert attempts.next_due(10.0) == 10.5
+    assert attempts.next_due(10.5) == 10.7, "what is due already is being done, and no reason to wake up"
+    assert attempts.next_due(11.0) is None
+
+
+def test_what_is_bound_or_gone_is_forgotten() -> None:
+    attempts = Backoff().failed(VF, 10.0).failed(VF, 11.0).failed(OTHER, 10.0)
+
+    assert attempts.keep({VF, OTHER}) is attempts
+    kept = attempts.keep({OTHER})
+    assert kept.due(VF, 10.0)
+    assert kept.failed(VF, 20.0).next_due(20.0) == 20.5, "it begins anew"
+    assert kept.next_due(10.0) == 10.5
+
+
+def test_many_failures_do_not_overflow() -> None:
+    attempts = Backoff()
+    for _ in range(2000):
+        attempts = attempts.failed(VF, 0.0)
+    assert attempts.next_due(0.0) == 60.0

@@ -1,7 +1,6 @@
-"""What a flag's text means: pure parsers, each raising ValueError with one phrase that says what would be right.
+"""Parsers of single values: each takes a text, and raises ValueError with one phrase that names the valid form.
 
-Durations, booleans and numbers are read as Go's flag package reads them, since the flags are those of a Go program's
-users.
+Durations, booleans and numbers follow Go's flag package, since users know these flags from a Go program.
 """
 
 import re
@@ -23,7 +22,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 
 
 class HostPort(Struct, frozen=True):
-    """Where to listen or to connect. `host` without brackets, "" is every address; port 0 lets the system choose."""
+    """An address to listen on or to connect to. `host` has no brackets; "" is every address. Port 0: any free port."""
 
     host: str
     port: int
@@ -42,7 +41,7 @@ def boolean(text: str) -> bool:
 
 
 def integer(text: str, least: int | None = None, most: int = 2**31 - 1) -> int:
-    """A decimal number between `least` (None: any) and `most`."""
+    """A decimal number from `least` (None: no limit) to `most`."""
     if not re.fullmatch(r"[+-]?[0-9]{1,20}", text, re.ASCII):
         raise ValueError(f"{shown(text)} is not a whole number")
     number = int(text)
@@ -84,7 +83,7 @@ def host_port(text: str) -> HostPort | None:
         except ValueError:
             raise ValueError(f"{shown(host)} is not an IPv6 address") from None
     if ":" in host and "/" not in host:
-        raise ValueError(f"{shown(text)}: an IPv6 address stands in brackets, as in [::1]:9090")
+        raise ValueError(f"{shown(text)}: an IPv6 address must be in brackets, as in [::1]:9090")
     if host and not _HOST.fullmatch(host):
         raise ValueError(f"{shown(host)} is not a host name or address")
     return HostPort(host, int(port))
@@ -102,7 +101,7 @@ def names(text: str, known: frozenset[str], kind: str) -> tuple[str, ...]:
 
 
 def severity(text: str) -> int:
-    """0 to 3, or INFO, WARNING, ERROR, FATAL in any case (as klog's -stderrthreshold)."""
+    """0 to 3, or INFO, WARNING, ERROR, FATAL in upper or lower case (as klog's -stderrthreshold)."""
     if text.upper() in SEVERITIES:
         return SEVERITIES.index(text.upper())
     if text in ("0", "1", "2", "3"):
@@ -111,7 +110,7 @@ def severity(text: str) -> int:
 
 
 def vmodule(text: str) -> tuple[tuple[str, int], ...]:
-    """Patterns with their levels: discovery=4,sim*=2. Level 0 is left out, as klog does."""
+    """Patterns with their levels: discovery=4,sim*=2. As in klog, patterns with level 0 are dropped."""
     patterns = []
     for part in text.split(","):
         if not part:
@@ -125,10 +124,10 @@ def vmodule(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def listed(names: frozenset[str] | tuple[str, ...]) -> str:
-    """Names for a sentence, sorted when they have no order of their own."""
+    """Names joined for a sentence; a set is sorted, a tuple keeps its order."""
     return ", ".join(sorted(names) if isinstance(names, frozenset) else names)
 
 
 def shown(text: str) -> str:
-    """A user's text for a message: quoted, and cut to 60 characters."""
+    """A user's text for an error message: quoted, and cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

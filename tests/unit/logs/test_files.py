@@ -123,8 +123,8 @@ def test_a_link_in_place_of_our_file_is_not_followed(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(target)
     with pytest.raises(OSError, match="symbolic"):
-        LogFile(str(link), 0, b"", ours=True)
-    LogFile(str(link), 0, b"", ours=False).close()
+        LogFile(str(link), 0, b"", follow_link=False)
+    LogFile(str(link), 0, b"", follow_link=True).close()
     assert target.exists()
 
 

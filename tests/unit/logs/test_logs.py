@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat_server.logs import handler
-from qat_server.logs.format import JsonFormatter, TextFormatter, quote, value
+from qat_server.logs.formatters import JsonFormatter, TextFormatter, quote, text_value
 from qat_server.logs.settings import LogFormat, LogSettings, level_of, severity_of, verbosity_of
 from qat_shared.pci import PciAddress
 from support.log_lines import log, messages, say_everything
@@ -86,7 +86,7 @@ VALUES: dict[str, tuple[object, str]] = {
 
 @pytest.mark.parametrize(("item", "expected"), VALUES.values(), ids=VALUES.keys())
 def test_value(item: object, expected: str) -> None:
-    assert value(item) == expected
+    assert text_value(item) == expected
 
 
 ANYTHING = st.recursive(

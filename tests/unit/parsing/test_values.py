@@ -32,7 +32,7 @@ BAD: dict[str, tuple[Callable[[str], object], str, str]] = {
     "huge number": (integer, "9" * 5000, "is not a whole number"),
     "port too large": (host_port, "localhost:65536", "the port is 0 to 65535"),
     "port a word": (host_port, "localhost:http", "not an address"),
-    "IPv6 without brackets": (host_port, "::1:9090", "stands in brackets"),
+    "IPv6 without brackets": (host_port, "::1:9090", "must be in brackets"),
     "no IPv6": (host_port, "[fe80::zz]:9090", "is not an IPv6 address"),
     "URL": (host_port, "http://x:80", "is not a host name or address"),
     "host with a space": (host_port, "a b:80", "is not a host name"),

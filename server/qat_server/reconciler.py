@@ -87,7 +87,7 @@ class Reconciler:
     async def reconcile(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
         """Read the devices in `changed` again (None for all), and start the work on them in tasks of `work`."""
         if changed is None or changed:
-            self._binder.discovery_begins()
+            self._binder.discovery_started()
             try:
                 await self._inventory.refresh(changed)
             except SysfsError as error:
@@ -109,7 +109,7 @@ class Reconciler:
             self.listing,
             inventory,
             self._offered(inventory),
-            dict.fromkeys(self._binder.unsettled, "it is being bound")
+            dict.fromkeys(self._binder.pending, "it is being bound")
             | self._health.unhealthy()
             | self._provisioner.withheld,
             self._driver,
@@ -131,7 +131,7 @@ class Reconciler:
             self._conditions.report(
                 "VF left alone: somebody bound it to another driver", address=address, driver=driver
             )
-        wanted = self._provisioner.may_be_bound(inventory, (*plan.bind, *self._binder.late))
+        wanted = self._provisioner.may_be_bound(inventory, (*plan.bind, *self._binder.timed_out))
         self._binder.reconcile(wanted, work)
 
     def _holders(self) -> dict[PciAddress, str] | None:
@@ -139,9 +139,9 @@ class Reconciler:
 
     def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
         """The names, without new VFs that are being bound or whose PF has not answered its first heartbeat yet."""
-        pending, unsettled = self._health.pending(), self._binder.unsettled
-        if not pending and not unsettled:
+        pending_pfs, pending_vfs = self._health.pending(), self._binder.pending
+        if not pending_pfs and not pending_vfs:
             return self.names
         listed = {device.address for devices in self.listing.values() for device in devices}
-        unknown = {vf.address for vf in inventory.vfs if vf.pf in pending or vf.address in unsettled} - listed
+        unknown = {vf.address for vf in inventory.vfs if vf.pf in pending_pfs or vf.address in pending_vfs} - listed
         return {address: name for address, name in self.names.items() if address not in unknown}

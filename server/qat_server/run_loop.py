@@ -66,7 +66,7 @@ class RunLoop:
             tasks.create_task(self._helper.run())
             with contextlib.suppress(TimeoutError):  # a helper that accepts and does not answer
                 async with asyncio.timeout(_HELPER_PATIENCE):
-                    await self._helper.tried.wait()
+                    await self._helper.first_attempt_ended.wait()
             while True:
                 await self._directory.prepare()
                 async with self._directory.held():

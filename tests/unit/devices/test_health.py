@@ -1,13 +1,13 @@
-"""Health verdicts: a table, and rounds of heartbeats through a stand-in for the helper."""
+"""Health of PFs: a table of reasons, and heartbeat queries through a stand-in for the helper."""
 
 import asyncio
 from typing import cast
 
 import pytest
 
-from qat_server.devices.health import FIRST_ANSWER, HealthMonitor, verdict
+from qat_server.devices.health import FIRST_RESULT_WAIT, HealthMonitor, unhealthy_reason
 from qat_server.devices.inventory import PhysicalFunction
-from qat_server.helper_client.client import HelperClient, HelperError, HelperSilentError, HelperUnavailableError
+from qat_server.helper_client.client import HelperClient, HelperError, HelperNotRespondingError, HelperUnavailableError
 from qat_shared.messages import AuditHead, ErrorCode, Heartbeat
 from qat_shared.pci import PciAddress
 from support.conditions import until
@@ -21,7 +21,7 @@ def physical(address: PciAddress = PF, state: str | None = "up") -> PhysicalFunc
     return PhysicalFunction(address, 0x4940, "4xxx", 0, state, "dc", 16, ())
 
 
-VERDICTS = [
+REASONS = [
     ("up and alive", "up", True, ""),
     ("no heartbeat known", "up", None, ""),
     ("no qat attributes", None, True, ""),
@@ -31,11 +31,9 @@ VERDICTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("state", "alive", "expected"), [row[1:] for row in VERDICTS], ids=[row[0] for row in VERDICTS]
-)
-def test_verdict(state: str | None, alive: bool | None, expected: str) -> None:
-    assert verdict(physical(state=state), alive) == expected
+@pytest.mark.parametrize(("state", "alive", "expected"), [row[1:] for row in REASONS], ids=[row[0] for row in REASONS])
+def test_unhealthy_reason(state: str | None, alive: bool | None, expected: str) -> None:
+    assert unhealthy_reason(physical(state=state), alive) == expected
 
 
 class Answers:
@@ -61,7 +59,7 @@ async def test_answers() -> None:
     async def check() -> None:
         monitor.update()
         for pf in list(pfs):
-            await monitor.check(pf.address)
+            await monitor.query(pf.address)
 
     await check()
     assert (monitor.unhealthy(), len(changes)) == ({}, 2)
@@ -78,7 +76,7 @@ async def test_answers() -> None:
     await check()
     assert list(monitor.unhealthy()) == [PF], "while the helper is away, the last verdict stands"
 
-    answers.by_pf[OTHER] = HelperSilentError("ReadHeartbeat")
+    answers.by_pf[OTHER] = HelperNotRespondingError("ReadHeartbeat")
     await check()
     assert list(monitor.unhealthy()) == [PF], "a helper that hangs says nothing about a device"
 
@@ -92,7 +90,7 @@ async def test_answers() -> None:
     pfs.pop()
     monitor.update()
     assert monitor.unhealthy() == {}, "a PF that went away has no verdict"
-    assert OTHER not in monitor.alive
+    assert OTHER not in monitor.heartbeats
 
     pfs[0] = physical(state="down")
     assert list(monitor.unhealthy()) == [PF]
@@ -123,14 +121,14 @@ async def test_the_interval_can_be_set_at_any_time_and_zero_is_never() -> None:
 async def test_a_query_that_does_not_end_is_no_life() -> None:
     answers = Answers()
     monitor = HealthMonitor(cast("HelperClient", answers), lambda: [physical()], 5, lambda: None)
-    await monitor.check(PF)
+    await monitor.query(PF)
     for error in (ErrorCode.TIMED_OUT, ErrorCode.BUSY):
         answers.by_pf[PF] = HelperError(error, "it has not ended")
-        await monitor.check(PF)
+        await monitor.query(PF)
         assert monitor.unhealthy() == {PF: "PF 0000:6b:00.0 has not answered its heartbeat query"}
-        assert monitor.alive == {PF: False}
+        assert monitor.heartbeats == {PF: False}
     answers.by_pf[PF] = True
-    await monitor.check(PF)
+    await monitor.query(PF)
     assert monitor.unhealthy() == {}
 
 
@@ -139,12 +137,12 @@ async def test_a_new_pf_is_pending_until_its_first_answer_or_for_a_moment() -> N
     monitor = HealthMonitor(cast("HelperClient", answers), lambda: pfs, 5, lambda: None, lambda: now[0])
     monitor.update()
     assert monitor.pending() == {PF}
-    await monitor.check(PF)
+    await monitor.query(PF)
     assert monitor.pending() == set()
     pfs.append(physical(OTHER))
     monitor.update()
     assert monitor.pending() == {OTHER}
-    now[0] += FIRST_ANSWER
+    now[0] += FIRST_RESULT_WAIT
     assert monitor.pending() == set()
     never = HealthMonitor(cast("HelperClient", answers), lambda: pfs, 0, lambda: None)
     never.update()
@@ -164,7 +162,7 @@ async def test_one_that_hangs_holds_up_no_other_and_a_new_one_is_asked_at_once()
             return Heartbeat(id=1, audit=AuditHead(sequence=0, hash=""), alive=other_alive)
 
     monitor = HealthMonitor(
-        cast("HelperClient", Hanging()), lambda: pfs, 0.01, lambda: told.append(dict(monitor.alive))
+        cast("HelperClient", Hanging()), lambda: pfs, 0.01, lambda: told.append(dict(monitor.heartbeats))
     )
     task = asyncio.create_task(monitor.run())
     try:
@@ -173,7 +171,7 @@ async def test_one_that_hangs_holds_up_no_other_and_a_new_one_is_asked_at_once()
         await until(lambda: told == [{OTHER: True}, {OTHER: False}])
         pfs[:] = [physical(THIRD)]
         monitor.update()
-        await until(lambda: monitor.alive.get(THIRD) is False)
+        await until(lambda: monitor.heartbeats.get(THIRD) is False)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 from qat_server.devices.inventory import Inventory
-from qat_server.devices.open_vfs import FRESH, OpenVfs
+from qat_server.devices.open_vfs import MAX_AGE, OpenVfs
 from support.conditions import until
 
 EMPTY = Inventory(pfs=(), vfs=(), cut=(), problems=())
@@ -20,16 +20,16 @@ async def test_the_loop_goes_on_meanwhile_and_all_who_ask_get_one_answer() -> No
         assert may_end.wait(120)
         return Inventory(inventory.pfs, inventory.vfs, inventory.cut, inventory.problems)
 
-    fresh = OpenVfs(Path("/sys"), lambda: now[0], read)
-    asking = [asyncio.create_task(fresh.refreshed(EMPTY)) for _ in range(3)]
+    open_vfs = OpenVfs(Path("/sys"), lambda: now[0], read)
+    asking = [asyncio.create_task(open_vfs.refreshed(EMPTY)) for _ in range(3)]
     await until(begun.is_set)
     may_end.set()
     answers = await asyncio.gather(*asking)
     assert reads == [Path("/sys")]
     assert all(answer is answers[0] for answer in answers)
 
-    now[0] += FRESH
-    await fresh.refreshed(EMPTY)
+    now[0] += MAX_AGE
+    await open_vfs.refreshed(EMPTY)
     assert len(reads) == 2, "a second later it is read anew"
-    await fresh.refreshed(Inventory((), (), (), ()))
+    await open_vfs.refreshed(Inventory((), (), (), ()))
     assert len(reads) == 3, "and so is another inventory"

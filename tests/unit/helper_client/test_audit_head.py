@@ -2,7 +2,7 @@
 
 import pytest
 
-from qat_server.helper_client.audit_head import AuditWatch
+from qat_server.helper_client.audit_head import AuditHeadMonitor
 from qat_server.instrumentation.counters import Counters
 from qat_shared.messages import AuditHead
 
@@ -24,11 +24,11 @@ STORIES = {
 @pytest.mark.parametrize(("heads", "breaks", "said"), STORIES.values(), ids=STORIES)
 def test_heads(heads: list[tuple[int, str]], breaks: int, said: str, caplog: pytest.LogCaptureFixture) -> None:
     counters = Counters()
-    watch = AuditWatch(counters)
+    monitor = AuditHeadMonitor(counters)
     for sequence, text in heads:
-        watch.heard(AuditHead(sequence=sequence, hash=text))
+        monitor.update(AuditHead(sequence=sequence, hash=text))
     assert counters.audit_breaks == breaks
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == breaks
-    assert said in watch.broken
-    assert bool(watch.broken) == bool(breaks)
-    assert watch.head == (AuditHead(sequence=heads[-1][0], hash=heads[-1][1]) if heads else None)
+    assert said in monitor.last_break
+    assert bool(monitor.last_break) == bool(breaks)
+    assert monitor.head == (AuditHead(sequence=heads[-1][0], hash=heads[-1][1]) if heads else None)

@@ -131,7 +131,7 @@ async def test_each_answer_brings_a_head_that_must_follow_the_one_before(caplog:
         async with asyncio.timeout(120):  # a helper that comes back brings one with its welcome
             await until(lambda: client._counters.audit_breaks == 2)
     assert client.audit.head == HEAD
-    assert "went back to line 7 (abababababab) after line 8 (efefefefefef)" in client.audit.broken
+    assert "went back to line 7 (abababababab) after line 8 (efefefefefef)" in client.audit.last_break
     said = [record for record in caplog.records if record.levelname == "ERROR"]
     assert [record.message for record in said] == ["audit log does not continue"] * 2
 

@@ -116,7 +116,7 @@ async def test_a_manager_that_has_gone_is_no_reason_to_end(tmp_path: Path, caplo
     heard.close()
     await manager.ready("started")
     manager.stopping()
-    assert "service manager cannot be told" in caplog.text
+    assert "service manager cannot be notified" in caplog.text
     manager.close()
 
 

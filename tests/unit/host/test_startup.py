@@ -1,4 +1,4 @@
-"""When the start counts as done: with nothing missing, or after its patience with a word about what is."""
+"""When the start counts as done: with nothing missing, or after a timeout, with the reasons why it is incomplete."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -28,12 +28,12 @@ class Manager:
 
 
 class Bench:
-    def __init__(self, patience: float) -> None:
+    def __init__(self, timeout: float) -> None:
         self.missing: Sequence[str] = ("the helper is not connected yet",)
         self.listing: Listing = {}
         self.manager = Manager()
         self.asked = 0
-        self.start = Startup(cast(ServiceManager, self.manager), self._ask, lambda: self.listing, patience)
+        self.start = Startup(cast(ServiceManager, self.manager), self._ask, lambda: self.listing, timeout)
 
     def _ask(self) -> Sequence[str]:
         self.asked += 1
@@ -41,8 +41,8 @@ class Bench:
 
 
 @asynccontextmanager
-async def started(patience: float) -> AsyncIterator[Bench]:
-    bench = Bench(patience)
+async def started(start_timeout: float) -> AsyncIterator[Bench]:
+    bench = Bench(start_timeout)
     task = asyncio.create_task(bench.start.run())
     try:
         yield bench

@@ -28,7 +28,7 @@ async def ask_helper(socket: Path, pfs: Sequence[PciAddress]) -> Helper:
     try:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE):
-                await client.tried.wait()
+                await client.first_attempt_ended.wait()
         if not client.connected:
             return Helper(error=client.error)
         return Helper(

@@ -44,11 +44,11 @@ def pfs_without_driver(root: Path, drivers: Collection[str]) -> list[PciAddress]
 
     Empty when the bus cannot be read. A device that cannot be read is left out.
     """
-    found = []
     try:
         addresses = pci_addresses(root)
-    except OSError:
+    except (SysfsError, OSError):
         return []
+    found = []
     for address in addresses:
         try:
             with open_device(root, address) as device:

@@ -1,6 +1,7 @@
 """The change queue: a burst comes out as one change, and unreadable devices are put into it again."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
@@ -38,3 +39,38 @@ async def test_what_could_not_be_read_is_looked_at_again(monkeypatch: pytest.Mon
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await queue.next()
+
+
+CHANGES: dict[str, tuple[Callable[[ChangeQueue], None], frozenset[PciAddress] | None]] = {
+    "a device": (lambda queue: queue.rescan(VF), frozenset({VF})),
+    "every device": (lambda queue: queue.rescan(), None),
+    "a reconcile": (lambda queue: queue.reconcile(), frozenset()),
+    "a device, or a reconcile": (lambda queue: queue.rescan_or_reconcile(VF), frozenset({VF})),
+    "no device, so a reconcile": (lambda queue: queue.rescan_or_reconcile(None), frozenset()),
+}
+
+
+@pytest.mark.parametrize(("change", "devices"), CHANGES.values(), ids=CHANGES)
+async def test_a_change_is_pending_until_it_is_taken(
+    change: Callable[[ChangeQueue], None], devices: frozenset[PciAddress] | None
+) -> None:
+    queue = ChangeQueue()
+    assert (queue.pending, queue.missing()) == (False, [])
+    change(queue)
+    assert (queue.pending, queue.missing()) == (True, ["devices have changed and are being read again"])
+    async with asyncio.timeout(120):
+        assert await queue.next() == devices
+    assert (queue.pending, queue.missing()) == (False, [])
+
+
+async def test_a_resync_rescans_every_device() -> None:
+    queue = ChangeQueue()
+    queue.rescan(VF)
+    resync = asyncio.create_task(queue.resync(0.0))
+    try:
+        async with asyncio.timeout(120):
+            while await queue.next() is not None:
+                pass
+    finally:
+        resync.cancel()
+        await asyncio.gather(resync, return_exceptions=True)

@@ -4,9 +4,11 @@ import asyncio
 import threading
 from pathlib import Path
 
+from qat_server.devices.discovery import discover
 from qat_server.devices.inventory import Inventory
-from qat_server.devices.open_vfs import MAX_AGE, OpenVfs
+from qat_server.devices.open_vfs import MAX_AGE, OpenVfs, with_open_vfs
 from support.conditions import until
+from support.sysfs_tree import SysfsTree
 
 EMPTY = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
@@ -33,3 +35,17 @@ async def test_the_loop_goes_on_meanwhile_and_all_who_ask_get_one_answer() -> No
     assert len(reads) == 2, "a second later it is read anew"
     await open_vfs.refreshed(Inventory((), (), (), ()))
     assert len(reads) == 3, "and so is another inventory"
+
+
+def test_only_use_on_vfio_pci_is_read_again(tmp_path: Path) -> None:
+    tree = SysfsTree(tmp_path / "sys")
+    tree.pf("6b:00.0")
+    for number, driver in enumerate(("vfio-pci", "vfio-pci", "4xxxvf"), 1):
+        tree.vf(f"6b:00.{number}", "6b:00.0", driver)
+    before = discover(tree.root, ("4xxxvf",), 64)
+    assert [vf.in_use for vf in before.vfs] == [False, False, None]
+    for number in (1, 3):
+        tree.write(f"6b:00.{number}", "enable", "1\n")
+    tree.remove("6b:00.2")
+    after = with_open_vfs(tree.root, before)
+    assert [vf.in_use for vf in after.vfs] == [True, False, None], "a VF that cannot be read keeps its value"

@@ -1,6 +1,9 @@
 """Backoff by device: when a failed operation is tried again."""
 
-from qat_server.helper_client.backoff import Backoff
+import asyncio
+
+from qat_server.helper_client.backoff import Backoff, WakeUp
+from support.conditions import until
 from support.sysfs_tree import address
 
 VF, OTHER = address("6b:00.1"), address("6b:00.2")
@@ -44,3 +47,15 @@ def test_many_failures_do_not_overflow() -> None:
     for _ in range(2000):
         attempts = attempts.failed(VF, 0.0)
     assert attempts.next_due(0.0) == 60.0
+
+
+async def test_a_wake_up_calls_once_at_its_last_time() -> None:
+    calls: list[int] = []
+    wake_up = WakeUp(lambda: calls.append(1), lambda: 100.0)
+    wake_up.at(99.0)  # a time in the past means at once
+    await until(lambda: calls == [1])
+    wake_up.at(100.0)
+    wake_up.at(3700.0)
+    await asyncio.sleep(0)
+    wake_up.at(None)
+    assert calls == [1], "a replaced or removed time gives no call"

@@ -15,7 +15,7 @@ from msgspec import Struct
 _DEFAULT: Final = re.compile(r"cri-containerd\.apparmor\.d|docker-default|crio-default.*|containers-default.*")
 _LIMIT: Final = 64 * 1024  # bytes
 _OURS: Final = re.compile(r"qat-.*")
-SETTING: Final = (
+_SETTING: Final = (
     "give the helper's container securityContext.appArmorProfile {type: Unconfined}, as deployments/base does, "
     "or {type: Localhost, localhostProfile: qat-helper}, with apparmor/qat-helper loaded on the node"
 )
@@ -33,7 +33,7 @@ class AppArmor(Struct, frozen=True):
         if self.enabled is False or (refusal != errno.EACCES and not (self.enabled and refusal == errno.EPERM)):
             return ""
         if not self.enabled:
-            return f"if AppArmor is on, the default profile of containers refuses every write to /sys: {SETTING}"
+            return f"if AppArmor is on, the default profile of containers refuses every write to /sys: {_SETTING}"
         return f"AppArmor is on: {self.remedy}"
 
     @property
@@ -45,7 +45,7 @@ class AppArmor(Struct, frozen=True):
                 "and allow it in /etc/apparmor.d/local/qat-helper"
             )
         own = f" (this one is under {self.profile})" if _DEFAULT.fullmatch(self.profile) else ""
-        return f"the default profile of containers{own} refuses every write to /sys: {SETTING}"
+        return f"the default profile of containers{own} refuses every write to /sys: {_SETTING}"
 
 
 def read_text(path: Path) -> str:

@@ -18,7 +18,7 @@ from qat_server.devices.inventory import Inventory, PhysicalFunction, Problem, V
 from qat_server.devices.pci_bus import driver_addresses, pci_addresses, pf_driver_of
 from qat_shared.devices import VENDOR_INTEL, VIRTUAL
 from qat_shared.pci import PciAddress
-from qat_shared.sysfs import PciDevice, SysfsError, open_device, pci_directory
+from qat_shared.sysfs import PciDevice, open_device
 
 _VfsWithPf = list[tuple[PciAddress, PciAddress | None]]
 """VFs in address order, each with its PF."""
@@ -51,7 +51,6 @@ def discover(
     problems are read again; other changes are missed. A device that cannot be read, or does not match its driver and
     links, becomes a Problem. Raises SysfsError when sysfs_root has no readable PCI bus.
     """
-    pci_directory(sysfs_root)
     reusable = _Reusable()
     if previous is not None and changed is not None:
         reusable = _reusable(sysfs_root, previous, frozenset(changed))
@@ -153,11 +152,7 @@ def _vfs_of(pfs: list[PhysicalFunction], problems: list[Problem]) -> _VfsWithPf:
 
 def _vfs_without_pf(root: Path, vf_drivers: frozenset[str], reusable: _Reusable, problems: list[Problem]) -> _VfsWithPf:
     found: _VfsWithPf = []
-    try:
-        addresses = pci_addresses(root)
-    except OSError as error:
-        raise SysfsError(str(root), "bus/pci/devices", error_text(error)) from error
-    for address in addresses:
+    for address in pci_addresses(root):
         if address in reusable.vfs or address in reusable.cut:
             found.append((address, None))
         elif not reusable.skip_others or address in reusable.invalidated:

@@ -24,8 +24,11 @@ def pf_driver_of(vf_driver: str) -> str:
 
 
 def pci_addresses(root: Path) -> list[PciAddress]:
-    """The addresses of all PCI devices of all domains, in address order. Raises SysfsError, OSError."""
-    return _addresses(os.listdir(pci_directory(root) / "devices"))
+    """The addresses of all PCI devices of all domains, in address order. Raises SysfsError."""
+    try:
+        return _addresses(os.listdir(pci_directory(root) / "devices"))
+    except OSError as error:
+        raise SysfsError(str(root), "bus/pci/devices", os.strerror(error.errno or 0)) from error
 
 
 def driver_addresses(root: Path, driver: str) -> list[PciAddress]:
@@ -46,7 +49,7 @@ def pfs_without_driver(root: Path, drivers: Collection[str]) -> list[PciAddress]
     """
     try:
         addresses = pci_addresses(root)
-    except (SysfsError, OSError):
+    except SysfsError:
         return []
     found = []
     for address in addresses:

@@ -132,39 +132,42 @@ class HelperClient:
         """Keep a connection to the helper until cancelled."""
         delay = RECONNECT_FIRST
         while True:
-            try:
-                connection = await self._connect()
-            except (OSError, HelperError, ProtocolError) as error:
-                refused = isinstance(error, HelperError) and not isinstance(error, HelperUnavailableError)
-                not_running = isinstance(error, FileNotFoundError | ConnectionRefusedError)
-                hint = ": is qat-helper running? (--helper-socket)" if not_running else ""
-                self._not_connected(
-                    f"cannot reach the helper at {self._path}: {error_text(error)}{hint}", log_again=refused
-                )
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, RECONNECT_LAST)
-                continue
-            began = asyncio.get_running_loop().time()
-            self._connection = connection
-            self.error = ""
-            self._outage_logged = False
-            self.first_attempt_ended.set()
-            log.info("helper connected", socket=str(self._path), version=self.version)
-            if lacks := missing(self.sandbox):
-                log.warning("the helper's sandbox is not whole", missing=lacks)
-            for notify in (*self.on_change, *self.on_connected):
-                notify()
-            try:
-                await connection.ended
-            finally:
-                self._connection = None
-                connection.close()
-            self._not_connected(f"the helper at {self._path} closed the connection")
-            if asyncio.get_running_loop().time() - began > STABLE_AFTER:
+            if await self._connect_until_ended() > STABLE_AFTER:
                 delay = RECONNECT_FIRST
-            else:  # the helper accepts the connection and closes it: back off
+            else:  # no connection, or the helper accepts each one and closes it
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RECONNECT_LAST)
+
+    async def _connect_until_ended(self) -> float:
+        """The seconds for which the connection lasted, 0 if there was none."""
+        try:
+            connection = await self._connect()
+        except (OSError, HelperError, ProtocolError) as error:
+            refused = isinstance(error, HelperError) and not isinstance(error, HelperUnavailableError)
+            not_running = isinstance(error, FileNotFoundError | ConnectionRefusedError)
+            hint = ": is qat-helper running? (--helper-socket)" if not_running else ""
+            self._not_connected(
+                f"cannot reach the helper at {self._path}: {error_text(error)}{hint}", log_again=refused
+            )
+            return 0.0
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self._connection = connection
+        self.error = ""
+        self._outage_logged = False
+        self.first_attempt_ended.set()
+        log.info("helper connected", socket=str(self._path), version=self.version)
+        if lacks := missing(self.sandbox):
+            log.warning("the helper's sandbox is not whole", missing=lacks)
+        for notify in (*self.on_change, *self.on_connected):
+            notify()
+        try:
+            await connection.ended
+        finally:
+            self._connection = None
+            connection.close()
+        self._not_connected(f"the helper at {self._path} closed the connection")
+        return loop.time() - began
 
     async def bind(self, address: PciAddress, driver: DpdkDriver, reason: str) -> Bound:
         """Bind a VF to a DPDK driver. Raises HelperError."""

@@ -6,6 +6,6 @@
 Every room may call `get`; only `main` configures the handler. An event is always one line, whatever its fields contain.
 """
 
-from qat_server.logs.logger import EventLogger, get
+from qat_server.logs.logger import get
 
-__all__ = ["EventLogger", "get"]
+__all__ = ["get"]

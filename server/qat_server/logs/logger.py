@@ -48,10 +48,6 @@ class EventLogger:
         if self._logger.isEnabledFor(level):
             self._logger.log(level, message, extra={"fields": fields}, stacklevel=2)
 
-    def enabled(self, verbosity: int) -> bool:
-        """Whether `v` may write. For callers whose fields are expensive to compute."""
-        return self._logger.isEnabledFor(level_of(verbosity))
-
 
 def get(name: str) -> EventLogger:
     """The logger of a module (`__name__`)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qat_server.devices.change_queue import ChangeQueue
+from qat_server.devices.inventory import Inventory
 from qat_server.devices.inventory_cache import InventoryCache
 from qat_server.instrumentation.conditions import Conditions
 from qat_server.instrumentation.counters import Counters
@@ -39,7 +40,7 @@ def drivers(cache: InventoryCache) -> list[str | None]:
 
 async def test_a_refresh_reads_only_the_named_devices_and_a_resync_reads_all(bench: Bench) -> None:
     cache = bench.cache
-    assert cache.current.pfs == cache.current.vfs == ()
+    assert cache.current == Inventory((), (), (), ())
     await cache.refresh(frozenset())
     assert drivers(cache) == ["4xxxvf", "4xxxvf"], "the first refresh reads every device"
     for vf in (VF1, VF2):
@@ -60,7 +61,7 @@ async def test_an_unreadable_device_is_put_into_the_queue_again(
     bench.tree.write(VF2, "device", "no number")
     await bench.cache.refresh(None)
     async with asyncio.timeout(120):
-        assert await bench.queue.next() == {address(VF2)}
+        assert await bench.queue.next() == frozenset({address(VF2)})
     for _ in range(2):
         bench.cache.report()
         bench.conditions.settle()

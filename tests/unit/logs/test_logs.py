@@ -177,10 +177,11 @@ def test_verbosity(settings: LogSettings, expected: list[str], capsys: pytest.Ca
     assert messages(capsys.readouterr().err) == expected
 
 
-def test_enabled_tells_whether_a_level_is_written() -> None:
+def test_the_logger_is_enabled_for_the_levels_that_are_written() -> None:
     handler.configure(LogSettings(verbosity=2))
 
-    assert [log.enabled(level) for level in (0, 2, 3)] == [True, True, False]
+    logger = logging.getLogger("qat_server.somewhere")
+    assert [logger.isEnabledFor(level_of(verbosity)) for verbosity in (0, 2, 3)] == [True, True, False]
 
 
 def test_line_names_its_caller(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,5 +36,5 @@ def test_plan(bound: str | None, device_id: int, wanted: DpdkDriver, expected: P
     assert plan(Inventory((), (vf,), (), ()), wanted) == expected
 
 
-def test_what_is_cut_is_left_alone() -> None:
+def test_vfs_over_the_limit_are_left_alone() -> None:
     assert plan(Inventory((), (), (VF,), ()), VFIO) == LEAVE

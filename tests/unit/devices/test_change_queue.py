@@ -11,7 +11,7 @@ from qat_shared.pci import PciAddress
 VF = PciAddress.parse("0000:6b:00.1")
 
 
-async def test_a_burst_comes_as_one() -> None:
+async def test_a_burst_comes_out_as_one_change() -> None:
     queue = ChangeQueue()
     other = PciAddress(1, 2, 3, 4)
     queue.rescan(VF)
@@ -25,7 +25,7 @@ async def test_a_burst_comes_as_one() -> None:
         await asyncio.wait_for(queue.next(), 0.05)
 
 
-async def test_what_could_not_be_read_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreadable_device_is_rescanned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qat_server.devices.change_queue._RETRY_FIRST", 0.001)
     queue, address = ChangeQueue(), PciAddress(0, 0x6B, 0, 1)
     backoff = RescanBackoff(queue)
@@ -35,7 +35,7 @@ async def test_what_could_not_be_read_is_looked_at_again(monkeypatch: pytest.Mon
         backoff.update([None])
         assert await queue.next() is None
     backoff.update([address])
-    backoff.update([])  # it could, meanwhile
+    backoff.update([])  # it was readable in the meantime
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await queue.next()

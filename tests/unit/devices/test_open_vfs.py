@@ -1,4 +1,4 @@
-"""What is read for a scrape: beside the loop, once for all who ask within a second."""
+"""The use of VFs is read in a thread, once for all requests within a second."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from support.sysfs_tree import SysfsTree
 EMPTY = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
 
-async def test_the_loop_goes_on_meanwhile_and_all_who_ask_get_one_answer() -> None:
+async def test_the_event_loop_continues_and_concurrent_requests_share_a_reading() -> None:
     begun, may_end, now, reads = threading.Event(), threading.Event(), [0.0], []
 
     def read(root: Path, inventory: Inventory) -> Inventory:
@@ -32,9 +32,9 @@ async def test_the_loop_goes_on_meanwhile_and_all_who_ask_get_one_answer() -> No
 
     now[0] += MAX_AGE
     await open_vfs.refreshed(EMPTY)
-    assert len(reads) == 2, "a second later it is read anew"
+    assert len(reads) == 2, "it is read again after a second"
     await open_vfs.refreshed(Inventory((), (), (), ()))
-    assert len(reads) == 3, "and so is another inventory"
+    assert len(reads) == 3, "another inventory is read again too"
 
 
 def test_only_use_on_vfio_pci_is_read_again(tmp_path: Path) -> None:

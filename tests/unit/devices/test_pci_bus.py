@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -10,11 +9,6 @@ from qat_server.devices.pci_bus import VF_DRIVERS, driver_addresses, pci_address
 from support.sysfs_tree import SysfsTree, address
 
 PF = "6b:00.0"
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> SysfsTree:
-    return SysfsTree(tmp_path / "sys")
 
 
 def test_addresses_are_in_order_and_other_names_are_skipped(tree: SysfsTree) -> None:

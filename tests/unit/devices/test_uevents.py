@@ -60,7 +60,7 @@ def kernel() -> Iterator[socket.socket]:
         yield listening
 
 
-async def test_the_listener_marks_devices_and_comes_back_after_an_end(kernel: socket.socket) -> None:
+async def test_the_listener_queues_devices_and_reconnects(kernel: socket.socket) -> None:
     queue = ChangeQueue()
     listener = UeventListener(f"unix:{kernel.getsockname()}", queue)
     loop = asyncio.get_running_loop()
@@ -68,19 +68,19 @@ async def test_the_listener_marks_devices_and_comes_back_after_an_end(kernel: so
     try:
         connection, _ = await asyncio.wait_for(loop.sock_accept(kernel), 120)
         with connection:
-            assert await asyncio.wait_for(queue.next(), 120) is None, "what happened before must be looked for"
+            assert await asyncio.wait_for(queue.next(), 120) is None, "earlier changes may have been missed"
             await loop.sock_sendall(connection, BIND)
             assert await asyncio.wait_for(queue.next(), 120) == frozenset({VF})
         again, _ = await asyncio.wait_for(loop.sock_accept(kernel), 120)
         again.close()
-        assert await asyncio.wait_for(queue.next(), 120) is None, "what was missed in between must be looked for"
+        assert await asyncio.wait_for(queue.next(), 120) is None, "changes in between may have been missed"
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert listener.received == 1
 
 
-async def test_netlink_can_be_opened_by_anybody() -> None:
+async def test_netlink_needs_no_privilege() -> None:
     queue = ChangeQueue()
     task = asyncio.create_task((listener := UeventListener("netlink", queue)).run())
     try:

@@ -23,22 +23,22 @@ def test_delays_double_up_to_a_minute() -> None:
     assert delays == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
 
 
-def test_each_vf_waits_by_itself() -> None:
+def test_each_vf_has_its_own_delay() -> None:
     attempts = Backoff().failed(VF, 10.0).failed(OTHER, 10.2)
 
     assert (attempts.due(VF, 10.5), attempts.due(OTHER, 10.5)) == (True, False)
     assert attempts.next_due(10.0) == 10.5
-    assert attempts.next_due(10.5) == 10.7, "what is due already is being done, and no reason to wake up"
+    assert attempts.next_due(10.5) == 10.7, "a VF that is due already needs no wake-up"
     assert attempts.next_due(11.0) is None
 
 
-def test_what_is_bound_or_gone_is_forgotten() -> None:
+def test_vfs_that_are_not_kept_are_forgotten() -> None:
     attempts = Backoff().failed(VF, 10.0).failed(VF, 11.0).failed(OTHER, 10.0)
 
     assert attempts.keep({VF, OTHER}) is attempts
     kept = attempts.keep({OTHER})
     assert kept.due(VF, 10.0)
-    assert kept.failed(VF, 20.0).next_due(20.0) == 20.5, "it begins anew"
+    assert kept.failed(VF, 20.0).next_due(20.0) == 20.5, "its delay starts again"
     assert kept.next_due(10.0) == 10.5
 
 

@@ -85,7 +85,7 @@ VALUES: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize(("item", "expected"), VALUES.values(), ids=VALUES.keys())
-def test_value(item: object, expected: str) -> None:
+def test_text_value(item: object, expected: str) -> None:
     assert text_value(item) == expected
 
 
@@ -126,7 +126,7 @@ def test_json_line() -> None:
 
 
 def test_traceback_stays_behind_tabs() -> None:
-    made = record("look failed", level=logging.ERROR)
+    made = record("reconcile failed", level=logging.ERROR)
     try:
         raise ValueError("bad\nI0101 00:00:00.000000 1 x.go:1] forged\r")
     except ValueError:
@@ -134,7 +134,7 @@ def test_traceback_stays_behind_tabs() -> None:
 
     first, *rest = TextFormatter().format(made).split("\n")
 
-    assert first.endswith('"look failed" traceback=<')
+    assert first.endswith('"reconcile failed" traceback=<')
     assert rest[-1] == " >"
     assert all(line.startswith("\t") for line in rest[:-1])
     assert "\r" not in "".join(rest)
@@ -214,14 +214,14 @@ def test_configuring_again_replaces(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == '"once"\n'
 
 
-def test_flags_without_effect_are_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_without_effect_are_logged_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     handler.configure(LogSettings(ineffective=("log_backtrace_at", "log_dir")))
 
     (line,) = capsys.readouterr().err.splitlines()
     assert '"flags accepted without effect" flags=["log_backtrace_at","log_dir"]' in line
 
 
-def test_a_library_does_not_chatter(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_lines_of_libraries_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
     handler.configure(LogSettings(verbosity=4))
     logging.getLogger("grpc").info("inner life")
     logging.getLogger("grpc").warning("trouble")
@@ -229,7 +229,7 @@ def test_a_library_does_not_chatter(capsys: pytest.CaptureFixture[str]) -> None:
     assert messages(capsys.readouterr().err) == ["trouble"]
 
 
-def test_a_field_that_cannot_be_shown_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_field_that_cannot_be_formatted_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     class Broken:
         def __str__(self) -> str:
             raise RuntimeError("no")

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Final
 
 from qat_server.logs.files import LogFiles
@@ -42,16 +43,13 @@ def configure(settings: LogSettings) -> logging.Handler:
 
 def module_threshold(settings: LogSettings) -> Callable[[str], int]:
     """The lowest level that is written, by source file (without .py). As in klog, --vmodule only adds to --v."""
-    known: dict[str, int] = {}
-    # Go writes [^a], fnmatch [!a].
+    # Go negates a character class with ^, fnmatch with !.
     patterns = [(pattern.replace("[^", "[!"), verbosity) for pattern, verbosity in settings.modules]
 
+    @cache
     def threshold(module: str) -> int:
-        level = known.get(module)
-        if level is None:
-            found = next((verbosity for pattern, verbosity in patterns if fnmatchcase(module, pattern)), 0)
-            level = known[module] = level_of(max(settings.verbosity, found))
-        return level
+        found = next((verbosity for pattern, verbosity in patterns if fnmatchcase(module, pattern)), 0)
+        return level_of(max(settings.verbosity, found))
 
     return threshold
 
@@ -83,7 +81,7 @@ class _Handler(logging.Handler):
             if self._settings.legacy_stderr_threshold or severity >= self._settings.stderr_threshold:
                 _to_stderr(line)
             return
-        written = self._to_files(severity, line)
+        written = self._to_files(self._files, severity, line)
         if not written or self._also_to_stderr(severity):
             _to_stderr(line)
 
@@ -98,10 +96,9 @@ class _Handler(logging.Handler):
             return True
         return settings.also_to_stderr and severity >= settings.also_to_stderr_threshold
 
-    def _to_files(self, severity: int, line: str) -> bool:
-        assert self._files is not None  # noqa: S101 - the caller has checked
+    def _to_files(self, files: LogFiles, severity: int, line: str) -> bool:
         try:
-            self._files.write(severity, line.encode("utf-8", "backslashreplace"))
+            files.write(severity, line.encode("utf-8", "backslashreplace"))
         except (OSError, ValueError) as error:  # ValueError: closed during a rotation
             if not self._failed:
                 _to_stderr(f"qat-plugin: the log file cannot be written ({error}); lines go to standard error\n")

@@ -40,20 +40,20 @@ def boolean(text: str) -> bool:
     raise ValueError(f"{shown(text)} is not true or false")
 
 
-def integer(text: str, least: int | None = None, most: int = 2**31 - 1) -> int:
-    """A decimal number from `least` (None: no limit) to `most`."""
+def integer(text: str, minimum: int | None = None, maximum: int = 2**31 - 1) -> int:
+    """A decimal number from `minimum` (None: no limit) to `maximum`."""
     if not re.fullmatch(r"[+-]?[0-9]{1,20}", text, re.ASCII):
         raise ValueError(f"{shown(text)} is not a whole number")
     number = int(text)
-    if least is not None and number < least:
-        raise ValueError(f"{number} is too small, the least is {least}")
-    if abs(number) > most:
-        raise ValueError(f"{number} is too large, the most is {most}")
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{number} is too small, the minimum is {minimum}")
+    if abs(number) > maximum:
+        raise ValueError(f"{number} is too large, the maximum is {maximum}")
     return number
 
 
-def duration(text: str, least: float, zero_is_off: bool = False) -> float:
-    """Seconds: 5, 5s, 500ms, 1m30s (as time.ParseDuration; a plain number is seconds). `least` in seconds."""
+def duration(text: str, minimum: float, zero_is_off: bool = False) -> float:
+    """Seconds: 5, 5s, 500ms, 1m30s (as time.ParseDuration; a plain number is seconds). `minimum` in seconds."""
     if re.fullmatch(_NUMBER, text, re.ASCII):
         seconds = float(text)
     elif _DURATION.fullmatch(text):
@@ -62,11 +62,11 @@ def duration(text: str, least: float, zero_is_off: bool = False) -> float:
         raise ValueError(f"{shown(text)} is not a duration such as 5s, 500ms or 1m30s")
     if seconds == 0 and zero_is_off:
         return 0.0
-    if seconds < least:
+    if seconds < minimum:
         off = ", or 0 for off" if zero_is_off else ""
-        raise ValueError(f"{text} is too short, the least is {least:g}s{off}")
+        raise ValueError(f"{text} is too short, the minimum is {minimum:g}s{off}")
     if seconds > _LONGEST_DURATION:
-        raise ValueError(f"{text[:40]} is too long, the most is 24h")
+        raise ValueError(f"{text[:40]} is too long, the maximum is 24h")
     return seconds
 
 

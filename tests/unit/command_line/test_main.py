@@ -65,7 +65,7 @@ REFUSED = {
     "unknown command": (["serve"], "unknown command 'serve'; there are config, demo, doctor, provision, status"),
     "server's flag before a command": (["-v=3", "demo"], "-v is the server's: it has no meaning before 'demo'"),
     "boolean's value after a space": (["-logtostderr", "false"], "takes its value after =, as in -logtostderr=false"),
-    "bad setting": (["-max-num-devices", "0"], "--max-num-devices: 0 is too small, the least is 1"),
+    "bad setting": (["-max-num-devices", "0"], "--max-num-devices: 0 is too small, the minimum is 1"),
     "no sysfs": (["-sysfs-root", "/proc"], "--sysfs-root: /proc: bus/pci/devices: not a readable sysfs tree"),
     "switch": (["-version=maybe"], "--version: 'maybe' is not true or false"),
     "unknown flag of a command": (["demo", "-kep"], "unknown flag -kep: did you mean -keep?"),

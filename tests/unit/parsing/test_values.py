@@ -39,7 +39,7 @@ BAD: dict[str, tuple[Callable[[str], object], str, str]] = {
     "negative duration": (lambda text: duration(text, 0.01), "-5s", "is not a duration"),
     "unit alone": (lambda text: duration(text, 0.01), "s", "is not a duration"),
     "not a number": (lambda text: duration(text, 0.01), "nan", "is not a duration"),
-    "too long": (lambda text: duration(text, 0.01), "25h", "too long, the most is 24h"),
+    "too long": (lambda text: duration(text, 0.01), "25h", "too long, the maximum is 24h"),
     "vmodule with a word": (vmodule, "discovery=x", "is not pattern=N"),
     "vmodule negative": (vmodule, "discovery=-1", "is not pattern=N"),
 }

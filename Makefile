@@ -16,7 +16,7 @@ help: ## list the targets
 venv: $(READY) ## make .venv/ with qat-helper and qat-plugin in its bin
 
 $(READY): requirements/dev.txt shared/pyproject.toml helper/pyproject.toml server/pyproject.toml simulation/pyproject.toml
-	@echo "==> .venv: installing the locked requirements (requirements/dev.txt) and the three distributions"
+	@echo "==> .venv: installing the locked requirements (requirements/dev.txt) and the four distributions"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
@@ -81,7 +81,7 @@ images: ## build both images (BASE, BUILDER, TAG, OPTIONS: see deployments/image
 	@deployments/images/build
 
 .PHONY: check
-check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code and reference are current
+check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code, reference and map are current
 	@echo "==> check: ruff, mypy, import-linter, generated code"
 	@$(BIN)/ruff format --check -q $(SOURCES)
 	@$(BIN)/ruff check -q $(SOURCES)
@@ -89,6 +89,7 @@ check: $(READY) ## static checks: ruff, mypy strict, import rules, generated cod
 	@PYTHONPATH=shared:helper:server:simulation $(BIN)/lint-imports
 	@protos/generate --check
 	@$(BIN)/python docs/reference.py --check
+	@$(BIN)/python docs/rooms.py --check
 
 .PHONY: format
 format: $(READY) ## format the sources and apply the safe lint fixes
@@ -105,8 +106,9 @@ protos: $(READY) ## generate server/qat_server/kubelet/generated from protos/
 	@protos/generate
 
 .PHONY: docs
-docs: $(READY) ## write docs/configuration.md out of the flags
+docs: $(READY) ## write docs/configuration.md from the flags, and the map of rooms in docs/architecture.md
 	@$(BIN)/python docs/reference.py
+	@$(BIN)/python docs/rooms.py
 
 .PHONY: lock
 lock: ## resolve requirements/*.in into locked files with hashes (needs uv)

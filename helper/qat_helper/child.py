@@ -1,9 +1,9 @@
-"""Short-lived children: each does one request after another, and passes the outcomes back through a socket pair.
+"""Short-lived child processes: each performs one request after another and returns the outcomes over a socket pair.
 
-A child waits there for its next request, and ends with the pair. Whatever may wait inside the kernel happens in a
-child, so that the serving loop never does. A child is never sent a signal, and ignores those that others send to all
-processes of a service: a signal would make a blocked wait of the kernel's an unkillable one. Nor is it waited for: the
-kernel closes its end of the pair when it ends, however it does.
+A child waits on the pair for its next request, and exits when the pair closes. Everything that may block inside the
+kernel runs in a child, so that the serving loop never blocks. A child is never sent a signal, and it ignores those that
+others send to all processes of a service: a signal would make a blocked wait in the kernel unkillable. Nobody waits for
+a child: when it exits, for whatever reason, the kernel closes its end of the pair.
 """
 
 import os
@@ -20,7 +20,7 @@ from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode
 
 
 class Child:
-    """A process that does `work`. Its `channel` becomes readable when it has an outcome, or when it has ended.
+    """A process that runs `work`. Its `channel` becomes readable when an outcome is there or the process has exited.
 
     Raises OSError.
     """
@@ -30,30 +30,30 @@ class Child:
         with theirs:
             if os.fork() == 0:
                 _run(work, theirs)
-        # Not before it has closed what it inherited: the last close of a peer's descriptor, which may wait, is not its.
+        # The child first closes what it inherited: the last close of a peer's descriptor may block, and must be ours.
         self.channel.recv(1)
         self.channel.setblocking(False)
 
     def begin(self, request: AnyRequest) -> None:
-        """Have it do that. Only while it has nothing else to do."""
+        """Send it a request. Only while it is idle."""
         try:
             self.channel.send(encode(request))
-        except OSError:  # it was killed, or there is no memory: the channel's end says so
+        except OSError:  # it was killed, or there is no memory: the channel then closes
             self.dismiss()
 
     def outcome(self) -> Outcome | None:
-        """What it has passed back, None when it has ended. Only when the channel is readable."""
+        """The outcome that it sent, None when it has exited. Only when the channel is readable."""
         try:
             packet, descriptors, _, _ = socket.recv_fds(self.channel, MAX_MESSAGE, 1)
             reply = decode_reply(packet)
-        except (OSError, ProtocolError):  # a reset: it was killed before it had begun
+        except (OSError, ProtocolError):  # a reset: it was killed before it began
             return None
         for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)  # Python 3.11 does not pass MSG_CMSG_CLOEXEC on
+            os.set_inheritable(descriptor, False)  # Python 3.11 does not pass MSG_CMSG_CLOEXEC to the kernel
         return Outcome(reply, descriptors[0] if descriptors else None)
 
     def dismiss(self) -> None:
-        """Have it end. Only while it has nothing else to do."""
+        """Let it exit. Only while it is idle."""
         self.channel.shutdown(socket.SHUT_WR)
 
 
@@ -62,7 +62,7 @@ def _run(work: Callable[[AnyRequest], Outcome], channel: socket.socket) -> NoRet
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
-        # The listener, the peers, the audit log: nothing of the parent's is to live on in here.
+        # Nothing of the parent's may stay open here: the listener, the peers, the audit log.
         os.closerange(3, channel.fileno())
         os.closerange(channel.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         channel.send(b"-")
@@ -70,14 +70,14 @@ def _run(work: Callable[[AnyRequest], Outcome], channel: socket.socket) -> NoRet
             reply, descriptor = work(decode_request(packet))
             try:
                 socket.send_fds(channel, [encode(reply)], [] if descriptor is None else [descriptor])
-            except OSError as error:  # ETOOMANYREFS: peers have not taken the descriptors that they were sent
-                why = f"the connection cannot be passed: {os.strerror(error.errno or 0)}"
+            except OSError as error:  # ETOOMANYREFS: peers have not received the descriptors sent to them
+                why = f"the descriptor cannot be passed: {os.strerror(error.errno or 0)}"
                 channel.send(encode(OperationError(ErrorCode.BUSY, why).reply(reply.id)))
-            if descriptor is not None:  # a Unix socket: that this was the last one of it keeps nobody waiting
+            if descriptor is not None:  # a Unix socket, so even the last close does not block
                 os.close(descriptor)
     except (BrokenPipeError, ConnectionResetError):
-        pass  # the helper was killed: nobody asks any more
+        pass  # the helper was killed
     except BaseException:  # noqa: BLE001  the outermost edge of this process, which must not go on as a second helper
         sys.excepthook(*sys.exc_info())
     finally:
-        os._exit(0)  # nobody asks with what
+        os._exit(0)  # nobody reads the status

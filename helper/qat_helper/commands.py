@@ -1,6 +1,6 @@
-"""The commands beside serving: `audit verify`, `audit show`, `policy check`. They read, and serve nobody.
+"""The commands other than serving: `audit verify`, `audit show`, `policy check`. They only read files.
 
-The serving helper never imports this, nor what only this imports: main.py does when one of them is asked for.
+main.py imports this for these commands only; the serving helper loads neither it nor its imports.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Final
 
 from qat_helper import show, verify
 from qat_helper.audit import AuditError
-from qat_helper.console import say
+from qat_helper.console import log
 from qat_helper.explain import explain
 from qat_helper.operations import NAMES
 from qat_helper.policy import Policy, PolicyError, narrow
@@ -24,13 +24,13 @@ DEFAULT_LOG: Final = Path("/var/log/qat-plugin/audit.jsonl")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The exit status: 0; 1 when a log is not intact; 2 when it or a policy cannot be read or used."""
+    """Run a command. Exit status: 0; 1 when a log is not intact; 2 when a log or policy cannot be read or used."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.call(options)
         sys.stdout.flush()
     except (AuditError, PolicyError) as error:
-        say(str(error))
+        log(str(error))
         return 2
     except BrokenPipeError:  # such as: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -42,33 +42,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qat-helper", allow_abbrev=False)
     groups = parser.add_subparsers(required=True, metavar="audit|policy")
 
-    audit = groups.add_parser("audit", help="look at the audit log").add_subparsers(
-        required=True, metavar="verify|show"
-    )
+    audit = groups.add_parser("audit", help="read the audit log").add_subparsers(required=True, metavar="verify|show")
     verifier = audit.add_parser(
-        "verify", help="check the chain; names each line that was changed, removed, put in, moved"
+        "verify", help="check the chain: report each line that was changed, removed, inserted or moved"
     )
     verifier.add_argument(
-        "file", nargs="*", type=Path, help=f"all files of one log; default: {DEFAULT_LOG} and the older"
+        "file", nargs="*", type=Path, help=f"all files of one log; default: {DEFAULT_LOG} and its rotated files"
     )
-    verifier.add_argument("--head", type=_head, help="a head that the server was told: the log must hold that line")
-    verifier.add_argument("--after", type=_head, default=verify.BEGINNING, help="the head of files that are not here")
+    verifier.add_argument("--head", type=_head, help="a head that the server received: the log must contain that line")
+    verifier.add_argument("--after", type=_head, default=verify.BEGINNING, help="the head of the files before these")
     verifier.set_defaults(call=_verify)
 
-    shower = audit.add_parser("show", help="a table of what was done")
-    shower.add_argument("file", nargs="*", type=Path, help=f"default: {DEFAULT_LOG} and the older")
-    shower.add_argument("--since", type=_time, help="time, such as 2026-11-24 or 2026-11-24T08:30 (UTC)")
-    shower.add_argument("--until", type=_time, help="the same; not included")
+    shower = audit.add_parser("show", help="print one row per operation")
+    shower.add_argument("file", nargs="*", type=Path, help=f"default: {DEFAULT_LOG} and its rotated files")
+    shower.add_argument("--since", type=_time, help="start time, such as 2026-11-24 or 2026-11-24T08:30 (UTC)")
+    shower.add_argument("--until", type=_time, help="end time, exclusive")
     shower.add_argument(
-        "--device", action="append", default=[], help="PCI address; may be given again, as the next two"
+        "--device", action="append", default=[], help="PCI address; this and the next two options can be repeated"
     )
-    shower.add_argument("--operation", action="append", default=[], help="such as BindDriver; or start, stop, refused")
+    shower.add_argument("--operation", action="append", default=[], help="such as BindDriver, or start, stop, refused")
     shower.add_argument("--verdict", action="append", default=[], help="ok, failed, denied, busy, late, interrupted...")
     shower.add_argument("--json", action="store_true", help="one JSON object a line")
     shower.set_defaults(call=_show)
 
-    policy = groups.add_parser("policy", help="look at a policy file").add_subparsers(required=True, metavar="check")
-    checker = policy.add_parser("check", help="whether the file can be used, and what it allows")
+    policy = groups.add_parser("policy", help="check a policy file").add_subparsers(required=True, metavar="check")
+    checker = policy.add_parser("check", help="validate the file and describe what it allows")
     checker.add_argument("file", type=Path)
     checker.set_defaults(call=_check)
     return parser
@@ -79,15 +77,15 @@ def _verify(options: argparse.Namespace) -> int:
     verdict = verify.verify(found, after=options.after, head=options.head)
     for fault in verdict.faults:
         _print(str(fault))
-    rests = f" Rests of failed writes: {verdict.rests}." if verdict.rests else ""
+    torn = f" Fragments of failed writes: {verdict.fragments}." if verdict.fragments else ""
     if verdict.faults:
-        _print(f"NOT INTACT: {len(verdict.faults)} faults in {verdict.lines} lines.{rests}")
+        _print(f"NOT INTACT: {len(verdict.faults)} faults in {verdict.lines} lines.{torn}")
         return 1
     _print(
-        f"intact: {verdict.lines} lines, the head is {verdict.head.sequence}:{verdict.head.hash}{rests and '.' + rests}"
+        f"intact: {verdict.lines} lines, the head is {verdict.head.sequence}:{verdict.head.hash}{torn and '.' + torn}"
     )
     if options.head is None:
-        _print("Without --head, this does not tell whether lines were cut off at the end, or all was written anew.")
+        _print("Without --head, lines cut off at the end or a rewritten log are not detected.")
     return 0
 
 
@@ -102,22 +100,24 @@ def _show(options: argparse.Namespace) -> int:
     )
     lines = [item for item in found if isinstance(item, verify.Line)]
     entries = list(show.entries(line.text for line in lines))
-    rows = [row for row in show.rows(entries) if wanted.takes(row)]
+    rows = [row for row in show.rows(entries) if wanted.matches(row)]
     sys.stdout.write(show.json_lines(rows) if options.json else show.table(rows))
     if len(entries) < len(lines):
-        say(f"{len(lines) - len(entries)} lines are not shown: this version cannot read them")
+        log(f"{len(lines) - len(entries)} lines are not shown: this version cannot read them")
     first = AuditHead(sequence=lines[0].sequence - 1, hash=lines[0].previous) if lines else verify.BEGINNING
     if faults := verify.verify(found, after=first).faults:
-        say(f"this log is not intact ({len(faults)} faults): see qat-helper audit verify")
+        log(f"this log is not intact ({len(faults)} faults): see qat-helper audit verify")
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
     path: Path = options.file
     policy = narrow(Policy(uids=frozenset(), operations=NAMES), path, os.geteuid())
-    _print(f"{path} can be used.")
+    _print(f"{path} is valid.")
     if path.stat().st_uid != 0:
-        _print(f"But it belongs to uid {path.stat().st_uid}: a helper of root's takes it only when it is root's.")
+        _print(
+            f"But it belongs to uid {path.stat().st_uid}: a helper that runs as root accepts it only if root owns it."
+        )
     _print(explain(policy).removesuffix("\n"))
     return 0
 
@@ -147,7 +147,7 @@ def _time(text: str) -> datetime:
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 2026-11-24T08:30") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 2026-11-24T08:30") from None
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 

@@ -1,10 +1,10 @@
-"""What the helper tells whoever started it: single lines on standard error."""
+"""Single lines on standard error, for the process that started the helper."""
 
 import os
 from contextlib import suppress
 
 
-def say(text: str) -> None:
-    """One line. Should nobody listen any more, the helper goes on all the same."""
+def log(text: str) -> None:
+    """Write one line. An error is ignored: the helper keeps serving when nobody reads its standard error."""
     with suppress(OSError):
         os.write(2, f"qat-helper: {text}\n".encode(errors="backslashreplace"))

@@ -1,9 +1,9 @@
-"""From a request to its answer: every request goes through `Dispatcher.ask`, and nothing else starts an operation.
+"""From a request to its reply: every request goes through `Dispatcher.submit`; nothing else starts an operation.
 
-    allowed at all? by the row's rule? no earlier one at work?  ->  audit: asked  ->  a child does it  ->  audit: done
+    operation allowed? row's rule? device not busy?  ->  audit: asked  ->  a child performs it  ->  audit: done
 
-An operation that outlasts its deadline is answered with timed-out, and left alone: what it keeps busy stays so until
-its child ends, and only then does the audit log say how it ended.
+An operation that outlasts its deadline gets a timed-out reply and keeps running. Its device stays busy until its child
+ends, and only then does the audit log record the result.
 """
 
 import os
@@ -17,92 +17,92 @@ from typing import Final
 
 import msgspec
 
-from qat_helper.allowance import Allowance
-from qat_helper.audit import AuditError, AuditLog, Caller, Entry, Facts, printable
+from qat_helper.audit import AuditError, AuditLog, Caller, Entry, Fields, printable
 from qat_helper.child import Child
 from qat_helper.errors import OperationError, denied
 from qat_helper.node import Node, Outcome
 from qat_helper.operations import OPERATIONS, PF, Operation, deadline_of
 from qat_helper.policy import ALL
+from qat_helper.rate_limit import RateLimiter
 from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure
 from qat_shared.sysfs import MissingError, SysfsError
 
-MAX_WAITING: Final = 128
-"""Requests for one operation that wait for a child."""
+MAX_QUEUED: Final = 128
+"""Queued requests per operation."""
 MAX_IDLE: Final = 8
-"""Children of all operations together that wait for more to do: each has a megabyte or two of its own."""
-_STRANGERS: Final = -1
-"""The uid that all those have in common, in the rate limits, that are not admitted: they may be many."""
-_SHOWN: Final = 32
+"""Idle children of all operations together. Each takes one or two megabytes."""
+_REJECTED_UIDS: Final = -1
+"""The uid under which all rejected uids share one rate limit: there may be many of them."""
+_LISTED: Final = 32
 _VF_OF: Final = "vf of"
 
-Answer = Callable[[Outcome], None]
+ReplyTo = Callable[[Outcome], None]
 Key = tuple[str, str]
-"""What an operation works on: a word of the table's column `alone`, and an address."""
+"""What an operation works on: a word of the table's column `exclusive`, and an address."""
 
 
 class Job:
-    """A request on its way. Its times are of the monotonic clock."""
+    """A request in progress. Times are of the monotonic clock."""
 
     def __init__(
-        self, caller: Caller, request: AnyRequest, answer: Answer, owner: object, clock: Callable[[], float]
+        self, caller: Caller, request: AnyRequest, reply_to: ReplyTo, owner: object, clock: Callable[[], float]
     ) -> None:
         self.caller = caller
         self.owner = owner
         self.request = request
         self.operation: Operation[AnyRequest] = OPERATIONS[type(request)]
         self.kind = (self.operation.name, owner)
-        """One child may do all of a kind, one after the other."""
-        self.answer = answer
+        """One child can perform all jobs of a kind, one after another."""
+        self.reply_to = reply_to
         self._clock = clock
-        self.began = clock()
-        self.deadline = self.began + deadline_of(request)
+        self.started_at = clock()
+        self.deadline = self.started_at + deadline_of(request)
         self.asked = 0
-        """The sequence number of its line in the audit log."""
+        """The sequence number of its first audit line."""
         self.timed_out = False
         self.holds: tuple[Key, ...] = ()
         self.excludes: tuple[Key, ...] = ()
 
     def claim(self, root: Path) -> None:
-        """Find out what it must not be done beside, and what must not be done beside it."""
-        alone, address = self.operation.alone, str(getattr(self.request, "address", ""))
-        if alone == PF:
+        """Set the keys that this job holds until it ends, and those that no unfinished job may hold."""
+        exclusive, address = self.operation.exclusive, str(getattr(self.request, "address", ""))
+        if exclusive == PF:
             self.holds = ((PF, address),)
             self.excludes = ((PF, address), (_VF_OF, address))
-        elif alone is not None:
-            self.holds = self.excludes = ((alone, address),)
-            if alone == "driver" and (pf := _physfn(root, address)):
+        elif exclusive is not None:
+            self.holds = self.excludes = ((exclusive, address),)
+            if exclusive == "driver" and (pf := _physfn(root, address)):
                 self.holds += ((_VF_OF, pf),)
                 self.excludes += ((PF, pf),)
 
     def failed(self, code: ErrorCode, why: str) -> Outcome:
-        """The outcome when it was not done, or not to the end."""
+        """The outcome of a job that was not done or not finished."""
         return Outcome(OperationError(code, why).reply(self.request.id))
 
     def entry(self, event: str, verdict: str = "", reply: AnyReply | None = None) -> Entry:
-        """A line about it for the audit log; `reply` once it has ended."""
+        """An audit line about this job; `reply` once it has ended."""
         return Entry(
             event=event,
             peer=self.caller,
             operation=self.operation.name,
-            arguments=_facts(self.request),
+            arguments=_fields_of(self.request),
             reason=printable(self.request.reason),
             verdict=verdict,
-            result={} if reply is None else _facts(reply),
-            duration_ms=None if reply is None else round((self._clock() - self.began) * 1000, 3),
+            result={} if reply is None else _fields_of(reply),
+            duration_ms=None if reply is None else round((self._clock() - self.started_at) * 1000, 3),
             asked=self.asked,
         )
 
 
 def _physfn(root: Path, address: str) -> str:
-    """The address of a VF's PF, "" when there is none, or no such VF. A link's text: reading it waits for nothing."""
+    """The address of a VF's PF, "" if there is none. Reading a link's target never blocks."""
     try:
         return os.readlink(f"{root}/bus/pci/devices/{address}/physfn").rpartition("/")[2]
     except OSError:
         return ""
 
 
-def _facts(message: AnyRequest | AnyReply) -> Facts:
+def _fields_of(message: AnyRequest | AnyReply) -> Fields:
     return {
         name: value
         if value is None or isinstance(value, int)
@@ -113,7 +113,10 @@ def _facts(message: AnyRequest | AnyReply) -> Facts:
 
 
 class Dispatcher:
-    """`watch(descriptor, call)` has the serving loop call when the descriptor is readable; `unwatch` ends that."""
+    """Queues requests, runs them in children and audits them.
+
+    `watch(descriptor, call)` makes the serving loop call `call` when the descriptor is readable; `unwatch` ends that.
+    """
 
     def __init__(
         self,
@@ -128,158 +131,158 @@ class Dispatcher:
         self._watch = watch
         self._unwatch = unwatch
         self._clock = clock
-        self._allowance = Allowance(node.policy.rates, clock)
-        self._waiting: list[Job] = []
+        self._rate_limiter = RateLimiter(node.policy.rates, clock)
+        self._queue: list[Job] = []
         self._running: dict[Child, Job] = {}
-        self._idle: dict[Child, tuple[str, object]] = {}  # with the kind of job that they did
-        self._children: Counter[str] = Counter()  # by operation: all that have not ended
-        self._at_work: Counter[Key] = Counter()
-        self._counted: Counter[str] = Counter()
+        self._idle: dict[Child, tuple[str, object]] = {}  # the kind of job that each did last
+        self._children: Counter[str] = Counter()  # by operation: all that have not exited
+        self._busy: Counter[Key] = Counter()
+        self._counters: Counter[str] = Counter()
 
-    def ask(self, caller: Caller, request: AnyRequest, answer: Answer, owner: object = None) -> None:
-        """Have a request done or refused; `answer` is called once, now or later, unless its `owner` is forgotten."""
-        job = Job(caller, request, answer, owner, self._clock)
+    def submit(self, caller: Caller, request: AnyRequest, reply_to: ReplyTo, owner: object = None) -> None:
+        """Perform or refuse a request. `reply_to` is called once, now or later."""
+        job = Job(caller, request, reply_to, owner, self._clock)
         operation = job.operation
         for limit in (operation.name, ALL) if operation.audited else (operation.name,):
-            if not self._allowance.take(caller.uid, limit):
-                answer(Outcome(self._too_many(job, limit)))
+            if not self._rate_limiter.take(caller.uid, limit):
+                reply_to(Outcome(self._rate_limited(job, limit)))
                 return
         try:
-            if operation.at_once:
+            if operation.max_children:
                 self._node.policy.check_operation(operation.name)
             operation.rule(self._node.policy, request)
             job.claim(self._node.sysfs_root)
-            if any(self._at_work[key] for key in job.excludes):
+            if any(self._busy[key] for key in job.excludes):
                 raise OperationError(
-                    ErrorCode.BUSY, "an earlier operation on this device has not ended: try again later"
+                    ErrorCode.BUSY, "an earlier operation on this device has not finished: try again later"
                 )
-            if sum(waiting.operation is operation for waiting in self._waiting) >= MAX_WAITING:
-                raise OperationError(ErrorCode.BUSY, f"{MAX_WAITING} requests of this kind wait already")
+            if sum(waiting.operation is operation for waiting in self._queue) >= MAX_QUEUED:
+                raise OperationError(ErrorCode.BUSY, f"{MAX_QUEUED} requests of this kind are already queued")
         except OperationError as error:
-            answer(Outcome(self._refused(job, error.reply(request.id))))
+            reply_to(Outcome(self._refused(job, error.reply(request.id))))
             return
-        if not operation.at_once:
-            answer(perform(self._node, request))
+        if not operation.max_children:
+            reply_to(perform(self._node, request))
             return
         if operation.audited:
             try:
                 job.asked = self._audit.append(job.entry("asked"))
             except AuditError as error:
-                answer(job.failed(ErrorCode.AUDIT, str(error)))
+                reply_to(job.failed(ErrorCode.AUDIT, str(error)))
                 return
         else:
-            self._counted[operation.name] += 1
-        self._at_work.update(job.holds)
-        self._waiting.append(job)
+            self._counters[operation.name] += 1
+        self._busy.update(job.holds)
+        self._queue.append(job)
         self._start()
 
-    def turn_away(self, caller: Caller) -> OperationError:
-        """A process connected whose uid is not admitted: what to answer to whatever it asks."""
+    def reject(self, caller: Caller) -> OperationError:
+        """Record a connection from a uid that is not admitted. Returns the error for whatever it requests."""
         error = denied("server-uid", f"uid {caller.uid} may not use this helper: see its option --server-uid")
-        entry = Entry(event="refused", peer=caller, verdict="denied", result=_facts(error.reply(0)))
-        if self._allowance.take(_STRANGERS, ALL):
-            with suppress(AuditError):  # it is turned away either way, and the log's trouble has been said
+        entry = Entry(event="refused", peer=caller, verdict="denied", result=_fields_of(error.reply(0)))
+        if self._rate_limiter.take(_REJECTED_UIDS, ALL):
+            with suppress(AuditError):  # it is rejected either way, and the log's error is already reported
                 self._audit.append(entry)
         else:
-            self._counted["turned away, not written"] += 1
+            self._counters["turned away, not written"] += 1
         return error
 
     def timeout(self) -> float | None:
-        """Seconds until `expire` has something to do, None for never."""
+        """Seconds until `expire` has work to do, None for never."""
         deadlines = [job.deadline for job in self._unanswered()]
         return max(0.0, min(deadlines) - self._clock()) if deadlines else None
 
     def expire(self) -> None:
-        """Answer what has outlasted its deadline."""
+        """ReplyTo timed-out for each job that has outlasted its deadline."""
         now = self._clock()
         for job in [job for job in self._unanswered() if job.deadline <= now]:
-            why = f"{job.operation.name} did not end in time: it may still come to pass"
+            why = f"{job.operation.name} did not finish in time: it may still complete"
             outcome = job.failed(ErrorCode.TIMED_OUT, why)
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._end(job, outcome)
+            if job in self._queue:
+                self._queue.remove(job)
+                self._finish(job, outcome)
             else:
                 job.timed_out = True
-                job.answer(outcome)
+                job.reply_to(outcome)
 
-    def forget(self, owner: object) -> None:
-        """Whoever asked has gone: what waits is not begun; what was begun goes on, and is audited."""
-        for job in [job for job in self._waiting if job.owner is owner]:
-            self._waiting.remove(job)
-            self._end(job, job.failed(ErrorCode.UNAVAILABLE, "who asked went away before it was begun"))
+    def cancel(self, owner: object) -> None:
+        """The client has disconnected: its queued jobs end as unavailable; running jobs continue and are audited."""
+        for job in [job for job in self._queue if job.owner is owner]:
+            self._queue.remove(job)
+            self._finish(job, job.failed(ErrorCode.UNAVAILABLE, "the client disconnected before the operation began"))
 
     def stop(self) -> None:
-        """The last line of the audit log. Children still at work are left to end by themselves."""
-        unfinished = [*self._waiting, *self._running.values()]
-        facts: Facts = dict(self._counted)
+        """Write the audit log's last line. Children that are still working are left to finish."""
+        unfinished = [*self._queue, *self._running.values()]
+        fields: Fields = dict(self._counters)
         if unfinished:
-            shown = unfinished[:_SHOWN]
-            facts["unfinished"] = ", ".join(f"{job.operation.name} (asked {job.asked})" for job in shown)
-            facts["unfinished_number"] = len(unfinished)
-        self._audit.owe(Entry(event="stop", arguments=facts))
+            shown = unfinished[:_LISTED]
+            fields["unfinished"] = ", ".join(f"{job.operation.name} (asked {job.asked})" for job in shown)
+            fields["unfinished_number"] = len(unfinished)
+        self._audit.enqueue(Entry(event="stop", arguments=fields))
 
     def _unanswered(self) -> list[Job]:
-        return [job for job in (*self._waiting, *self._running.values()) if not job.timed_out]
+        return [job for job in (*self._queue, *self._running.values()) if not job.timed_out]
 
     def _refused(self, job: Job, reply: Failure) -> AnyReply:
-        """The answer to one that is refused: this failure, when it is in the log, if it belongs there."""
-        if not job.operation.audited:  # of a read only that it is denied, and not more often than may be audited
+        """The reply to a refused job. A refusal that must be recorded but cannot be becomes an audit failure."""
+        if not job.operation.audited:  # reads: only denials are recorded, within the rate limit of audited operations
             if reply.code is not ErrorCode.DENIED:
                 return reply
-            if not self._allowance.take(job.caller.uid, ALL):
-                self._counted[f"{job.operation.name} denied, not written"] += 1
+            if not self._rate_limiter.take(job.caller.uid, ALL):
+                self._counters[f"{job.operation.name} denied, not written"] += 1
                 return reply
         try:
             self._audit.append(job.entry("refused", reply.code.value, reply))
-        except AuditError as trouble:
-            return OperationError(ErrorCode.AUDIT, str(trouble)).reply(job.request.id)
+        except AuditError as audit_error:
+            return OperationError(ErrorCode.AUDIT, str(audit_error)).reply(job.request.id)
         return reply
 
-    def _too_many(self, job: Job, limit: str) -> AnyReply:
-        """Its answer. Only the first of those in a row has a line: many of them must not fill the disk."""
+    def _rate_limited(self, job: Job, limit: str) -> AnyReply:
+        """The reply to a job beyond a rate limit. Only the first in a row is recorded: many must not fill the disk."""
         rate, what = self._node.policy.rates[limit], "audited requests" if limit == ALL else job.operation.name
         error = OperationError(
             ErrorCode.BUSY,
-            f"more than {rate.per_second:g} {what} a second, after {rate.burst} at once: ask less often, or raise "
+            f"rate limit: {rate.burst} {what} at once, then {rate.per_second:g} a second; send fewer, or raise "
             f"rates.{limit} in the helper's policy file",
             rule=f"rates.{limit}",
         )
-        self._counted["refused, too many"] += 1
+        self._counters["refused, too many"] += 1
         reply = error.reply(job.request.id)
-        first = self._allowance.first_refusal(job.caller.uid, limit)
-        if first and (limit == ALL or self._allowance.take(job.caller.uid, ALL)):
+        first = self._rate_limiter.first_refusal(job.caller.uid, limit)
+        if first and (limit == ALL or self._rate_limiter.take(job.caller.uid, ALL)):
             with suppress(AuditError):  # it is refused either way
                 self._audit.append(job.entry("refused", error.code.value, reply))
         return reply
 
     def _start(self) -> None:
-        for job in list(self._waiting):
-            if job not in self._waiting:  # its peer is gone, since one before could not be done
+        for job in list(self._queue):
+            if job not in self._queue:  # its client was dropped when an earlier job of this loop failed
                 continue
             name = job.operation.name
             child = next((child for child, kind in self._idle.items() if kind == job.kind), None)
-            if child is None and self._children[name] >= job.operation.at_once:
-                self._dismiss(name)  # another peer's: when they have ended, there is room
+            if child is None and self._children[name] >= job.operation.max_children:
+                self._dismiss(name)  # idle ones of other clients: when they have exited, there is room
                 continue
-            self._waiting.remove(job)
+            self._queue.remove(job)
             try:
                 child = child or Child(partial(perform, self._node))
             except OSError as error:
-                why = f"no process could be started for it: {os.strerror(error.errno or 0)}"
-                self._end(job, job.failed(ErrorCode.INTERNAL, why))
+                why = f"cannot start a process for it: {os.strerror(error.errno or 0)}"
+                self._finish(job, job.failed(ErrorCode.INTERNAL, why))
                 continue
-            if self._idle.pop(child, None) is None:  # new: an idle one is watched already
+            if self._idle.pop(child, None) is None:  # a new child; idle ones are watched already
                 self._children[name] += 1
-                self._watch(child.channel.fileno(), partial(self._heard, child, name))
+                self._watch(child.channel.fileno(), partial(self._child_ready, child, name))
             self._running[child] = job
             child.begin(job.request)
 
-    def _heard(self, child: Child, name: str) -> None:
-        """It has passed an outcome, or it has ended."""
+    def _child_ready(self, child: Child, name: str) -> None:
+        """The child has sent an outcome or has exited."""
         job, outcome = self._running.pop(child, None), child.outcome()
         if job is not None:
-            why = "the operation's process ended without an answer: see the helper's log"
-            self._end(job, outcome or job.failed(ErrorCode.INTERNAL, why))
+            why = "the operation's process ended without a result: see the helper's log"
+            self._finish(job, outcome or job.failed(ErrorCode.INTERNAL, why))
         if outcome is None:
             self._unwatch(child.channel.fileno())
             child.channel.close()
@@ -291,26 +294,26 @@ class Dispatcher:
         self._dismiss("" if any(other.operation.name == name for other in self._running.values()) else name)
 
     def _dismiss(self, name: str) -> None:
-        """Have the idle children of an operation end, and those that have been idle longest, but for a few."""
+        """Dismiss the idle children of an operation, and the longest idle of all others beyond MAX_IDLE."""
         for number, (child, kind) in enumerate(reversed(list(self._idle.items()))):
             if kind[0] == name or number >= MAX_IDLE:
                 del self._idle[child]
                 child.dismiss()
 
-    def _end(self, job: Job, outcome: Outcome) -> None:
-        self._at_work -= Counter(job.holds)
+    def _finish(self, job: Job, outcome: Outcome) -> None:
+        self._busy -= Counter(job.holds)
         if job.operation.audited:
-            self._audit.owe(job.entry(*_ending(job, outcome.reply), outcome.reply))
+            self._audit.enqueue(job.entry(*_final_event(job, outcome.reply), outcome.reply))
         elif isinstance(outcome.reply, Failure):
             outcome = Outcome(self._refused(job, outcome.reply))
         if not job.timed_out:
-            job.answer(outcome)
+            job.reply_to(outcome)
         elif outcome.descriptor is not None:
             os.close(outcome.descriptor)
 
 
-def _ending(job: Job, reply: AnyReply) -> tuple[str, str]:
-    """The event and verdict of its last line."""
+def _final_event(job: Job, reply: AnyReply) -> tuple[str, str]:
+    """The event and verdict of a job's last audit line."""
     if job.timed_out:
         return "late", "late"
     if not isinstance(reply, Failure):
@@ -319,7 +322,7 @@ def _ending(job: Job, reply: AnyReply) -> tuple[str, str]:
 
 
 def perform(node: Node, request: AnyRequest) -> Outcome:
-    """Do what the request's row says, now. Every foreseen error becomes a Failure."""
+    """Perform the request's operation now. Every expected error becomes a Failure."""
     try:
         return OPERATIONS[type(request)].function(node, request)
     except OperationError as error:

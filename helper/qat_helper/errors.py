@@ -1,17 +1,17 @@
-"""Why an operation was not done: one exception for all reasons, which becomes the Failure that the client is sent."""
+"""The one exception for an operation that was not done; the client receives it as a Failure."""
 
 from typing import Final
 
 from qat_shared.messages import AuditHead, ErrorCode, Failure
 
-UNSIGNED: Final = AuditHead(sequence=0, hash="")
-"""Stands in an answer until it is sent: the serving loop puts the audit log's head of that moment there."""
+PENDING_HEAD: Final = AuditHead(sequence=0, hash="")
+"""Placeholder in a reply: the serving loop replaces it with the audit log's head when it sends the reply."""
 MESSAGE_LIMIT: Final = 500
-"""Characters of a Failure's sentence: it may quote what a client sent."""
+"""Characters in a Failure's message, which may quote what a client sent."""
 
 
 class OperationError(Exception):
-    """An operation was not done: the facts of a Failure."""
+    """An operation was not done. The attributes are the fields of a Failure."""
 
     def __init__(self, code: ErrorCode, message: str, errno: int = 0, rule: str = "") -> None:
         super().__init__(message)
@@ -21,10 +21,10 @@ class OperationError(Exception):
         self.rule = rule
 
     def reply(self, request_id: int) -> Failure:
-        """The answer that tells it."""
+        """The Failure to send."""
         return Failure(
             id=request_id,
-            audit=UNSIGNED,
+            audit=PENDING_HEAD,
             code=self.code,
             message=self.message[:MESSAGE_LIMIT],
             errno=self.errno,
@@ -33,5 +33,5 @@ class OperationError(Exception):
 
 
 def denied(rule: str, message: str) -> OperationError:
-    """The error of a request that a rule of the policy forbids."""
+    """An error for a request that a policy rule forbids."""
     return OperationError(ErrorCode.DENIED, message, rule=rule)

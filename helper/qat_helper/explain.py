@@ -1,4 +1,4 @@
-"""What a policy allows, in plain words. Pure. The serving helper never imports this."""
+"""Describe in plain words what a policy allows. Pure. The serving helper never imports this."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,23 +7,23 @@ from qat_helper.policy import ALL, BUILTIN_RATES, Id, Policy, Rate
 from qat_shared.devices import PHYSICAL
 from qat_shared.messages import DpdkDriver, KubeletService, SocketDirectory
 
-_WITHOUT = {
-    "PrepareSocketDirectory": "the server cannot serve, unless somebody has made its directory",
-    "OpenKubeletSocket": "the server cannot register by the kubelet's socket, nor see which pods hold what",
-    "BindDriver": "the server serves only VFs that somebody else has bound",
+_CONSEQUENCES = {
+    "PrepareSocketDirectory": "the server cannot serve unless its directory already exists",
+    "OpenKubeletSocket": "the server cannot register through the kubelet's socket or see which pods hold devices",
+    "BindDriver": "the server serves only VFs that were bound by other means",
     "ReadHeartbeat": "the server does not notice a PF whose firmware hangs",
-    "ReadDeviceConfig": "a VF whose PF shows no services in sysfs is served as generic",
+    "ReadDeviceConfig": "VFs whose PF has no services in sysfs are served as generic",
 }
 
 
 def explain(policy: Policy) -> str:
-    """`policy`: narrowed from one without uids, so that its `uids` are those of the file."""
+    """The description, in lines. `policy` must come from a base without uids: its `uids` are those of the file."""
     return "".join(f"{line}\n" for line in _lines(policy))
 
 
 def _lines(policy: Policy) -> Iterator[str]:
-    yield "Who may ask: the uid of --server-uid" + _list(", and uid ", sorted(policy.uids)) + "."
-    yield "It may ask for:"
+    yield "Allowed uids: that of --server-uid" + _list(", and ", sorted(policy.uids)) + "."
+    yield "Allowed operations:"
     allowed = [row for row in OPERATIONS.values() if row.name in policy.operations]
     for row in allowed:
         limit = policy.rates.get(row.name)
@@ -31,21 +31,21 @@ def _lines(policy: Policy) -> Iterator[str]:
     if not allowed:
         yield "  nothing"
     if any(row.audited for row in allowed):
-        yield f"  Those that are audited, all together: at most {_rate(policy.rates.get(ALL, BUILTIN_RATES[ALL]))}."
+        yield f"  All audited operations together: at most {_rate(policy.rates.get(ALL, BUILTIN_RATES[ALL]))}."
     if policy.operations != NAMES:
-        yield "It is denied (rule operations):"
+        yield "Denied operations (rule operations):"
         for name in sorted(NAMES - policy.operations):
-            yield f"  {name}" + (f": {_WITHOUT[name]}" if name in _WITHOUT else "")
-    yield "Of which devices:"
+            yield f"  {name}" + (f": {_CONSEQUENCES[name]}" if name in _CONSEQUENCES else "")
+    yield "Allowed devices:"
     yield "  " + (
-        "those of every address"
+        "any address"
         if policy.addresses is None
-        else f"only those at {_list('', sorted(policy.addresses)) or 'no address at all'} (rule addresses)"
+        else f"only these addresses: {_list('', sorted(policy.addresses)) or 'none'} (rule addresses)"
     )
     yield "  " + (
-        "with every id of QAT"
+        "any QAT device id"
         if policy.device_ids is None
-        else f"only with an id of {_ids(policy.device_ids) or 'none'} (rule device_ids)"
+        else f"only these device ids: {_ids(policy.device_ids) or 'none'} (rule device_ids)"
     )
     yield from _limits(policy)
     yield from _wider(policy)
@@ -59,32 +59,32 @@ def _limits(policy: Policy) -> Iterator[str]:
         f"Kubelet directories in which the server may serve: {_list('', sorted(policy.directories)) or 'none'}"
         + _rule("directories", narrowed=policy.directories != frozenset(SocketDirectory))
     )
-    yield f"Kubelet services that it may be connected to: {_list('', sorted(policy.services)) or 'none'}" + _rule(
+    yield f"Kubelet services that the server may connect to: {_list('', sorted(policy.services)) or 'none'}" + _rule(
         "kubelet_services", narrowed=policy.services != frozenset(KubeletService)
     )
     yield (
-        "VFs that one PF may be given: "
+        "VFs that one PF may have: "
         + (
-            "as many as it has"
+            "no limit"
             if policy.max_vfs is None
-            else f"at most {policy.max_vfs}; QAT drivers enable all that a PF has, so one with more gets none"
+            else f"at most {policy.max_vfs}; QAT drivers enable all VFs of a PF, so a PF with more gets none"
         )
         + _rule("max_vfs", narrowed=policy.max_vfs is not None)
     )
 
 
 def _wider(policy: Policy) -> Iterator[str]:
-    wider = "WIDER than without the file:"
+    wider = "MORE PERMISSIVE than without the file:"
     if policy.uids:
-        yield f"{wider} uid {_list('', sorted(policy.uids))} may ask for all of this too."
+        yield f"{wider} uid {_list('', sorted(policy.uids))} may request all of this too."
     if policy.extra_virtual_ids:
-        yield f"{wider} devices {_ids(policy.extra_virtual_ids)} may be bound. They are not QAT."
+        yield f"{wider} devices {_ids(policy.extra_virtual_ids)} may be bound. They are not QAT devices."
     if policy.extra_physical_ids:
-        yield f"{wider} devices {_ids(policy.extra_physical_ids)} may be provisioned. They are not QAT."
+        yield f"{wider} devices {_ids(policy.extra_physical_ids)} may be provisioned. They are not QAT devices."
 
 
 def _purpose(request: type) -> str:
-    """The first paragraph of the request's docstring, without what the answer is called."""
+    """The first paragraph of the request's docstring, without the name of the answer."""
     text = " ".join((request.__doc__ or "").split("\n\n")[0].split())
     return text.partition(" Answer:")[0]
 

@@ -1,6 +1,6 @@
-"""The helper's socket: made for the server's group and nobody else, and removed at the end if it is still ours.
+"""The helper's socket, accessible to root and the server's group; removed at the end if it is still ours.
 
-Or systemd's: then its path, group and mode are those of the socket unit, and it outlives this process.
+With systemd socket activation, the socket unit sets the path, group and mode, and the socket outlives this process.
 """
 
 import errno
@@ -16,33 +16,32 @@ from qat_shared import SUN_PATH_LIMIT
 
 _BACKLOG: Final = 16
 SO_PASSRIGHTS: Final = 83
-"""Whether peers may pass descriptors here (asm-generic/socket.h); connections have it from their listener."""
+"""Whether peers may send descriptors (asm-generic/socket.h). Accepted connections inherit the listener's value."""
 FIRST_PASSED: Final = 3  # after the standard ones; SD_LISTEN_FDS_START of sd_listen_fds(3)
 
 
 class ListenError(Exception):
-    """The socket cannot be made: one sentence."""
+    """The socket cannot be created. The message is one sentence."""
 
 
 @contextmanager
 def listening(path: Path, gid: int) -> Iterator[socket.socket]:
-    """A SEQPACKET socket that does not block, mode 0660, of group `gid`; or systemd's. Raises ListenError."""
+    """A non-blocking SEQPACKET socket of mode 0660 and group `gid`, or the one from systemd. Raises ListenError."""
     if (inherited := _inherited()) is not None:
         with inherited:
             _prepare(inherited)
             yield inherited
         return
     if len(os.fsencode(path)) > SUN_PATH_LIMIT:
-        raise ListenError(f"the socket's path is longer than the {SUN_PATH_LIMIT} bytes that the system allows: {path}")
+        raise ListenError(f"the socket path is longer than {SUN_PATH_LIMIT} bytes: {path}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         _prepare(listener)
         try:
             _remove_stale(path)
             _bind(listener, path, gid)
         except OSError as error:
-            hint = f"; make {path.parent}, root's, the server's group's, mode 0750" * isinstance(
-                error, FileNotFoundError
-            )
+            missing = isinstance(error, FileNotFoundError)
+            hint = f"; create {path.parent}: owner root, the server's group, mode 0750" if missing else ""
             raise ListenError(f"cannot listen on {path}: {os.strerror(error.errno or 0)}{hint}") from error
         ours = _identity(path)
         try:
@@ -54,23 +53,23 @@ def listening(path: Path, gid: int) -> Iterator[socket.socket]:
 
 
 def _inherited() -> socket.socket | None:
-    """The socket that systemd started this process for (sd_listen_fds(3)), if it did. Raises ListenError."""
+    """The socket passed by systemd (sd_listen_fds(3)), or None without socket activation. Raises ListenError."""
     pid, number = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     if pid != str(os.getpid()):
         return None
-    with suppress(OSError):  # no socket, or none that listens
-        listener = socket.socket(fileno=FIRST_PASSED)  # finds out family and type itself
+    with suppress(OSError):  # not a socket, or not a listening one
+        listener = socket.socket(fileno=FIRST_PASSED)  # detects the family and type
         is_ours = (listener.family, listener.type, number) == (socket.AF_UNIX, socket.SOCK_SEQPACKET, "1")
         if is_ours and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             listener.set_inheritable(False)
             return listener
-    raise ListenError("what systemd passed is not one listening socket: use ListenSequentialPacket=, and Accept=no")
+    raise ListenError("systemd must pass one listening socket: use ListenSequentialPacket= and Accept=no")
 
 
 def _prepare(listener: socket.socket) -> None:
     listener.setblocking(False)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # shows that there is a packet, if only an empty one
-    with suppress(OSError):  # before Linux 6.16; serve.py does without it
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # marks even an empty packet with credentials
+    with suppress(OSError):  # before Linux 6.16; serve.py works without it
         listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
@@ -87,7 +86,7 @@ def _bind(listener: socket.socket, path: Path, gid: int) -> None:
     except OSError as error:
         path.unlink()
         if error.errno == errno.EPERM:
-            raise ListenError(f"{path} cannot be given to group {gid}: run the helper in that group") from error
+            raise ListenError(f"cannot change the group of {path} to {gid}: run the helper in that group") from error
         raise
 
 
@@ -97,17 +96,17 @@ def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise ListenError(f"{path} is there and is not a socket: remove it, or choose another path")
+        raise ListenError(f"{path} exists and is not a socket: remove it, or choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as trial:
         trial.setblocking(False)
         try:
             trial.connect(os.fspath(path))
         except ConnectionRefusedError:
-            path.unlink()  # left behind by one that was killed
+            path.unlink()  # left behind by a helper that was killed
             return
         except OSError:
-            pass  # a full backlog, or a socket of another type: somebody listens
-    raise ListenError(f"another process listens on {path}: end it, or choose another path")
+            pass  # a full backlog or another socket type: some process is listening
+    raise ListenError(f"another process is listening on {path}: stop it, or choose another path")
 
 
 def _identity(path: Path) -> tuple[int, int]:

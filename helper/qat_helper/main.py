@@ -1,4 +1,4 @@
-"""The command qat-helper: its options, the checks before it serves, and the order of starting and ending."""
+"""The command qat-helper: its options, the checks before it serves, and the order of start and stop."""
 
 import argparse
 import os
@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from qat_helper.audit import AuditError, AuditLog, Entry, Facts, Sync
-from qat_helper.console import say
+from qat_helper.audit import AuditError, AuditLog, Entry, Fields, Sync
+from qat_helper.console import log
 from qat_helper.copies import Copy, copier
 from qat_helper.listening import ListenError, listening
 from qat_helper.node import Node
@@ -22,38 +22,38 @@ from qat_shared.confinement import missing
 from qat_shared.sysfs import SysfsError, pci_directory
 
 _OPTIONS: Final[tuple[tuple[str, type[int | Path | Sync | Copy], str | None, str], ...]] = (
-    ("sysfs-root", Path, "/sys", "the sysfs tree to work on"),
-    ("kubelet-dir", Path, "/var/lib/kubelet", "the kubelet's directory"),
-    ("socket", Path, "/run/qat-plugin/helper.sock", "the socket to serve on"),
-    ("server-uid", int, "65532", "the only uid that may ask"),
-    ("server-gid", int, "65532", "the group that the socket and the endpoints' directory are given to"),
-    ("audit-log", Path, "/var/log/qat-plugin/audit.jsonl", "the log of what is done"),
-    ("audit-sync", Sync, "never", "when a line is on the disk: never (when the kernel likes), line (at once)"),
-    ("audit-rotate", int, "65536", "begin a new file after so many KiB, 0: never"),
-    ("audit-copy", Copy, "auto", "copy lines to: none, stdout, journal, auto (journal if started by systemd)"),
-    ("policy", Path, None, "a TOML file of root's that narrows what may be asked"),
+    ("sysfs-root", Path, "/sys", "sysfs mount point"),
+    ("kubelet-dir", Path, "/var/lib/kubelet", "the kubelet's root directory"),
+    ("socket", Path, "/run/qat-plugin/helper.sock", "Unix socket to listen on"),
+    ("server-uid", int, "65532", "the only uid that may send requests"),
+    ("server-gid", int, "65532", "group of the socket and of the server's endpoint directory"),
+    ("audit-log", Path, "/var/log/qat-plugin/audit.jsonl", "audit log file"),
+    ("audit-sync", Sync, "never", "flush to disk: never (left to the kernel) or line (after each line)"),
+    ("audit-rotate", int, "65536", "start a new file after this many KiB; 0: never"),
+    ("audit-copy", Copy, "auto", "also copy lines to: none, stdout, journal, auto (journal if started by systemd)"),
+    ("policy", Path, None, "TOML file, owned by root, that restricts what may be requested"),
 )
 _SWITCHES: Final = (
-    ("require-sandbox", "do not start when any part of the sandbox is missing"),
-    ("traceable", "let processes of the same user look into this one: for simulated nodes"),
+    ("require-sandbox", "do not start if any layer of the sandbox is missing"),
+    ("traceable", "let processes of the same user trace this one; for simulated nodes"),
 )
 
 
 class StartError(Exception):
-    """The helper cannot work here: one sentence."""
+    """The helper cannot run here. The message is one sentence."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT. The exit status: 0 after a clean end, 2 if it could not begin."""
+    """Serve until SIGTERM or SIGINT. Exit status: 0 after a clean stop, 2 if it could not start."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] and arguments[0] in ("audit", "policy"):
-        from qat_helper.commands import run  # noqa: PLC0415  what serves as root is to have none of it
+        from qat_helper.commands import run  # noqa: PLC0415  the serving process must not load these
 
         return run(arguments)
     try:
         _serve(_parse(arguments))
     except (StartError, SysfsError, PolicyError, AuditError, ListenError) as error:
-        say(str(error))
+        log(str(error))
         return 2
     return 0
 
@@ -61,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="qat-helper",
-        description="Does for qat-plugin what only root may: a fixed set of audited operations.",
+        description="The root process of qat-plugin: performs a fixed set of audited operations for the server.",
         usage="%(prog)s [options]\n       %(prog)s audit verify|show ...\n       %(prog)s policy check FILE",
-        epilog="Each option may also be given in the environment: QAT_HELPER_SYSFS_ROOT for --sysfs-root, and so on.",
+        epilog="Each option can also be set in the environment: --sysfs-root as QAT_HELPER_SYSFS_ROOT, and so on.",
         allow_abbrev=False,
-        # To find a width out, argparse would import shutil, and with that three libraries that unpack archives.
+        # argparse imports shutil to find the terminal's width, and shutil imports three libraries that unpack archives.
         formatter_class=partial(argparse.HelpFormatter, width=110),
     )
     parser.add_argument("--version", action="version", version=f"qat-helper {VERSION}")
@@ -81,8 +81,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", action="store_true", default=given, help=text)
     options = parser.parse_args(arguments)
     for name, number in (("server-uid", options.server_uid), ("server-gid", options.server_gid)):
-        if not 0 <= number < 2**32 - 1:  # -1 is chown's "leave it as it is"
-            parser.error(f"argument --{name}: {number} is no user's or group's number")
+        if not 0 <= number < 2**32 - 1:  # -1 means "leave unchanged" to chown
+            parser.error(f"argument --{name}: {number} is not a valid uid or gid")
     return options
 
 
@@ -91,7 +91,7 @@ def _serve(options: argparse.Namespace) -> None:
     root: Path = options.sysfs_root
     pci_directory(root)
     if os.geteuid() != 0 and _is_real_sysfs(root):
-        raise StartError(f"on the real sysfs at {root} the helper must run as root (uid 0), not as uid {os.geteuid()}")
+        raise StartError(f"{root} is a real sysfs: run the helper as root (uid 0), not as uid {os.geteuid()}")
     policy = Policy(uids=frozenset({options.server_uid}), operations=NAMES)
     if options.policy is not None:
         policy = narrow(policy, options.policy, os.geteuid())
@@ -100,10 +100,10 @@ def _serve(options: argparse.Namespace) -> None:
     join_group(options.server_gid)
     with listening(options.socket, options.server_gid) as listener:
         sandbox = confine(root, options.kubelet_dir, options.socket, options.audit_log, traceable=options.traceable)
-        lacks = missing(sandbox)
-        if lacks and options.require_sandbox:
-            raise StartError(f"--require-sandbox, and the sandbox is not whole: {lacks}")
-        say(f"the sandbox is not whole: {lacks}" if lacks else f"sandbox: {', '.join(sandbox)}")
+        gaps = missing(sandbox)
+        if gaps and options.require_sandbox:
+            raise StartError(f"--require-sandbox is set, but the sandbox is not whole: {gaps}")
+        log(f"the sandbox is not whole: {gaps}" if gaps else f"sandbox: {', '.join(sandbox)}")
         node = Node(
             sysfs_root=root,
             kubelet_dir=options.kubelet_dir,
@@ -111,14 +111,14 @@ def _serve(options: argparse.Namespace) -> None:
             policy=policy,
             sandbox=sandbox,
         )
-        facts: Facts = {"version": VERSION, "pid": os.getpid(), "uid": os.geteuid(), "sandbox": lacks or "whole"}
-        audit.owe(Entry(event="start", arguments=facts))
+        start: Fields = {"version": VERSION, "pid": os.getpid(), "uid": os.geteuid(), "sandbox": gaps or "whole"}
+        audit.enqueue(Entry(event="start", arguments=start))
         Server(listener, node, audit).run()
     audit.close()
 
 
 def _is_real_sysfs(root: Path) -> bool:
-    """Whether the kernel's own sysfs is mounted there, wherever that is (proc(5), mountinfo)."""
+    """Whether `root` is on a mounted sysfs, wherever that is mounted (proc_pid_mountinfo(5))."""
     device = root.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:

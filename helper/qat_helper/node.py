@@ -1,4 +1,4 @@
-"""What an operation is given (Node), and what it gives back (Outcome, or an OperationError: errors.py)."""
+"""An operation's inputs (Node) and result (Outcome; errors are OperationErrors: errors.py)."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,18 +10,18 @@ from qat_shared.messages import AnyReply
 
 
 class Node(Struct, frozen=True):
-    """The helper's own options: the only source of paths and of the group that things are given to."""
+    """The helper's own options: the only source of paths, and of the group that receives access."""
 
     sysfs_root: Path
     kubelet_dir: Path
     server_gid: int
     policy: Policy
     sandbox: dict[str, str] = {}
-    """By layer, what is missing of it (confinement.py)."""
+    """By layer: why it is missing, "" when it is in place (confinement.py)."""
 
 
 class Outcome(NamedTuple):
-    """An operation's answer, and the descriptor that goes with it (the receiver's to close)."""
+    """A reply and the descriptor to send with it, which the receiver of the Outcome must close."""
 
     reply: AnyReply
     descriptor: int | None = None

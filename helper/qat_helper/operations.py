@@ -1,4 +1,4 @@
-"""The table of operations: everything that root will do for a client, one row each. Nothing else can be asked for.
+"""The table of operations, one row each: everything that root does for a client. Nothing else can be requested.
 
 To audit the helper, read this table, then the functions that it names (each module says what it touches), then
 policy.py. dispatch.py takes every request through the same steps: operation allowed, the row's rule, no earlier
@@ -12,7 +12,7 @@ from typing import Any, Final, Generic, TypeVar
 from msgspec import Struct
 
 from qat_helper.binding import bind_driver, release_driver
-from qat_helper.errors import UNSIGNED, OperationError
+from qat_helper.errors import PENDING_HEAD, OperationError
 from qat_helper.kubelet import open_kubelet_socket, prepare_socket_directory
 from qat_helper.node import Node, Outcome
 from qat_helper.policy import Policy
@@ -42,26 +42,26 @@ R = TypeVar("R", bound=Request)
 
 DEADLINE: Final = 5.0
 LONG: Final = 15.0
-"""The kernel takes a second for removing VFs, and loads firmware at each way up."""
+"""The kernel takes a second to remove VFs, and loads firmware each time a PF goes up."""
 PF: Final = "pf"
-"""Stands under `alone` for a PF with all its VFs: such an operation also excludes those on a driver of its VFs."""
+"""In the column `exclusive`: a PF with all its VFs. It also excludes driver operations on those VFs."""
 
 
 class Operation(Struct, Generic[R], frozen=True):
     """One row.
 
-    `rule` raises OperationError when policy forbids the request; what can be known only from the device itself, the
-    function checks. `alone` names what must not be done twice at a time to one device (None: it may be). `audited`: a
-    line before and one after, otherwise counted. `at_once`: so many children at a time, so that those of one operation
-    that cannot end keep no other from being done; 0: it never waits, and needs no child. `deadline`: in seconds.
+    `rule` raises OperationError when policy forbids the request; the function checks the rules that need the device.
+    `exclusive` names the work of which a device takes one at a time (None: any number). `audited`: an audit line before
+    and one after; otherwise the operation is only counted. `max_children` limits the child processes of this operation,
+    so that blocked ones cannot starve other operations; 0: it never blocks and needs no child. `deadline`: seconds.
     """
 
     request: type[R]
     rule: Callable[[Policy, R], None]
     function: Callable[[Node, R], Outcome]
-    alone: str | None
+    exclusive: str | None
     audited: bool
-    at_once: int
+    max_children: int
     deadline: float = DEADLINE
 
     @property
@@ -74,13 +74,13 @@ def _hello(node: Node, request: Hello) -> Outcome:
     if request.protocol != PROTOCOL:
         raise OperationError(
             ErrorCode.PROTOCOL,
-            f"the helper speaks protocol {PROTOCOL} (version {VERSION}), the server protocol {request.protocol} "
+            f"the helper uses protocol {PROTOCOL} (version {VERSION}), the server protocol {request.protocol} "
             f"(version {request.version}): install the same version of both",
         )
     operations = tuple(sorted(node.policy.operations))
     welcome = Welcome(
         id=request.id,
-        audit=UNSIGNED,
+        audit=PENDING_HEAD,
         protocol=PROTOCOL,
         version=VERSION,
         operations=operations,
@@ -110,12 +110,12 @@ def _service(policy: Policy, request: OpenKubeletSocket) -> None:
 
 
 def _no_rule(policy: Policy, request: Request) -> None:
-    """Nothing that a client could choose wrongly."""
+    """The request holds nothing that policy restricts."""
 
 
 # fmt: off
 _TABLE: Final[tuple[Operation[Any], ...]] = (
-    #         request                 rule                 function                  alone        audited  at_once
+    #         request                 rule                 function                  exclusive    audited  max_children
     Operation(Hello,                  _no_rule,            _hello,                   None,        False,   0),
     Operation(BindDriver,             _address_and_driver, bind_driver,              "driver",    True,    16),
     Operation(ReleaseDriver,          _address,            release_driver,           "driver",    True,    4),
@@ -132,11 +132,11 @@ _TABLE: Final[tuple[Operation[Any], ...]] = (
 
 OPERATIONS: Final[Mapping[type[AnyRequest], Operation[Any]]] = MappingProxyType({row.request: row for row in _TABLE})
 NAMES: Final = frozenset(row.name for row in _TABLE if row.request is not Hello)
-"""What a policy may allow. Hello always is."""
+"""The operations that a policy can restrict. Hello is always allowed."""
 
 
 def deadline_of(request: AnyRequest) -> float:
-    """Seconds after which the client is told that the operation has timed out."""
+    """Seconds after which the client receives a timed-out Failure."""
     return OPERATIONS[type(request)].deadline + (
         request.wait_ms / 1000 if isinstance(request, OpenKubeletSocket) else 0
     )

@@ -1,14 +1,14 @@
-"""ReadHeartbeat and ReadDeviceConfig: two files of the QAT driver in debugfs, which is root's alone.
+"""ReadHeartbeat and ReadDeviceConfig: two files of the QAT driver in debugfs, which only root can read.
 
-<sysfs root>/kernel/debug/qat_<PF driver>_<PF address>/{heartbeat/status,dev_cfg}, as in the kernel's
-Documentation/ABI/testing/debugfs-driver-qat. The driver's name is one of the device table.
+<sysfs root>/kernel/debug/qat_<PF driver>_<PF address>/{heartbeat/status,dev_cfg}; see the kernel's
+Documentation/ABI/testing/debugfs-driver-qat. The driver's name comes from the device table.
 """
 
 import errno
 import os
 from typing import Final
 
-from qat_helper.errors import UNSIGNED, OperationError
+from qat_helper.errors import PENDING_HEAD, OperationError
 from qat_helper.node import Node, Outcome
 from qat_shared.messages import DeviceConfig, ErrorCode, Heartbeat, ReadDeviceConfig, ReadHeartbeat
 from qat_shared.pci import PciAddress
@@ -19,20 +19,20 @@ HEARTBEAT_LIMIT: Final = 4096
 
 
 def read_heartbeat(node: Node, request: ReadHeartbeat) -> Outcome:
-    """Query a PF's firmware: reading the file makes the query. Raises OperationError, SysfsError."""
+    """Query a PF's firmware; reading the file sends the query. Raises OperationError, SysfsError."""
     text = _read(node, request.address, "heartbeat/status", HEARTBEAT_LIMIT)
     first = text.partition("\n")[0].strip()
     if first not in ("0", "-1"):
         raise OperationError(
-            ErrorCode.KERNEL, f"{request.address}: heartbeat/status says {first[:40]!r}, neither 0 nor -1"
+            ErrorCode.KERNEL, f"{request.address}: heartbeat/status holds {first[:40]!r}, expected 0 or -1"
         )
-    return Outcome(Heartbeat(id=request.id, audit=UNSIGNED, alive=first == "0"))
+    return Outcome(Heartbeat(id=request.id, audit=PENDING_HEAD, alive=first == "0"))
 
 
 def read_device_config(node: Node, request: ReadDeviceConfig) -> Outcome:
-    """A PF's configuration as its driver has it. Raises OperationError, SysfsError."""
+    """A PF's configuration as its driver reports it. Raises OperationError, SysfsError."""
     text = _read(node, request.address, "dev_cfg", CONFIG_LIMIT)
-    return Outcome(DeviceConfig(id=request.id, audit=UNSIGNED, text=text))
+    return Outcome(DeviceConfig(id=request.id, audit=PENDING_HEAD, text=text))
 
 
 def _read(node: Node, address: PciAddress, name: str, limit: int) -> str:
@@ -41,7 +41,7 @@ def _read(node: Node, address: PciAddress, name: str, limit: int) -> str:
         if device.link("driver") != driver:
             raise OperationError(
                 ErrorCode.UNAVAILABLE,
-                f"{address} is not bound to {driver or 'a QAT driver'}: only that driver can tell its {name}",
+                f"{address} is not bound to {driver or 'a QAT driver'}: only that driver provides its {name}",
             )
     path = node.sysfs_root / "kernel" / "debug" / f"qat_{driver}_{address}" / name
     try:
@@ -51,10 +51,10 @@ def _read(node: Node, address: PciAddress, name: str, limit: int) -> str:
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise OperationError(
-                ErrorCode.UNAVAILABLE, f"{path} is not there: is debugfs mounted, and does this kernel offer it?"
+                ErrorCode.UNAVAILABLE, f"{path} does not exist: is debugfs mounted, and does this kernel have it?"
             ) from error
         why = os.strerror(error.errno or 0)
         raise OperationError(ErrorCode.KERNEL, f"{path} cannot be read: {why}", error.errno or 0) from error
     if len(data) > limit or not data.isascii():
-        raise OperationError(ErrorCode.KERNEL, f"{path} is not a text of at most {limit} bytes")
+        raise OperationError(ErrorCode.KERNEL, f"{path} is not ASCII text of at most {limit} bytes")
     return data.decode("ascii")

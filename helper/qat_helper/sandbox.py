@@ -1,15 +1,14 @@
-"""What the helper leaves itself before it serves: its group, what it inherited, which files, which system calls.
+"""The helper's self-confinement before it serves: group, inherited descriptors, files, system calls.
 
     read    <sysfs>/devices, bus/pci, kernel/debug
-    write   <sysfs>/devices/pciDDDD:BB (each that is there at the start), bus/pci/drivers, bus/pci/drivers_probe
-    make    a directory in the kubelet's two plugin directories; log files beside the audit log
-    remove  its own socket; log files beside the audit log
+    write   <sysfs>/devices/pciDDDD:BB (each host bridge present at start), bus/pci/drivers, bus/pci/drivers_probe
+    create  a directory in the kubelet's two plugin directories; log files next to the audit log
+    remove  its own socket; log files next to the audit log
 
-Paths that are only looked up (stat, readlink, connect) need no right. The children have the same sandbox: fork is all
-that it takes to inherit it.
+Paths that are only looked up (stat, readlink, connect) need no right. Children inherit the sandbox through fork.
 """
 
-import array  # noqa: F401  (socket.send_fds imports it when it is too late)
+import array  # noqa: F401  (socket.send_fds imports it on first use, when the sandbox forbids that)
 import codecs
 import os
 import re
@@ -28,26 +27,29 @@ _TREE: Final = re.compile(r".*?/pci[0-9a-f]{4,}:[0-9a-f]{2}(?=/)", re.ASCII)
 
 
 def close_inherited() -> None:
-    """Close all descriptors but the standard ones and those that systemd says it has passed to this process."""
+    """Close all descriptors except the standard ones and those that systemd passed to this process."""
     first = FIRST_PASSED
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and (number := os.environ.get("LISTEN_FDS", "")).isdigit():
         first += int(number)
     for name in os.listdir("/proc/self/fd"):
         if int(name) >= first:
-            with suppress(OSError):  # the one by which this was read
+            with suppress(OSError):  # the descriptor of this listing itself
                 os.close(int(name))
 
 
 def join_group(gid: int) -> None:
-    """Be in the server's group and in no other, if this process may; what needs the group says so without it."""
+    """Switch to the server's group only, if permitted. Otherwise the operations that need the group report it."""
     with suppress(PermissionError):
         os.setgroups([])
         os.setresgid(gid, gid, gid)
 
 
 def confine(sysfs: Path, kubelet: Path, socket: Path, audit_log: Path, *, traceable: bool) -> dict[str, str]:
-    """Once all is open, before anything is served: by layer, what is missing of it, "" when nothing is."""
-    codecs.lookup("unicode_escape")  # the audit log's, of a module that could not be read any more
+    """Apply the sandbox; call it after all files are open and before serving.
+
+    Returns, by layer, why it is missing, "" when it is in place.
+    """
+    codecs.lookup("unicode_escape")  # for the audit log: the module could not be loaded later
     rules = _rules(sysfs, kubelet, socket, audit_log)
     return confinement.confine(rules, read_profile(PROFILE), traceable=traceable)
 
@@ -62,11 +64,11 @@ def _rules(sysfs: Path, kubelet: Path, socket: Path, audit_log: Path) -> Iterato
 
 
 def _pci_trees(sysfs: Path) -> set[Path]:
-    """The directories of the host bridges, wherever they are: a rule for a path needs the path to be there."""
+    """The host bridges' directories, wherever they are. A Landlock rule needs its path to exist."""
     devices = sysfs / "bus/pci/devices"
     found = set((sysfs / "devices").glob("pci*"))
     for name in os.listdir(devices):
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # removed in the meantime
             if match := _TREE.match(os.readlink(devices / name)):
                 found.add(devices / match[0])
     return found

@@ -1,4 +1,4 @@
-"""The audit log as a person reads it: one row for each operation, from its first line and its last.
+"""The audit log for people: one row per operation, from its first and last lines.
 
 Pure: lines in, rows or text out. The serving helper never imports this.
 """
@@ -10,13 +10,13 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from qat_helper.audit import Caller, Entry, Facts
+from qat_helper.audit import Caller, Entry, Fields
 
 INTERRUPTED: Final = "interrupted"
-"""The helper ended before the operation did: the log does not say whether it came to pass."""
-OPEN: Final = "under way"
-"""There is no end yet, and the helper may still serve."""
-_COLUMNS: Final = ("line", "time", "operation", "device", "uid", "pid", "verdict", "ms", "what")
+"""The helper ended before the operation did; the log does not say whether it took effect."""
+UNDER_WAY: Final = "under way"
+"""The operation has no last line yet, and the helper may still be running."""
+_COLUMNS: Final = ("line", "time", "operation", "device", "uid", "pid", "verdict", "ms", "details")
 _TEXT_LIMIT: Final = 100
 
 
@@ -32,13 +32,13 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
     peer: Caller | None = None
     verdict: str = ""
     duration_ms: float | None = None
-    arguments: Facts = {}
+    arguments: Fields = {}
     reason: str = ""
-    result: Facts = {}
+    result: Fields = {}
 
 
 class Filter(Struct, frozen=True, kw_only=True):
-    """What is asked for; empty: anything. Times are compared with a row's first line, `until` is not included."""
+    """Which rows to show; empty means any. Times are compared with a row's first line; `until` is exclusive."""
 
     since: datetime | None = None
     until: datetime | None = None
@@ -46,10 +46,10 @@ class Filter(Struct, frozen=True, kw_only=True):
     operations: frozenset[str] = frozenset()
     verdicts: frozenset[str] = frozenset()
 
-    def takes(self, row: Row) -> bool:
-        """Whether the row is wanted."""
+    def matches(self, row: Row) -> bool:
+        """Whether the row passes the filter."""
         return (
-            _in_time(row.time, self.since, self.until)
+            _in_range(row.time, self.since, self.until)
             and _among(row.device, self.devices)
             and _among(row.operation or row.event, self.operations)
             and _among(row.verdict, self.verdicts)
@@ -57,7 +57,7 @@ class Filter(Struct, frozen=True, kw_only=True):
 
 
 def entries(lines: Iterable[bytes]) -> Iterator[Entry]:
-    """The lines' entries; what a helper of another version or somebody else wrote may be none, and is left out."""
+    """The lines' entries. Lines that this version cannot decode, of another version or forged, are skipped."""
     for line in lines:
         try:
             yield msgspec.json.decode(line, type=Entry)
@@ -66,41 +66,41 @@ def entries(lines: Iterable[bytes]) -> Iterator[Entry]:
 
 
 def rows(found: Iterable[Entry]) -> list[Row]:
-    """In the order in which they were asked for."""
-    made: dict[int, Row] = {}
-    unended: dict[int, Row] = {}
+    """One row per operation, in the order of the requests."""
+    by_sequence: dict[int, Row] = {}
+    unfinished: dict[int, Row] = {}
     for entry in found:
         if entry.event in ("start", "stop"):
-            for sequence, row in unended.items():
-                made[sequence] = msgspec.structs.replace(row, verdict=INTERRUPTED)
-            if entry.event == "start":  # after a stop, none of these has an end any more either
-                unended.clear()
-        if entry.asked in made:
-            made[entry.asked] = msgspec.structs.replace(
-                made[entry.asked],
+            for sequence, row in unfinished.items():
+                by_sequence[sequence] = msgspec.structs.replace(row, verdict=INTERRUPTED)
+            if entry.event == "start":  # no operation from before a start can still end
+                unfinished.clear()
+        if entry.asked in by_sequence:
+            by_sequence[entry.asked] = msgspec.structs.replace(
+                by_sequence[entry.asked],
                 end_sequence=entry.sequence,
                 verdict=entry.verdict,
                 duration_ms=entry.duration_ms,
                 result=entry.result,
             )
-            unended.pop(entry.asked, None)
+            unfinished.pop(entry.asked, None)
             continue
         row = _row(entry)
-        made[entry.sequence] = row
+        by_sequence[entry.sequence] = row
         if entry.event == "asked":
-            unended[entry.sequence] = row
-    return list(made.values())
+            unfinished[entry.sequence] = row
+    return list(by_sequence.values())
 
 
 def table(wanted: Sequence[Row]) -> str:
-    """Plain text, a line for each row beneath the columns' names."""
+    """Plain text: a line of column names, then one line per row."""
     cells = [_COLUMNS, *map(_cells, wanted)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
     return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in cells)
 
 
 def json_lines(wanted: Iterable[Row]) -> str:
-    """One JSON object a line."""
+    """One JSON object per line."""
     return "".join(msgspec.json.encode(row).decode() + "\n" for row in wanted)
 
 
@@ -112,7 +112,7 @@ def _row(entry: Entry) -> Row:
         operation=entry.operation,
         device=str(entry.arguments.get("address", "")),
         peer=entry.peer,
-        verdict=OPEN if entry.event == "asked" else entry.verdict,
+        verdict=UNDER_WAY if entry.event == "asked" else entry.verdict,
         duration_ms=entry.duration_ms,
         arguments=entry.arguments,
         reason=entry.reason,
@@ -130,33 +130,33 @@ def _cells(row: Row) -> tuple[str, ...]:
         "-" if row.peer is None else str(row.peer.pid),
         row.verdict or "-",
         "-" if row.duration_ms is None else f"{row.duration_ms:.1f}",
-        _what(row),
+        _details(row),
     )
-    # What the helper writes is plain; what somebody has put into the file need not be.
+    # The helper writes printable text only; a forged line may hold anything.
     return tuple("".join(letter if letter.isprintable() else "\ufffd" for letter in cell) for cell in cells)
 
 
-def _what(row: Row) -> str:
+def _details(row: Row) -> str:
     asked = _listed({name: value for name, value in row.arguments.items() if name != "address"})
     came = str(row.result.get("message", "")) or _listed(row.result)
     text = "; ".join(part for part in (asked, row.reason, came) if part)
     return text if len(text) <= _TEXT_LIMIT else text[: _TEXT_LIMIT - 1] + "…"
 
 
-def _listed(facts: Mapping[str, object]) -> str:
-    return " ".join(f"{name}={value}" for name, value in facts.items())
+def _listed(fields: Mapping[str, object]) -> str:
+    return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
 def _among(value: str, wanted: Collection[str]) -> bool:
     return not wanted or value in wanted
 
 
-def _in_time(text: str, since: datetime | None, until: datetime | None) -> bool:
+def _in_range(text: str, since: datetime | None, until: datetime | None) -> bool:
     if since is None and until is None:
         return True
     try:
         time = datetime.fromisoformat(text)
     except ValueError:
-        return True  # not a time that a helper wrote: rather shown than hidden
+        return True  # not a time that a helper wrote: showing it is safer than hiding it
     time = time if time.tzinfo else time.replace(tzinfo=UTC)
     return (since is None or time >= since) and (until is None or time < until)

@@ -1,9 +1,9 @@
-"""Whether audit log files hold one unbroken chain, and if not, which line was changed, removed, put in or moved.
+"""Check that audit log files hold one unbroken chain, and find lines that were changed, removed, inserted or moved.
 
-Pure: bytes in, findings out. What the chain is: audit.py. The serving helper never imports this.
+Pure: bytes in, findings out. audit.py describes the chain. The serving helper never imports this.
 
-Each line is compared with what the lines before it let expect; after a fault the comparison goes on from there, so that
-every place is told. What a failed write left ("rest") has no hash: that it is there is protected, what it says is not.
+Each line is compared with what the lines before it imply. After a fault the comparison resumes from that line, so that
+every fault is reported. A fragment of a failed write has no hash: the chain proves that it is there, not its contents.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ _RANGES_SHOWN: Final = 5
 
 
 class Fault(NamedTuple):
-    """Something that no helper has written. `line`: its number in the file, from 1; 0: the whole file."""
+    """A place that no helper could have written. `line`: its number in the file from 1, or 0 for the whole file."""
 
     file: str
     line: int
@@ -31,16 +31,16 @@ class Fault(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What was found: no faults means intact. `head` is that of the last line, `lines` how many are in the chain."""
+    """The result; no faults means intact. `head`: that of the last line; `lines`: the number in the chain."""
 
     faults: tuple[Fault, ...]
     head: AuditHead
     lines: int
-    rests: int
+    fragments: int
 
 
 class Line(Struct, frozen=True):
-    """One line of the chain, and where it stands."""
+    """One line of the chain and its position."""
 
     file: str
     number: int
@@ -52,7 +52,7 @@ class Line(Struct, frozen=True):
 
     @property
     def place(self) -> str:
-        """For a sentence about another line."""
+        """The position, for a message about another line."""
         return f"{self.file}:{self.number}"
 
 
@@ -62,37 +62,37 @@ class _Link(Struct):
     torn: bool = False
 
 
-class Rest(NamedTuple):
-    """What a failed write left."""
+class Fragment(NamedTuple):
+    """The fragment that a failed write left."""
 
     file: str
     number: int
 
 
-class Garbage(NamedTuple):
-    """Neither a line nor a rest."""
+class Invalid(NamedTuple):
+    """Neither a line nor a fragment."""
 
     file: str
     number: int
 
 
-Item = Line | Rest | Garbage
+Item = Line | Fragment | Invalid
 
 
 def items(files: Mapping[str, bytes]) -> list[Item]:
-    """All lines of files (name: content), the files in the order of their first lines' sequence numbers."""
+    """The items of files (name: content), the files in the order of their first lines' sequence numbers."""
     parsed = [(name, list(_items(name, content))) for name, content in files.items()]
     return [item for _, found in sorted(parsed, key=lambda each: _first_sequence(each[1])) for item in found]
 
 
 def verify(found: Sequence[Item], *, after: AuditHead = BEGINNING, head: AuditHead | None = None) -> Verdict:
-    """`after`: the head of what came before these files; `head`: one that was told later, which must be in them."""
+    """Check the chain. `after`: the head before these files; `head`: a later known head that they must contain."""
     lines = [item for item in found if isinstance(item, Line)]
     faults = list(_faults(found, lines, after))
     last = AuditHead(sequence=lines[-1].sequence, hash=lines[-1].hash) if lines else after
     if head is not None:
         faults += _head_faults(lines, head, after)
-    return Verdict(tuple(faults), last, len(lines), sum(isinstance(item, Rest) for item in found))
+    return Verdict(tuple(faults), last, len(lines), sum(isinstance(item, Fragment) for item in found))
 
 
 def _items(name: str, content: bytes) -> Iterator[Item]:
@@ -100,56 +100,54 @@ def _items(name: str, content: bytes) -> Iterator[Item]:
     for number, piece in enumerate(pieces, 1):
         if number == len(pieces):
             if piece:
-                yield Rest(name, number)  # without its newline, so not written whole
+                yield Fragment(name, number)  # without a newline, so not written completely
         elif piece.endswith(b"#torn"):
-            yield Rest(name, number)
+            yield Fragment(name, number)
         else:
             try:
                 link = msgspec.json.decode(piece, type=_Link)
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                yield Garbage(name, number)
+                yield Invalid(name, number)
             else:
                 yield Line(name, number, piece, link.sequence, link.previous, link.torn, digest(piece))
 
 
 def _first_sequence(found: Iterable[Item]) -> int:
-    # A changed first line must not put its file elsewhere: the smallest of the first few.
+    # The minimum of the first few, so that a changed first line does not move its file.
     return min([item.sequence for item in found if isinstance(item, Line)][:3], default=0)
 
 
 def _faults(found: Sequence[Item], lines: Sequence[Line], after: AuditHead) -> Iterator[Fault]:
-    chain = _Chain(lines)
-    expected, before, rest, garbage = after, None, False, False
+    index = _Index(lines)
+    expected, before, fragment, invalid = after, None, False, False
     for item in found:
-        if isinstance(item, Rest):
-            rest = True
+        if isinstance(item, Fragment):
+            fragment = True
             continue
-        if isinstance(item, Garbage):
-            garbage = True
-            yield Fault(item.file, item.number, "was changed or put in: it is no line of an audit log")
+        if isinstance(item, Invalid):
+            invalid = True
+            yield Fault(item.file, item.number, "was changed or inserted: it is not a line of an audit log")
             continue
         number = expected.sequence + 1
         if (item.sequence, item.previous) != (number, expected.hash):
-            # A garbled line has its fault already: that it is missing here is the same fault.
-            if not (garbage and item.sequence == number + 1 and number not in chain.places):
-                yield Fault(item.file, item.number, chain.diagnosis(item, expected, before))
-        elif item.torn and not rest:
+            # The invalid line is already reported; its missing sequence number is the same fault.
+            if not (invalid and item.sequence == number + 1 and number not in index.places):
+                yield Fault(item.file, item.number, index.diagnosis(item, expected, before))
+        elif item.torn and not fragment:
+            yield Fault(item.file, item.number, "the fragment of a failed write that it records before it was removed")
+        elif fragment and not item.torn:
             yield Fault(
-                item.file, item.number, "the rest of a failed write, which it says stood before it, was removed"
-            )
-        elif rest and not item.torn:
-            yield Fault(
-                item.file, item.number, "a rest of a failed write, of which it says nothing, was put in before it"
+                item.file, item.number, "a fragment of a failed write that it does not record was inserted before it"
             )
         if item.previous == expected.hash:
             expected, before = AuditHead(sequence=number, hash=item.hash), item
-        elif not (chain.goes_on(expected) and (item.sequence < number or not chain.knows(item))):
+        elif not (index.is_continued(expected) and (item.sequence < number or not index.is_linked(item))):
             expected, before = AuditHead(sequence=item.sequence, hash=item.hash), item
-        rest = garbage = False
+        fragment = invalid = False
 
 
-class _Chain:
-    """All lines there are, wherever they stand: what a line that is out of place is judged by."""
+class _Index:
+    """All lines by sequence number and hash, to judge a line that is out of place."""
 
     def __init__(self, lines: Sequence[Line]) -> None:
         self.places: dict[int, list[Line]] = {}
@@ -158,37 +156,37 @@ class _Chain:
         self._heads = {(line.sequence, line.hash) for line in lines}
         self._continued = {(line.sequence - 1, line.previous) for line in lines}
 
-    def goes_on(self, head: AuditHead) -> bool:
-        """Whether some line continues that head."""
+    def is_continued(self, head: AuditHead) -> bool:
+        """Whether a line continues that head."""
         return (head.sequence, head.hash) in self._continued
 
-    def knows(self, line: Line) -> bool:
-        """Whether it continues some line, or some line continues it: then it was not put in."""
+    def is_linked(self, line: Line) -> bool:
+        """Whether the line continues another or is continued by another: then it was not inserted."""
         return (line.sequence, line.hash) in self._continued or (line.sequence - 1, line.previous) in self._heads
 
     def diagnosis(self, item: Line, expected: AuditHead, before: Line | None) -> str:
-        """What is wrong with a line that does not continue what stands before it."""
+        """Explain why a line does not continue the one before it."""
         number = expected.sequence + 1
         if item.previous == expected.hash:
             return f"is number {item.sequence} and continues line {number - 1} of the chain: it was changed"
-        if item.sequence != number and self.goes_on(expected) and not self.knows(item):
-            return f"is number {item.sequence}, where line {number} of the chain belongs: it was put in"
+        if item.sequence != number and self.is_continued(expected) and not self.is_linked(item):
+            return f"is number {item.sequence}, where line {number} of the chain belongs: it was inserted"
         if item.sequence > number:
             missing = [n for n in range(number, min(item.sequence, number + 100_000)) if n not in self.places]
             if not missing:
                 return f"is line {item.sequence} of the chain, where line {number} belongs: lines were moved"
             if before is None and expected == BEGINNING:
-                return f"{_ranges(missing)} of the chain, from its beginning, removed before it: or give --after"
+                return f"{_ranges(missing)} of the chain, from its beginning, removed before it (or use --after)"
             return f"{_ranges(missing)} of the chain removed before it"
         if item.sequence < number:
-            twins = [line for line in self.places[item.sequence] if line is not item]
-            if not twins:
+            duplicates = [line for line in self.places[item.sequence] if line is not item]
+            if not duplicates:
                 return f"is line {item.sequence} of the chain, where line {number} belongs: it was moved"
-            copied = any(line.hash == item.hash for line in twins)
-            forged = item if copied or (item.sequence, item.hash) not in self._continued else twins[0]
-            return f"line {item.sequence} of the chain stands here and at {twins[0].place}: {forged.place} was put in"
+            copied = any(line.hash == item.hash for line in duplicates)
+            forged = item if copied or (item.sequence, item.hash) not in self._continued else duplicates[0]
+            return f"line {item.sequence} of the chain is also at {duplicates[0].place}: {forged.place} was inserted"
         if before is None:
-            return "does not continue the head that came before it: it was changed, or that head is not its"
+            return "does not continue the head before it: it was changed, or --after is wrong"
         if (item.sequence, item.hash) in self._continued:
             return f"does not hold the hash of {before.place}: that line was changed"
         return f"does not hold the hash of {before.place}: that line, or this one, was changed"
@@ -207,8 +205,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _head_faults(lines: Sequence[Line], head: AuditHead, after: AuditHead) -> Iterator[Fault]:
-    there = [line for line in lines if line.sequence == head.sequence]
-    if not there and head != after:
+    candidates = [line for line in lines if line.sequence == head.sequence]
+    if not candidates and head != after:
         last = max((line.sequence for line in lines), default=after.sequence)
         where = lines[-1] if lines else None
         yield Fault(
@@ -216,11 +214,11 @@ def _head_faults(lines: Sequence[Line], head: AuditHead, after: AuditHead) -> It
             where.number if where else 0,
             f"the end was cut off: the chain ends with line {last}, the expected head is line {head.sequence}"
             if head.sequence > last
-            else f"line {head.sequence} of the chain, the expected head, is not there",
+            else f"line {head.sequence} of the chain, the expected head, is missing",
         )
-    elif there and not any(line.hash == head.hash for line in there):
+    elif candidates and not any(line.hash == head.hash for line in candidates):
         yield Fault(
-            there[0].file,
-            there[0].number,
-            f"line {head.sequence} of the chain is not the expected head: it, or the chain up to it, was written anew",
+            candidates[0].file,
+            candidates[0].number,
+            f"line {head.sequence} of the chain is not the expected head: it, or the chain up to it, was rewritten",
         )

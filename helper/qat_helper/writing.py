@@ -1,4 +1,4 @@
-"""The only code that writes to sysfs. Nothing is created or truncated; what is written is its callers' to choose."""
+"""The only code that writes to sysfs. It creates and truncates nothing; its callers choose the text."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from qat_shared.sysfs import MissingError, PciDevice
 
 
 def write(device: PciDevice, name: str, text: str, doing: str, directory: int | None = None) -> None:
-    """Write an attribute of a device, or of another directory on its behalf. `doing` is for the error's sentence.
+    """Write an attribute of a device, or of another `directory` on its behalf. `doing` completes the error message.
 
     Raises OperationError.
     """
@@ -18,43 +18,44 @@ def write(device: PciDevice, name: str, text: str, doing: str, directory: int | 
     try:
         descriptor = os.open(name, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=where)
         try:
-            _check_place(device, descriptor, where, name)
+            _check_locations(device, descriptor, where, name)
             written = os.write(descriptor, data)
         finally:
             os.close(descriptor)
         if written != len(data):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
     except OSError as error:
-        raise _refused(device, doing, error.errno or 0) from error
+        raise _write_error(device, doing, error.errno or 0) from error
 
 
-def _check_place(device: PciDevice, descriptor: int, directory: int, name: str) -> None:
-    """The device is where it was, and what was opened is what its name says, not what a link leads to.
+def _check_locations(device: PciDevice, descriptor: int, directory: int, name: str) -> None:
+    """Check that the device is still in its place, and that the opened file is the attribute, not a link's target.
 
-    Links in sysfs are the kernel's own; this holds whatever lies where sysfs should be. Raises OperationError.
+    All links in sysfs are the kernel's. The check also holds if something else is where sysfs should be. Raises
+    OperationError.
     """
-    # Before each write that names it by its address: once it has gone, that may be another device's.
-    if _place(device.descriptor) != device.place or device.read_optional("vendor") is None:
-        raise OperationError(ErrorCode.VANISHED, f"{device.address} went away meanwhile")
-    place, expected = _place(descriptor), f"{_place(directory)}/{name}"
-    if place not in (expected, f"{expected} (deleted)"):  # deleted: the same attribute, replaced or gone
-        raise OperationError(ErrorCode.KERNEL, f"{expected} leads to {place}: it is not what the kernel made")
+    # Checked before each write that contains its address: once the device is gone, another one may have that address.
+    if _path_of(device.descriptor) != device.place or device.read_optional("vendor") is None:
+        raise OperationError(ErrorCode.VANISHED, f"{device.address} was removed during the operation")
+    place, expected = _path_of(descriptor), f"{_path_of(directory)}/{name}"
+    if place not in (expected, f"{expected} (deleted)"):  # deleted: the same attribute, replaced or removed
+        raise OperationError(ErrorCode.KERNEL, f"{expected} leads to {place}: it is not the kernel's attribute")
 
 
-def _place(descriptor: int) -> str:
+def _path_of(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
-def _refused(device: PciDevice, doing: str, number: int) -> OperationError:
+def _write_error(device: PciDevice, doing: str, number: int) -> OperationError:
     try:
         device.read("vendor")
     except MissingError:
-        return OperationError(ErrorCode.VANISHED, f"{device.address} went away meanwhile", number)
+        return OperationError(ErrorCode.VANISHED, f"{device.address} was removed during the operation", number)
     hint = ""
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = (
             "; the helper needs uid 0 and sysfs mounted read-write; "
-            "if the device's host bridge came after the helper's start, start the helper again"
+            "if the device's host bridge appeared after the helper started, restart the helper"
         )
     return OperationError(
         ErrorCode.KERNEL, f"{device.address}: the kernel refused to {doing}: {os.strerror(number)}{hint}", number

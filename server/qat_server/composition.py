@@ -33,7 +33,7 @@ from qat_server.observability.status_server import StatusServer
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
 from qat_server.reconciler import Reconciler
-from qat_server.run_loop import RunLoop
+from qat_server.run_loop import RunLoop, Task
 
 _WITHOUT_HELPER: Final = 5.0
 """Seconds that the first list waits for a helper, where the kubelet can be reached without one."""
@@ -119,33 +119,35 @@ class Server:
                 settings.provisioning_config, settings.node_name, self._configuration_changed
             )
         self.reconciler = Reconciler(
-            self.inventory,
-            self.configuration,
-            self.provisioner,
-            self.health,
-            self.resource_names,
-            self.binder,
-            self.usage,
-            self.endpoints,
-            self.queue,
-            conditions,
-            settings.dpdk_driver,
+            inventory=self.inventory,
+            configuration=self.configuration,
+            provisioner=self.provisioner,
+            health=self.health,
+            resource_names=self.resource_names,
+            binder=self.binder,
+            usage=self.usage,
+            endpoints=self.endpoints,
+            queue=self.queue,
+            conditions=conditions,
+            driver=settings.dpdk_driver,
         )
+        status = StatusServer(
+            lambda: self.inventory.current, self.state, OpenVfs(settings.sysfs_root, clock), self.counters
+        )
+        background: list[Task] = [self.helper.run]
+        if metrics_sockets:
+            background.append(functools.partial(status.serve, metrics_sockets))
+        serving: list[Task] = [
+            functools.partial(status.serve_locally, settings.socket_directory),
+            self.uevents.run,
+            functools.partial(self.queue.resync, settings.resync_interval),
+            self.usage.run,
+            self.health.run,
+        ]
+        if self.configuration is not None:
+            serving.append(self.configuration.run)
         self.run_loop = RunLoop(
-            self.reconciler,
-            self.queue,
-            self.helper,
-            self.uevents,
-            self.health,
-            self.usage,
-            self.configuration,
-            self.directory,
-            self.endpoints,
-            StatusServer(
-                lambda: self.inventory.current, self.state, OpenVfs(settings.sysfs_root, clock), self.counters
-            ),
-            metrics_sockets,
-            settings.resync_interval,
+            self.helper, self.directory, self.endpoints, self.queue, self.reconciler, background, serving
         )
         # Who is notified when the helper comes or goes, and when it has come.
         self.helper.on_change += [self.directory.helper_changed]

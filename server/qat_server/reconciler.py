@@ -8,6 +8,7 @@ change queue, and the run loop calls `reconcile` again.
 """
 
 import asyncio
+from dataclasses import dataclass, field
 
 from qat_server import logs
 from qat_server.binding import plan as binding
@@ -33,6 +34,7 @@ log = logs.get(__name__)
 _AFTER_DEFECT = 1.0  # seconds
 
 
+@dataclass
 class Reconciler:
     """The parts that a reconcile goes through, in their order, and its results.
 
@@ -40,35 +42,21 @@ class Reconciler:
     else bound a VF, `error` why there is no result yet ("" when there is one).
     """
 
-    def __init__(
-        self,
-        inventory: InventoryCache,
-        configuration: ConfigurationWatch | None,
-        provisioner: Provisioner,
-        health: HealthMonitor,
-        resource_names: ResourceNames,
-        binder: Binder,
-        usage: Usage,
-        endpoints: Endpoints,
-        queue: ChangeQueue,
-        conditions: Conditions,
-        driver: DpdkDriver,
-    ) -> None:
-        self._inventory = inventory
-        self._configuration = configuration
-        self._provisioner = provisioner
-        self._health = health
-        self._resource_names = resource_names
-        self._binder = binder
-        self._usage = usage
-        self._endpoints = endpoints
-        self._queue = queue
-        self._conditions = conditions
-        self._driver = driver
-        self.listing: Listing = {}
-        self.names: dict[PciAddress, str] = {}
-        self.foreign: dict[PciAddress, str] = {}
-        self.error = "starting"
+    inventory: InventoryCache
+    configuration: ConfigurationWatch | None
+    provisioner: Provisioner
+    health: HealthMonitor
+    resource_names: ResourceNames
+    binder: Binder
+    usage: Usage
+    endpoints: Endpoints
+    queue: ChangeQueue
+    conditions: Conditions
+    driver: DpdkDriver
+    listing: Listing = field(default_factory=dict)
+    names: dict[PciAddress, str] = field(default_factory=dict)
+    foreign: dict[PciAddress, str] = field(default_factory=dict)
+    error: str = "starting"
 
     async def reconcile_safely(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> bool:
         """Reconcile; whether it went without a defect. A defect must not end what is already served."""
@@ -78,68 +66,66 @@ class Reconciler:
             log.exception("reconcile failed")
             self.error = f"a defect of this server keeps the devices from being reconciled: {error!r}"
             await asyncio.sleep(_AFTER_DEFECT)
-            self._queue.rescan()
+            self.queue.rescan()
             return False
         finally:
-            self._conditions.settle()
+            self.conditions.settle()
         return True
 
     async def reconcile(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
         """Read the devices in `changed` again (None for all), and start the work on them in tasks of `work`."""
         if changed is None or changed:
-            self._binder.discovery_started()
+            self.binder.discovery_started()
             try:
-                await self._inventory.refresh(changed)
+                await self.inventory.refresh(changed)
             except SysfsError as error:
                 self.error = str(error)
                 return
-        inventory = self._inventory.current
-        self._inventory.report()
-        if self._configuration is not None:
+        inventory = self.inventory.current
+        self.inventory.report()
+        if self.configuration is not None:
             if changed is None:
-                self._configuration.load()
-            await self._provisioner.reconcile(inventory, self._configuration.current, self._holders, work)
-        if not inventory.vfs and not self._provisioner.working:
-            self._inventory.report_no_vfs()
-        self._health.update()
-        self._resource_names.reconcile(inventory, self._conditions, work)
-        self.names = self._resource_names.of(inventory)
+                self.configuration.load()
+            await self.provisioner.reconcile(inventory, self.configuration.current, self._holders, work)
+        if not inventory.vfs and not self.provisioner.working:
+            self.inventory.report_no_vfs()
+        self.health.update()
+        self.resource_names.reconcile(inventory, self.conditions, work)
+        self.names = self.resource_names.of(inventory)
         self._bind(inventory, work)
         self.listing = listing.next_listing(
             self.listing,
             inventory,
             self._offered(inventory),
-            dict.fromkeys(self._binder.pending, "it is being bound")
-            | self._health.unhealthy()
-            | self._provisioner.withheld,
-            self._driver,
-            self._endpoints.releasable,
-            self._endpoints.held,
-            self._usage.holders,
+            dict.fromkeys(self.binder.pending, "it is being bound")
+            | self.health.unhealthy()
+            | self.provisioner.withheld,
+            self.driver,
+            self.endpoints.releasable,
+            self.endpoints.held,
+            self.usage.holders,
         )
-        self._usage.observe(self.listing)
+        self.usage.observe(self.listing)
         self.error = ""
         # The first list must have what pods hold, even if it has gone: the kubelet's answer leads to a reconcile.
-        if self._usage.asked:
-            self._endpoints.publish(self.listing, work)
-            self._provisioner.published()
+        if self.usage.asked:
+            self.endpoints.publish(self.listing, work)
+            self.provisioner.published()
 
     def _bind(self, inventory: Inventory, work: asyncio.TaskGroup) -> None:
-        plan = binding.plan(inventory, self._driver)
+        plan = binding.plan(inventory, self.driver)
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
-            self._conditions.report(
-                "VF left alone: somebody bound it to another driver", address=address, driver=driver
-            )
-        wanted = self._provisioner.may_be_bound(inventory, (*plan.bind, *self._binder.timed_out))
-        self._binder.reconcile(wanted, work)
+            self.conditions.report("VF left alone: somebody bound it to another driver", address=address, driver=driver)
+        wanted = self.provisioner.may_be_bound(inventory, (*plan.bind, *self.binder.timed_out))
+        self.binder.reconcile(wanted, work)
 
     def _holders(self) -> dict[PciAddress, str] | None:
-        return self._usage.holders_of(self.listing, self._endpoints.held)
+        return self.usage.holders_of(self.listing, self.endpoints.held)
 
     def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
         """The names, without new VFs that are being bound or whose PF has not answered its first heartbeat yet."""
-        pending_pfs, pending_vfs = self._health.pending(), self._binder.pending
+        pending_pfs, pending_vfs = self.health.pending(), self.binder.pending
         if not pending_pfs and not pending_vfs:
             return self.names
         listed = {device.address for devices in self.listing.values() for device in devices}

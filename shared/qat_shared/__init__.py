@@ -1,12 +1,12 @@
-"""What the helper and the server both know: messages, codec, device table, PCI addresses, sysfs readers.
+"""Shared by helper and server: messages and codec, device table, PCI addresses, sysfs readers, self-confinement.
 
-Nothing here writes. It runs as root too: the standard library and msgspec only.
+Nothing here writes to a device. This code also runs as root, so it imports only the standard library and msgspec.
 """
 
 VERSION = "0.1.0"
 
 NAMESPACE = "qat.intel.com"
-"""Stands before each resource's name, with a slash; and the name of the directories for the server's sockets."""
+"""The prefix of every resource name, before the slash, and the name of the directories for the server's sockets."""
 
 SUN_PATH_LIMIT = 107
-"""Bytes of a Unix socket's path that fit into sockaddr_un (unix(7)), the closing NUL not counted."""
+"""The longest Unix socket path in bytes (sockaddr_un, unix(7)), without the terminating NUL."""

@@ -1,4 +1,4 @@
-"""Messages to packets and back. ProtocolError is the only exception that leaves here."""
+"""Encode messages into packets and decode them. The only exception that callers see is ProtocolError."""
 
 from typing import Final, TypeVar
 
@@ -18,20 +18,20 @@ class ProtocolError(Exception):
 
 
 def encode(message: AnyRequest | AnyReply) -> bytes:
-    """One packet. Raises ProtocolError when it would be longer than MAX_MESSAGE."""
+    """Encode one packet. Raises ProtocolError if it would exceed MAX_MESSAGE."""
     packet = _encoder.encode(message)
     if len(packet) > MAX_MESSAGE:
-        raise ProtocolError(f"the message is {len(packet)} bytes long, {MAX_MESSAGE} are allowed")
+        raise ProtocolError(f"the message has {len(packet)} bytes; at most {MAX_MESSAGE} are allowed")
     return packet
 
 
 def decode_request(packet: bytes) -> AnyRequest:
-    """The request in a packet. Raises ProtocolError with what is wrong and where."""
+    """Decode a request. Raises ProtocolError, which says what is wrong and where."""
     return _decode(_requests, packet)
 
 
 def decode_reply(packet: bytes) -> AnyReply:
-    """The answer in a packet. Raises ProtocolError with what is wrong and where."""
+    """Decode a reply. Raises ProtocolError, which says what is wrong and where."""
     return _decode(_replies, packet)
 
 

@@ -1,7 +1,7 @@
-"""How a process confines itself for good: capabilities, no_new_privs, core dumps, Landlock, seccomp.
+"""Irreversible self-confinement of a process: capabilities, no_new_privs, core dumps, Landlock, seccomp.
 
-Both processes do it once, before they have threads: each of these is a thread's own, and inherited by what it starts.
-Nothing here can be undone, and nothing gives more than there was. Sources: capabilities(7), prctl(2), the kernel's
+Both processes apply it once, before they start threads: every layer belongs to a thread and is inherited by what the
+thread starts. No layer can be undone, and none grants anything. Sources: capabilities(7), prctl(2), the kernel's
 Documentation/userspace-api/landlock.rst.
 """
 
@@ -26,7 +26,7 @@ _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITY_HEADER: Final = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
 _NO_CAPABILITIES: Final = bytes(24)
 
-# The C library has no functions for these; the numbers are the same on all architectures.
+# The C library has no wrappers for these; the numbers are the same on all architectures.
 _LANDLOCK_CREATE_RULESET: Final = 444
 _LANDLOCK_ADD_RULE: Final = 445
 _LANDLOCK_RESTRICT_SELF: Final = 446
@@ -46,18 +46,19 @@ TRUNCATE: Final = 1 << 14
 READ: Final = READ_FILE | READ_DIR
 _OF_FILES: Final = WRITE_FILE | READ_FILE | TRUNCATE
 _FILE_RIGHTS: Final = {1: 13, 2: 14, 3: 15, 4: 15}
-"""How many rights on files an ABI knows, the lowest bits; 16 from ABI 5 on."""
+"""How many file system rights an ABI knows, as the lowest bits; 16 from ABI 5 on."""
 
 Rules = Iterable[tuple[Path, int]]
-"""Paths, and what may be done with them and with what is beneath them."""
+"""Paths, and the rights to them and to everything beneath them."""
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def confine(rules: Rules, profile: Profile, *, traceable: bool = False) -> dict[str, str]:
-    """Give up capabilities, what `rules` do not name, what `profile` does not allow: by layer, what is missing of it.
+    """Drop all capabilities, all file access that `rules` do not grant and all system calls outside `profile`.
 
-    Paths that are not there are left out. `traceable`: others of the same user may still look into the process.
+    Returns, by layer, why it is missing, "" when it is in place. Rules for paths that do not exist are skipped.
+    `traceable`: other processes of the same user may still trace this one.
     """
     load: Callable[[], object]
     try:
@@ -67,7 +68,7 @@ def confine(rules: Rules, profile: Profile, *, traceable: bool = False) -> dict[
     layers: tuple[tuple[str, Callable[[], object]], ...] = (
         ("capabilities", _drop_capabilities),
         ("no-new-privs", lambda: _prctl(_PR_SET_NO_NEW_PRIVS, 1)),
-        ("no-core-dumps", lambda: _close_to_others(traceable=traceable)),
+        ("no-core-dumps", lambda: _forbid_tracing(traceable=traceable)),
         ("landlock", lambda: _restrict_files(rules)),
         ("seccomp", load),
     )
@@ -82,14 +83,14 @@ def confine(rules: Rules, profile: Profile, *, traceable: bool = False) -> dict[
 
 
 def nearest(path: Path) -> Path:
-    """The path, or what is above it and is there: a rule cannot be about what others have yet to make."""
+    """The path or its nearest existing ancestor: Landlock rules cannot name paths that do not exist yet."""
     while not path.exists():
         path = path.parent
     return path
 
 
 def missing(state: Mapping[str, str]) -> str:
-    """What of `confine`'s answer is amiss, "" when nothing is."""
+    """The missing layers in `confine`'s result as one text, "" when all are in place."""
     return "; ".join(f"{layer}: {why}" for layer, why in state.items() if why)
 
 
@@ -99,7 +100,7 @@ def _fail(error: OSError) -> None:
 
 def _drop_capabilities() -> None:
     try:
-        if os.geteuid() == 0:  # whoever is not root has nothing from the bounding set
+        if os.geteuid() == 0:  # without root, the bounding set grants nothing
             _empty_bounding_set()
     finally:
         _call(_libc.capset(_CAPABILITY_HEADER, _NO_CAPABILITIES))
@@ -108,15 +109,15 @@ def _drop_capabilities() -> None:
 
 def _empty_bounding_set() -> None:
     number = 0
-    while (there := _libc.prctl(_PR_CAPBSET_READ, ctypes.c_ulong(number), *_zeros(3))) >= 0:
-        if there and _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), *_zeros(3)) < 0:
-            raise OSError(0, "the bounding set is not empty, and CAP_SETPCAP, which would empty it, is not there")
+    while (present := _libc.prctl(_PR_CAPBSET_READ, ctypes.c_ulong(number), *_zeros(3))) >= 0:
+        if present and _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), *_zeros(3)) < 0:
+            raise OSError(0, "cannot empty the bounding set without CAP_SETPCAP")
         number += 1
 
 
-def _close_to_others(*, traceable: bool) -> None:
+def _forbid_tracing(*, traceable: bool) -> None:
     if traceable:
-        raise OSError(0, "it was told to stay traceable")
+        raise OSError(0, "the process is to stay traceable")
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
@@ -124,9 +125,9 @@ def _restrict_files(rules: Rules) -> None:
     try:
         abi = _syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint(_RULESET_VERSION))
     except OSError as error:
-        raise OSError(0, f"not offered by this kernel (5.13 and newer can), or by its container ({error})") from error
+        raise OSError(0, f"not available in this kernel (needs 5.13 or newer) or container ({error})") from error
     handled = (1 << _FILE_RIGHTS.get(abi, 16)) - 1
-    # TCP (bind, connect) from ABI 4 on; abstract sockets and signals of processes outside from ABI 6 on.
+    # TCP (bind, connect) from ABI 4 on; abstract sockets and signals to outside processes from ABI 6 on.
     attributes = struct.pack("QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     ruleset = _syscall(_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint(0))
     try:

@@ -1,8 +1,7 @@
-"""The device table: which PCI ids are QuickAssist, their kernel drivers, and what each may be used for.
+"""The device table: the PCI ids of QuickAssist, their kernel drivers, and what each may be used for.
 
-Sources: the id tables of the kernel's drivers/crypto/intel/qat and include/linux/pci_ids.h. A driver's name is the one
-in sysfs (the C62x VF driver's module is qat_c62xvf, its name c6xxvf). Whatever is not in these tables is never
-touched.
+Sources: the id tables of the kernel's drivers/crypto/intel/qat and include/linux/pci_ids.h. Driver names are those in
+sysfs (the C62x VF driver's module is qat_c62xvf, its name c6xxvf). Devices outside these tables are never touched.
 """
 
 from types import MappingProxyType
@@ -14,14 +13,14 @@ VENDOR_INTEL: Final = 0x8086
 
 
 class Physical(Struct, frozen=True):
-    """A kind of PF: its kernel driver, and whether VFs and services may be provisioned on it."""
+    """A kind of PF: its kernel driver, and whether its VFs and services may be provisioned."""
 
     driver: str
     provisioned: bool
 
 
 class Virtual(Struct, frozen=True):
-    """A kind of VF: its kernel driver, its PF's device id, and whether its PF's services name its resource."""
+    """A kind of VF: its kernel driver, its PF's device id, and whether the PF's services name its resource."""
 
     driver: str
     physical: int

@@ -1,9 +1,9 @@
-"""The messages between server and helper: every request there is, and every answer.
+"""The messages between server and helper: all requests and all replies.
 
-One message is one packet of a Unix SEQPACKET socket, msgpack, tagged by its kind, unknown fields refused, 64 KiB at
-most (codec.py). A client says Hello first; a helper of another protocol answers with a Failure that names both
-versions. Requests carry an id of the client's choosing; answers repeat it and may come in another order than the
-requests, since a device that answers slowly holds up no other. No request holds a path, a file name or bytes to write.
+One message is one packet on a Unix SEQPACKET socket: msgpack, tagged by its type, at most 64 KiB; unknown fields are
+refused (codec.py). A client sends Hello first; a helper with another protocol replies with a Failure that names both
+versions. The client chooses each request's id; the reply repeats it. Replies may arrive in another order than the
+requests, so that a slow device delays no other. No request holds a path, a file name or bytes to write.
 """
 
 from enum import StrEnum
@@ -15,7 +15,7 @@ from qat_shared.pci import PciAddress
 
 PROTOCOL: Final = 1
 MAX_MESSAGE: Final = 64 * 1024
-"""The longest message in bytes, either way."""
+"""The longest message in bytes, in either direction."""
 
 RequestId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Reason = Annotated[str, Meta(max_length=200)]
@@ -23,7 +23,7 @@ WaitMs = Annotated[int, Meta(ge=0, le=10_000)]
 
 
 class DpdkDriver(StrEnum):
-    """The drivers that a VF may be bound to."""
+    """The drivers to which a VF may be bound."""
 
     VFIO_PCI = "vfio-pci"
     IGB_UIO = "igb_uio"
@@ -33,7 +33,7 @@ DPDK_DRIVERS: Final = tuple(DpdkDriver)
 
 
 class Service(StrEnum):
-    """The services of a PF. In this order they are written: kernels before 6.4 know sym;asym, and not asym;sym."""
+    """The services of a PF, in the order of writing: kernels before 6.4 accept sym;asym but not asym;sym."""
 
     SYM = "sym"
     ASYM = "asym"
@@ -43,63 +43,63 @@ class Service(StrEnum):
 
 
 class KubeletService(StrEnum):
-    """The sockets of the kubelet that the helper may connect to."""
+    """The kubelet's sockets to which the helper may connect."""
 
     REGISTRATION = "registration"
     POD_RESOURCES = "pod-resources"
 
 
 class SocketDirectory(StrEnum):
-    """The kubelet's directories in which the helper may make one for the server's sockets."""
+    """The kubelet's directories in which the helper may create one for the server's sockets."""
 
     DEVICE_PLUGINS = "device-plugins"
     PLUGINS_REGISTRY = "plugins-registry"
 
 
 class ErrorCode(StrEnum):
-    """What kept an operation from being done. The Failure's message says what to do."""
+    """Why an operation was not done. The Failure's message says what to do."""
 
-    MALFORMED = "malformed"  # the message could not be read
-    PROTOCOL = "protocol"  # Hello was not said, or helper and server differ
+    MALFORMED = "malformed"  # the message could not be decoded
+    PROTOCOL = "protocol"  # no Hello, or helper and server have different protocols
     DENIED = "denied"  # by policy: Failure.rule names the rule
-    BUSY = "busy"  # in use, or an earlier operation on it has not ended
-    VANISHED = "vanished"  # no such device, or it went away meanwhile
-    UNAVAILABLE = "unavailable"  # the kubelet's socket, or a file of the driver, is not there
+    BUSY = "busy"  # in use, or an earlier operation on it has not finished
+    VANISHED = "vanished"  # no such device, or it was removed during the operation
+    UNAVAILABLE = "unavailable"  # the kubelet's socket or a file of the driver does not exist
     KERNEL = "kernel"  # the kernel refused: Failure.errno
-    TIMED_OUT = "timed-out"  # not done within the deadline; it may still come to pass
+    TIMED_OUT = "timed-out"  # not finished within the deadline; it may still complete
     AUDIT = "audit"  # the audit log cannot be written, so nothing is done
-    INTERNAL = "internal"  # a defect of the helper
+    INTERNAL = "internal"  # a bug in the helper
 
 
 class Request(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"):
-    """What every request carries: `id` comes back in the answer, `reason` goes to the audit log."""
+    """The fields of every request: the reply repeats `id`; `reason` goes to the audit log."""
 
     id: RequestId
     reason: Reason = ""
 
 
 class Hello(Request, frozen=True, kw_only=True, tag="Hello"):
-    """First of all: the client's protocol and version. Answer: Welcome."""
+    """The first message: the client's protocol and version. Answer: Welcome."""
 
     protocol: Annotated[int, Meta(ge=0, le=2**31)]
     version: Annotated[str, Meta(max_length=40)]
 
 
 class BindDriver(Request, frozen=True, kw_only=True, tag="BindDriver"):
-    """Bind a VF of the device table to a DPDK driver, taking it from its kernel VF driver if need be. Answer: Bound."""
+    """Bind a VF of the device table to a DPDK driver; unbind it from its kernel VF driver if needed. Answer: Bound."""
 
     address: PciAddress
     driver: DpdkDriver
 
 
 class ReleaseDriver(Request, frozen=True, kw_only=True, tag="ReleaseDriver"):
-    """Give a VF back to the driver of the kernel's own choice. Answer: Bound."""
+    """Return a VF to the driver that the kernel chooses. Answer: Bound."""
 
     address: PciAddress
 
 
 class ReadHeartbeat(Request, frozen=True, kw_only=True, tag="ReadHeartbeat"):
-    """Have a PF's firmware answer a heartbeat query. Answer: Heartbeat."""
+    """Query the heartbeat of a PF's firmware. Answer: Heartbeat."""
 
     address: PciAddress
 
@@ -111,14 +111,14 @@ class ReadDeviceConfig(Request, frozen=True, kw_only=True, tag="ReadDeviceConfig
 
 
 class SetServices(Request, frozen=True, kw_only=True, tag="SetServices"):
-    """Give a PF other services: down, write, up, or back to the old ones. Its VFs go. Answer: Provisioned."""
+    """Change a PF's services: down, write, up (restored on failure). Removes its VFs. Answer: Provisioned."""
 
     address: PciAddress
     services: Annotated[tuple[Service, ...], Meta(min_length=1, max_length=3)]
 
 
 class SetPmIdle(Request, frozen=True, kw_only=True, tag="SetPmIdle"):
-    """Set a PF's pm_idle_enabled: down, write, up unless it is to `stay_down`. Its VFs go. Answer: Provisioned."""
+    """Set a PF's pm_idle_enabled: down, write, up unless `stay_down`. Removes its VFs. Answer: Provisioned."""
 
     address: PciAddress
     on: bool
@@ -133,20 +133,20 @@ class SetAutoReset(Request, frozen=True, kw_only=True, tag="SetAutoReset"):
 
 
 class SetNumVfs(Request, frozen=True, kw_only=True, tag="SetNumVfs"):
-    """Enable a PF's VFs, left to no driver (the QAT driver enables all), or with 0 remove them. Answer: Provisioned."""
+    """Enable a PF's VFs (QAT drivers enable all) without a driver, or with 0 remove them. Answer: Provisioned."""
 
     address: PciAddress
     count: Annotated[int, Meta(ge=0, le=0xFFFF)]
 
 
 class PrepareSocketDirectory(Request, frozen=True, kw_only=True, tag="PrepareSocketDirectory"):
-    """Make qat.intel.com in a directory of the kubelet, usable by the server's group. Answer: Done."""
+    """Create qat.intel.com in a directory of the kubelet, writable by the server's group. Answer: Done."""
 
     directory: SocketDirectory = SocketDirectory.DEVICE_PLUGINS
 
 
 class OpenKubeletSocket(Request, frozen=True, kw_only=True, tag="OpenKubeletSocket"):
-    """Connect to a socket of the kubelet, waiting up to `wait_ms` for it to be there.
+    """Connect to a socket of the kubelet, waiting up to `wait_ms` for it to exist.
 
     Answer: Connected, with one descriptor.
     """
@@ -171,14 +171,14 @@ AnyRequest = (
 
 
 class AuditHead(Struct, frozen=True, forbid_unknown_fields=True):
-    """The last line of the audit log when an answer was sent: its sequence number and SHA-256 (hex)."""
+    """The last line of the audit log when a reply was sent: its sequence number and SHA-256 (hex)."""
 
     sequence: int
     hash: str
 
 
 class Reply(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="reply"):
-    """What every answer carries."""
+    """The fields of every reply."""
 
     id: RequestId
     audit: AuditHead
@@ -187,7 +187,7 @@ class Reply(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_f
 class Welcome(Reply, frozen=True, kw_only=True, tag="Welcome"):
     """The helper's protocol and version, and the operations that its policy allows this client.
 
-    `sandbox` says of each of its layers what is missing, "" when nothing is.
+    `sandbox`: by layer, why it is missing, "" when it is in place.
     """
 
     protocol: int
@@ -197,18 +197,18 @@ class Welcome(Reply, frozen=True, kw_only=True, tag="Welcome"):
 
 
 class Done(Reply, frozen=True, kw_only=True, tag="Done"):
-    """It is done, and there is nothing to tell."""
+    """The operation is done and has no result."""
 
 
 class Bound(Reply, frozen=True, kw_only=True, tag="Bound"):
-    """The driver that the VF has now (None: none), and whether anything had to be changed."""
+    """The VF's driver now (None: none), and whether the operation changed anything."""
 
     driver: str | None
     changed: bool
 
 
 class Provisioned(Reply, frozen=True, kw_only=True, tag="Provisioned"):
-    """What the attribute showed before, and what it shows now. Equal when nothing had to be changed."""
+    """The attribute's value before and now; equal when nothing was changed."""
 
     before: str
     now: str
@@ -231,7 +231,7 @@ class Connected(Reply, frozen=True, kw_only=True, tag="Connected"):
 
 
 class Failure(Reply, frozen=True, kw_only=True, tag="Failure"):
-    """It was not done. `message` is one sentence for a person; `errno` the kernel's answer; `rule` the policy's."""
+    """The operation was not done. `message`: a sentence for people; `errno`: the kernel's; `rule`: the policy's."""
 
     code: ErrorCode
     message: str

@@ -1,7 +1,6 @@
-"""PCI addresses (domain:bus:device.function, "BDF"), in any domain.
+"""PCI addresses (domain:bus:device.function, "BDF") in any domain.
 
-The numbers travel, not the text: a message holds four bounded integers, so that the root process never parses an
-address that a client wrote.
+A message carries four bounded integers, not text, so that the root process never parses an address from a client.
 """
 
 import re
@@ -9,12 +8,12 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-# The kernel prints %04x:%02x:%02x.%d; the domains of a VMD controller are wider than four digits.
+# The kernel prints %04x:%02x:%02x.%d; VMD controllers have domains wider than four digits.
 _TEXT = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.ASCII)
 
 
 class PciAddress(Struct, frozen=True, order=True, array_like=True, forbid_unknown_fields=True):
-    """The address of one PCI function; ordered as lspci orders, printed as sysfs does (0000:6b:00.1)."""
+    """The address of one PCI function. Sorts like lspci; prints as in sysfs (0000:6b:00.1)."""
 
     domain: Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
     bus: Annotated[int, Meta(ge=0, le=0xFF)]
@@ -23,13 +22,13 @@ class PciAddress(Struct, frozen=True, order=True, array_like=True, forbid_unknow
 
     @classmethod
     def parse(cls, text: str) -> "PciAddress":
-        """Read an address as sysfs writes it. Raises ValueError when it is not one."""
+        """Parse an address in sysfs' format. Raises ValueError."""
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ValueError(f"{text[:40]!r} is not a PCI address such as 0000:6b:00.1")
         domain, bus, device, function = match.groups()
         if len(domain) > 4 and domain[0] == "0":  # the kernel pads to four digits, never further
-            raise ValueError(f"{text[:40]!r} is not a PCI address as the kernel writes it: too many leading zeros")
+            raise ValueError(f"{text[:40]!r} is not a PCI address in the kernel's format: too many leading zeros")
         return cls(int(domain, 16), int(bus, 16), int(device, 16), int(function))
 
     def __str__(self) -> str:

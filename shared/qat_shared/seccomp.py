@@ -1,9 +1,9 @@
-"""The system calls that a process may still make: an OCI seccomp profile, loaded through libseccomp.
+"""Restrict the process to the system calls of an OCI seccomp profile, through libseccomp.
 
-The same file serves a container runtime (Localhost profile), under which the process also has to start, and the process
-itself, which leaves out the rules marked "start" (a `comment`, which runtimes do not read). Formats: the OCI runtime
-specification's seccomp section; seccomp_rule_add(3). libseccomp knows the system calls' numbers on each architecture,
-and writes the filter; it is loaded here by hand, since of the hundreds of lines of a binding four functions are needed.
+Container runtimes load the same file (a Localhost profile), under which the process must also start. The process itself
+skips the rules for its start, marked "start" in `comment`, which runtimes ignore. Formats: the OCI runtime
+specification's seccomp section; seccomp_rule_add(3). libseccomp knows the system call numbers of each architecture and
+builds the filter. It is called through ctypes: a binding has hundreds of lines, and four functions are needed.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ LIBRARY: Final = "libseccomp.so.2"
 START: Final = "start"
 _ACTIONS: Final = {"SCMP_ACT_ALLOW": 0x7FFF0000, "SCMP_ACT_ERRNO": 0x00050000}
 _COMPARISONS: Final = {"SCMP_CMP_EQ": 4, "SCMP_CMP_MASKED_EQ": 7}
-_UNKNOWN: Final = -1  # __NR_SCMP_ERROR; smaller ones are of other architectures
+_UNKNOWN: Final = -1  # __NR_SCMP_ERROR; smaller numbers belong to other architectures
 
 
 class Argument(Struct, frozen=True, rename="camel"):
@@ -32,7 +32,7 @@ class Argument(Struct, frozen=True, rename="camel"):
 
 
 class Rule(Struct, frozen=True, rename="camel"):
-    """What to do about some system calls when all of `args` hold."""
+    """The action for some system calls when all of `args` hold."""
 
     names: tuple[str, ...]
     action: str
@@ -42,7 +42,7 @@ class Rule(Struct, frozen=True, rename="camel"):
 
 
 class Profile(Struct, frozen=True, rename="camel"):
-    """As far as ours go; all else that is in the file is for container runtimes."""
+    """The parts of a profile that this module applies; the rest of the file is for container runtimes."""
 
     default_action: str
     default_errno_ret: int
@@ -61,14 +61,14 @@ class _Comparison(ctypes.Structure):
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises OSError, msgspec.MsgspecError."""
+    """Read a profile. Raises OSError, msgspec.MsgspecError."""
     return msgspec.json.decode(path.read_bytes(), type=Profile)
 
 
 def prepare(profile: Profile) -> Callable[[], None]:
-    """Make the filter: what to call to have it on this thread and all that it starts, from then on.
+    """Build the filter. The returned function applies it to this thread and everything that it starts.
 
-    Made beforehand, since Landlock may keep the library from being read. Both raise OSError.
+    Build it before Landlock, which may make the library unreadable. Both functions raise OSError.
     """
     library = ctypes.CDLL(LIBRARY)
     library.seccomp_init.restype = ctypes.c_void_p
@@ -81,7 +81,7 @@ def prepare(profile: Profile) -> Callable[[], None]:
         )
         for name in rule.names:
             number = library.seccomp_syscall_resolve_name(name.encode())
-            if number != _UNKNOWN:  # newer than the library: refused, as what is not in the profile
+            if number != _UNKNOWN:  # newer than the library: denied by default
                 action = ctypes.c_uint32(_action(rule.action, rule.errno_ret))
                 _check(library.seccomp_rule_add_array(context, action, number, len(rule.args), conditions))
 

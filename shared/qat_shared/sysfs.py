@@ -1,13 +1,12 @@
-"""Readers of the kernel's PCI tree in sysfs, starting from a given root. Nothing here writes.
+"""Readers of the kernel's PCI tree in sysfs, beneath a given root. Nothing here writes.
 
-A device is read through one directory descriptor (PciDevice), so that all that is learnt of it in one look is learnt of
-the same device, whatever happens to the links that lead there. Formats: the kernel's
-Documentation/ABI/testing/sysfs-bus-pci.
+A device is read through one directory descriptor (PciDevice), so that all values belong to the same device even if the
+links to it change. Formats: the kernel's Documentation/ABI/testing/sysfs-bus-pci.
 
     <root>/bus/pci/devices/0000:6b:00.1 -> ../../../devices/pci0000:6b/0000:6b:00.1
         vendor device numa_node driver_override enable   text attributes
         driver iommu_group physfn virtfnN                links
-        qat/state qat/cfg_services uio/uioN              in folders
+        qat/state qat/cfg_services uio/uioN              in subdirectories
 """
 
 import errno
@@ -21,14 +20,14 @@ from typing import Final
 
 from qat_shared.pci import PciAddress
 
-ATTRIBUTE_LIMIT: Final = 4096  # the kernel's own limit: an attribute is at most one page
-# ENODEV and ENXIO: the file was open while its device went away.
+ATTRIBUTE_LIMIT: Final = 4096  # the kernel's limit: an attribute is at most one page
+# ENODEV and ENXIO: the device was removed while the file was open.
 _NOT_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO})
 _VIRTFN = re.compile(r"virtfn([0-9]+)", re.ASCII)
 
 
 class SysfsError(Exception):
-    """Something in sysfs could not be read: `path`, relative to `where` (a device or the root), because of `why`."""
+    """Reading sysfs failed: `path`, relative to `where` (a device or the root), because of `why`."""
 
     def __init__(self, where: str, path: str, why: str) -> None:
         super().__init__(f"{where}: {path}: {why}")
@@ -38,15 +37,15 @@ class SysfsError(Exception):
 
 
 class MissingError(SysfsError):
-    """The device, attribute or link is not there (any more)."""
+    """The device, attribute or link does not exist (any more)."""
 
 
 class MalformedError(SysfsError):
-    """It is there, but it is not what the kernel writes there."""
+    """It exists, but the kernel would not have written it so."""
 
 
 def pci_directory(root: Path) -> Path:
-    """`<root>/bus/pci`, after a check that root is a sysfs tree with a PCI bus. Raises SysfsError."""
+    """`<root>/bus/pci`, after checking that root is a sysfs tree with a PCI bus. Raises SysfsError."""
     pci = root / "bus" / "pci"
     try:
         with os.scandir(pci / "devices"):
@@ -59,7 +58,7 @@ def pci_directory(root: Path) -> Path:
 
 
 class PciDevice:
-    """One device's directory, held open, which was at `place` when it was opened. Made by `open_device`."""
+    """A device's directory, held open; `place` was its path when opened. Made by `open_device`."""
 
     def __init__(self, address: PciAddress, descriptor: int, place: str) -> None:
         self.address = address
@@ -67,16 +66,16 @@ class PciDevice:
         self.place = place
 
     def read(self, name: str) -> str:
-        """A text attribute without the white space around it. Raises MissingError, MalformedError or SysfsError."""
+        """A text attribute, stripped. Raises MissingError, MalformedError or SysfsError."""
         text = self.read_optional(name)
         if text is None:
             raise MissingError(str(self.address), name, "not there")
         return text
 
     def read_optional(self, name: str) -> str | None:
-        """As `read`, None when the attribute does not exist."""
+        """As `read`, but None when the attribute does not exist."""
         try:
-            # O_NONBLOCK: should somebody have put a pipe there, this must not wait for its writer.
+            # O_NONBLOCK: if this is a pipe, opening it must not wait for a writer.
             descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.descriptor)
             try:
                 raw = os.read(descriptor, ATTRIBUTE_LIMIT + 1)
@@ -84,7 +83,7 @@ class PciDevice:
                 os.close(descriptor)
         except OSError as error:
             if error.errno in _NOT_THERE:
-                return None  # the usual case of the optional ones; an error with all its facts costs more than the look
+                return None  # common for optional attributes; an exception costs more than the read
             raise self._failed(name, error) from error
         if len(raw) > ATTRIBUTE_LIMIT:
             raise MalformedError(str(self.address), name, f"longer than {ATTRIBUTE_LIMIT} bytes")
@@ -97,17 +96,17 @@ class PciDevice:
         return text
 
     def read_int(self, name: str, base: int = 10) -> int:
-        """A number: base 10, or 16 for vendor and device (0x8086). Raises as `read` does."""
+        """A number, in base 10, or 16 for vendor and device (0x8086). Raises as `read` does."""
         text = self.read(name)
         try:
-            if len(text) > 20 or "_" in text:  # no number of the kernel's, though one of Python's
+            if len(text) > 20 or "_" in text:  # valid in Python, never printed by the kernel
                 raise ValueError
             return int(text, base)
         except ValueError:
             raise MalformedError(str(self.address), name, f"{text[:40]!r} is not a number") from None
 
     def link(self, name: str) -> str | None:
-        """The last part of a link's target (driver: vfio-pci; iommu_group: 12), None when there is no such link."""
+        """The last component of a link's target (driver: vfio-pci; iommu_group: 12), None without the link."""
         try:
             target = os.readlink(name, dir_fd=self.descriptor)
         except FileNotFoundError:
@@ -121,7 +120,7 @@ class PciDevice:
         return target.rpartition("/")[2]
 
     def linked_address(self, name: str) -> PciAddress | None:
-        """The device that a link (physfn, virtfn3) leads to, None when there is no such link. Raises MalformedError."""
+        """The device that a link (physfn, virtfn3) points to, None without the link. Raises MalformedError."""
         target = self.link(name)
         if target is None:
             return None
@@ -131,7 +130,7 @@ class PciDevice:
             raise MalformedError(str(self.address), name, str(error)) from None
 
     def names(self, folder: str = ".") -> list[str]:
-        """What a folder of the device holds, sorted; empty when there is no such folder."""
+        """The sorted names in a directory of the device; empty when it does not exist."""
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.descriptor)
         except (FileNotFoundError, NotADirectoryError):
@@ -144,7 +143,7 @@ class PciDevice:
             os.close(descriptor)
 
     def virtual_functions(self) -> Iterator[tuple[str, PciAddress | MalformedError]]:
-        """The virtfnN links of a PF in the order of N, each with its VF's address or with what is wrong with it."""
+        """The virtfnN links of a PF in the order of N, each with its VF's address or its error."""
         numbered = [(int(match[1]), match[0]) for match in map(_VIRTFN.fullmatch, self.names()) if match]
         for _, name in sorted(numbered):
             try:
@@ -163,18 +162,18 @@ class PciDevice:
         return SysfsError(str(self.address), name, os.strerror(error.errno or 0))
 
 
-@lru_cache(maxsize=8)  # a look at a thousand VFs asks a thousand times
+@lru_cache(maxsize=8)  # discovery of a thousand VFs calls it a thousand times
 def _real(root: Path) -> str:
     return os.path.realpath(root)
 
 
 @contextmanager
 def open_device(root: Path, address: PciAddress) -> Iterator[PciDevice]:
-    """Hold a device's directory open. Raises MissingError when there is no such device.
+    """Hold a device's directory open. Raises MissingError when there is no such device, otherwise MalformedError.
 
-    It must carry the address as its own name, beneath devices/: a link that leads anywhere else is refused.
+    The directory's own name must be the address, beneath devices/: a link to anywhere else is refused.
     """
-    path = f"{root}/bus/pci/devices/{address}"  # a thousand Path objects would be a fifth of a look at a thousand VFs
+    path = f"{root}/bus/pci/devices/{address}"  # Path objects would take a fifth of the discovery of a thousand VFs
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -184,7 +183,7 @@ def open_device(root: Path, address: PciAddress) -> Iterator[PciDevice]:
         place = os.readlink(f"/proc/self/fd/{descriptor}")
         real = place.rpartition("/")[2]
         if real == f"{address} (deleted)":
-            raise MissingError(str(address), "device", "went away")
+            raise MissingError(str(address), "device", "was removed")
         if real != str(address):
             raise MalformedError(str(address), "device", f"leads to {real[:40]!r}, not to the device itself")
         if not place.startswith(f"{_real(root)}/devices/"):

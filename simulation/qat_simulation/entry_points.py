@@ -1,6 +1,6 @@
-"""What qat-plugin finds here by entry points: the command `demo`, and the sysfs tree of a described node.
+"""The simulation's entry points for qat-plugin: the command `demo`, and the sysfs tree of a described node.
 
-Each invocation of a qat-plugin command loads this module, so all but typer is imported only where it is used.
+Every qat-plugin command loads this module, so it imports the rest of the simulation only in the functions.
 """
 
 import os
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="leave the node running until interrupted")] = False,
-    node: Annotated[str | None, typer.Option("--node", metavar="FILE", help="another node description (JSON)")] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", metavar="FILE", help="simulate the node described in FILE (JSON)")
+    ] = None,
     policy: Annotated[str, typer.Option("--policy", metavar="POLICY", help="balanced or packed")] = "balanced",
 ) -> None:
     """Run the real helper and server on a simulated node and show each step. Needs no hardware and no root."""

@@ -1,7 +1,7 @@
 """A whole node in one directory: the emulated kernel and kubelet, and the real helper and server processes on them.
 
-The demo, the tests and the benchmark all run on this. The two processes are started as their users start them, by their
-commands and options; only the sysfs root, the kubelet's directory and the source of uevents are the node's.
+The demo, the tests and the benchmark use it. The processes are started as users start them, by commands and options;
+only the sysfs root, the kubelet's directory and the source of uevents are the simulated node's.
 """
 
 import asyncio
@@ -30,35 +30,39 @@ from qat_simulation.node.description import Node
 _T = TypeVar("_T")
 
 START_TIMEOUT: Final = 60.0
-"""Seconds that a process has until it serves: generous, since a busy machine is slow."""
+"""Seconds in which a process has to serve; long, because a busy machine is slow."""
 
-_ROOM: Final = 256 * 1024 * 1024  # 1024 VFs are some 30000 files of one page each
+_TREE_SPACE: Final = 256 * 1024 * 1024  # bytes: 1024 VFs have some 30000 files of one page each
 
 
 class SimulationError(Exception):
-    """The node did not do what it should have: one sentence, with the end of the processes' logs where that helps."""
+    """The node did not reach an expected state: one sentence, with the end of the processes' logs where that helps."""
 
 
 def command(name: str) -> list[str]:
-    """How to start one of our programs (qat-helper, qat-plugin): from beside this Python, else from PATH."""
+    """The command line of qat-helper or qat-plugin, from this Python's directory, else from PATH.
+
+    Raises SimulationError if it is not installed.
+    """
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         distribution = {"qat-helper": "qat-plugin-helper", "qat-plugin": "qat-plugin-server"}.get(name, name)
         raise SimulationError(
-            f"{name} is not installed beside {sys.executable} nor on PATH: install the distribution {distribution}"
+            f"{name} is not installed: it is neither next to {sys.executable} nor on PATH;"
+            f" install the distribution {distribution}"
         )
     return [found]
 
 
 class Processes:
-    """Our two processes on an emulated kernel and some kubelet's directory; `directory`/run is theirs.
+    """Helper and server on an emulated kernel and some kubelet's directory; their files are in `directory`/run.
 
-    `helper` and `server` are the running ones, None while they are stopped. Both run as this user; whoever starts them
-    as others changes the commands, and what they say of the server.
+    `helper` and `server` are the running processes, None while they are stopped. Both run as this user; a subclass that
+    starts them as other users changes the commands and the server's ids.
     """
 
     pauses: tuple[float, float] = (0.005, 0.02)
-    """Seconds between two looks at a condition, and between two questions for the server's status."""
+    """Seconds between two checks of a condition, and between two requests for the server's status."""
 
     def __init__(self, directory: Path, kernel: Kernel, kubelet_directory: Path, server_options: Sequence[str]) -> None:
         self.directory = directory
@@ -72,7 +76,7 @@ class Processes:
         self._server_options = tuple(server_options)
 
     def add_server_options(self, *options: str) -> None:
-        """More options for servers that are started from now on."""
+        """Add options for servers that are started from now on."""
         self._server_options += options
 
     @property
@@ -80,9 +84,9 @@ class Processes:
         return self.directory / "run" / "audit.jsonl"
 
     def audit_lines(self) -> list[bytes]:
-        """What the audit log has so far, but for a line that is just being written."""
-        whole, _, _ = self.audit_log.read_bytes().rpartition(b"\n")
-        return whole.splitlines()
+        """The complete lines of the audit log; a line that is being written is left out."""
+        complete, _, _ = self.audit_log.read_bytes().rpartition(b"\n")
+        return complete.splitlines()
 
     @property
     def helper_socket(self) -> Path:
@@ -90,15 +94,15 @@ class Processes:
 
     @property
     def metrics_port(self) -> int:
-        """Where the present server listens: it chooses, so that nobody can take the port first. 0: nowhere (yet)."""
+        """The server's HTTP port, assigned by the system so that it is free; 0 while the server does not listen."""
         if self.server is None:
             return 0
-        said = rf' {self.server.pid} \S+ "status endpoint open" addresses=\["127\.0\.0\.1:(\d+)"\]'
-        found = re.search(said, self.log("server"))
+        line = rf' {self.server.pid} \S+ "status endpoint open" addresses=\["127\.0\.0\.1:(\d+)"\]'
+        found = re.search(line, self.log("server"))
         return int(found[1]) if found else 0
 
     def log(self, name: str) -> str:
-        """What a process ("helper", "server") has written to stderr so far."""
+        """The text that a process ("helper", "server") has written to stderr so far."""
         return (self.directory / "run" / f"{name}.log").read_text(errors="replace")
 
     def helper_command(self) -> list[str]:
@@ -129,7 +133,7 @@ class Processes:
         ]
 
     def start_helper(self) -> None:
-        """Start qat-helper under the emulated kernel; it may take a moment until it serves."""
+        """Start qat-helper under the emulated kernel, without waiting until it serves."""
         with self._open_log("helper") as log:
             self.helper = self.kernel.spawn(
                 self.helper_command(),
@@ -139,7 +143,7 @@ class Processes:
             )
 
     def start_server(self) -> None:
-        """Start qat-plugin; it may take a moment until it is ready."""
+        """Start qat-plugin, without waiting until it is ready."""
         with self._open_log("server") as log:
             self.server = subprocess.Popen(
                 self.server_command(),
@@ -149,24 +153,24 @@ class Processes:
             )
 
     async def stop_server(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """End the server and wait for it: its exit status."""
+        """End the server and return its exit status. Raises SimulationError if it does not end within 10 s."""
         server, self.server = self.server, None
         return await _ended("server", server, how)
 
     async def stop_helper(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """End the helper and wait for it: its exit status."""
+        """End the helper and return its exit status. Raises SimulationError if it does not end within 10 s."""
         helper, self.helper = self.helper, None
         return await _ended("helper", helper, how)
 
     async def end(self) -> None:
-        """End what still runs."""
+        """End the processes that still run."""
         for stop in (self.stop_server, self.stop_helper):
             with contextlib.suppress(SimulationError):
                 await stop()
 
     async def get(self, path: str) -> tuple[int, bytes]:
-        """GET from the server's HTTP endpoint, once it listens: status and body. Raises OSError when it has ended."""
-        if self.server is None:  # its port may be another's by now
+        """GET from the server's HTTP endpoint, once it listens: status and body. Raises OSError if it has ended."""
+        if self.server is None:  # another process may have its port by now
             raise ConnectionRefusedError("the server is not running")
         port = await self.until("the server listens", lambda: self.metrics_port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -191,12 +195,12 @@ class Processes:
                 await writer.wait_closed()
 
     async def status(self) -> Status:
-        """What the server says of itself. Raises OSError when it has ended."""
+        """The server's /status. Raises OSError if it has ended."""
         _, body = await self.get("/status")
         return msgspec.json.decode(body, type=Status)
 
     async def until(self, what: str, condition: Callable[[], _T], seconds: float = START_TIMEOUT) -> _T:
-        """Wait until `condition()` is true and return it. Raises SimulationError that says `what` did not come."""
+        """Wait until `condition()` is true and return its value. Raises SimulationError with `what` after `seconds`."""
         deadline = time.monotonic() + seconds
         while not (value := condition()):
             self.check_alive()
@@ -208,7 +212,7 @@ class Processes:
     async def until_status(
         self, what: str, condition: Callable[[Status], object], seconds: float = START_TIMEOUT
     ) -> Status:
-        """Wait until the server's status satisfies `condition` and return it. Raises SimulationError."""
+        """Wait until the server's status satisfies `condition` and return it. Raises SimulationError like `until`."""
         deadline = time.monotonic() + seconds
         while True:
             with contextlib.suppress(OSError):
@@ -221,7 +225,7 @@ class Processes:
             await asyncio.sleep(self.pauses[1])
 
     def check_alive(self) -> None:
-        """Raises SimulationError when one of the processes has ended by itself."""
+        """Raise SimulationError if one of the processes has ended unexpectedly."""
         for name, process in (("helper", self.helper), ("server", self.server)):
             if process is not None and process.poll() is not None:
                 raise SimulationError(f"the {name} ended with status {process.returncode}\n{self.tails()}")
@@ -239,7 +243,7 @@ class Processes:
 
 
 class RunningNode(Processes):
-    """Made by `running_node`: with the emulated kubelet."""
+    """Helper and server with the emulated kubelet. Made by `running_node`."""
 
     def __init__(self, directory: Path, kernel: Kernel, kubelet: Kubelet, server_options: Sequence[str]) -> None:
         super().__init__(directory, kernel, kubelet.directory, server_options)
@@ -250,10 +254,10 @@ class RunningNode(Processes):
 async def running_node(
     node: Node, server_options: Sequence[str] = (), directory: Path | None = None
 ) -> AsyncIterator[RunningNode]:
-    """A node whose processes the caller starts; all ends with the context. Without `directory`, in a temporary one."""
+    """A node whose processes the caller starts; it ends with the block. By default `directory` is a temporary one."""
     with contextlib.ExitStack() as stack:
         if directory is None:
-            # Short: a Unix socket's path has 107 bytes.
+            # Short, because a Unix socket's path has at most 107 bytes.
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qat-", dir=short_tmp())))
         (directory / "run").mkdir(mode=0o770)
         kernel = stack.enter_context(contextlib.closing(Kernel(directory, node)))
@@ -281,10 +285,10 @@ async def _ended(name: str, process: "subprocess.Popen[bytes] | None", how: sign
 
 
 def short_tmp() -> str:
-    """A directory with a short name, in memory where there is room: sysfs is no disk either."""
+    """A directory with a short name, in memory if there is space: a tree on a disk is much slower than sysfs."""
     memory = "/dev/shm"  # noqa: S108
     with contextlib.suppress(OSError):
         space = os.statvfs(memory)
-        if os.access(memory, os.W_OK | os.X_OK) and space.f_bavail * space.f_frsize > _ROOM:
+        if os.access(memory, os.W_OK | os.X_OK) and space.f_bavail * space.f_frsize > _TREE_SPACE:
             return memory
     return "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()  # noqa: S108

@@ -13,10 +13,9 @@ from deployments import containers, images, measured, rendered
 from deployments.pods import PodNode, pod_node
 from qat_server.kubelet.allocation import AllocationPolicy
 from qat_simulation.demo.audit import show_audit
-from qat_simulation.demo.events import heartbeat, restart_kubelet
-from qat_simulation.demo.pods import allocate
-from qat_simulation.demo.scene import Scene
-from qat_simulation.demo.starting import bind, register, start
+from qat_simulation.demo.demo_run import DemoRun
+from qat_simulation.demo.events import allocate, heartbeat, restart_kubelet
+from qat_simulation.demo.startup import bind, register, start
 from qat_simulation.kubelet.config_map import ConfigMap
 from qat_simulation.node.description import Node, demo_node, parse_node
 
@@ -35,15 +34,15 @@ async def _demo(node: PodNode) -> str:
     """The demo's own steps on this node; what they print."""
     shown = io.StringIO()
     config = ConfigMap(node.directory / "config")  # that nobody reads: the base does not provision
-    scene = Scene(Console(file=shown, width=120), NODE, node, config, AllocationPolicy.NONE)
-    await start(scene)
-    await bind(scene)
-    await register(scene)
-    await allocate(scene)
-    await heartbeat(scene)
-    await restart_kubelet(scene)
-    show_audit(scene)
-    assert scene.troubles == []
+    demo = DemoRun(Console(file=shown, width=120), NODE, node, config, AllocationPolicy.NONE)
+    await start(demo)
+    await bind(demo)
+    await register(demo)
+    await allocate(demo)
+    await heartbeat(demo)
+    await restart_kubelet(demo)
+    show_audit(demo)
+    assert demo.failures == []
     return shown.getvalue()
 
 
@@ -55,7 +54,7 @@ def _status(pid: int) -> dict[str, str]:
 async def test_the_demo_by_the_images_as_the_base_says() -> None:
     async with pod_node(NODE, rendered.render("base")) as node:
         shown = await _demo(node)
-        assert "the chain of hashes intact" in shown
+        assert "the chain of hashes is intact" in shown
         helper, server = (_status(node.made[name].pid) for name in ("helper", "server"))
         assert (helper["Uid"].split(), helper["Gid"].split(), helper["Groups"]) == (["0"] * 4, ["65532"] * 4, "")
         assert (server["Uid"].split(), server["Gid"].split(), server["Groups"]) == (["65532"] * 4, ["65532"] * 4, "")
@@ -81,7 +80,7 @@ async def test_the_demo_by_the_images_as_the_base_says() -> None:
 async def test_the_demo_by_the_images_as_hardened_says() -> None:
     """The project's seccomp profiles, plugin-watcher registration, the policy file; AppArmor is not of every kernel."""
     async with pod_node(NODE, rendered.render("overlays/hardened")) as node:
-        assert "the chain of hashes intact" in await _demo(node)
+        assert "the chain of hashes is intact" in await _demo(node)
         assert {json.loads(line).get("operation") for line in node.audit_log.read_bytes().splitlines()} & {
             "OpenKubeletSocket",
             "PrepareSocketDirectory",

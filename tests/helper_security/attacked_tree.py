@@ -1,7 +1,7 @@
-"""A helper on a tree that an attacker changes, and a list of what he may put in whose place.
+"""A helper on a tree that an attacker changes, and a list of possible replacements.
 
-Beside the emulated kernel's tree there is a copy of it, and there are another device and another directory of the
-device's name: nothing may ever be written there. Every write(2) of the helper is seen (writes.py).
+In addition to the emulated kernel's tree there are a copy of it, another device, and another directory with the
+device's name: none of them may ever be written to. Every write(2) of the helper is traced (writes.py).
 """
 
 import ctypes
@@ -18,8 +18,9 @@ from qat_shared.messages import AnyReply, BindDriver, DpdkDriver, ReleaseDriver
 from qat_shared.pci import PciAddress
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.node.description import Node, OtherDevice, Pf
+from support.conditions import wait_until
 from support.emulated_kernel import PF, VF, emulated
-from support.helper_process import COMMAND, Client, helper_options, wait_until
+from support.helper_process import COMMAND, Client, helper_options
 
 ADDRESS = PciAddress.parse(VF)
 NIC = "0000:00:07.0"
@@ -29,7 +30,7 @@ NODE = Node(
 )
 DEVICE = f"devices/pci0000:6b/{VF}"
 DRIVERS = "bus/pci/drivers"
-# What is replaced by a link, and what that leads to: None stands for the same place in a copy of the whole tree.
+# What is replaced by a link, and the link's target; None: the same path in a copy of the whole tree.
 SWAPS: dict[str, tuple[str, str | None]] = {
     "the device's link to a copy of it elsewhere": (f"bus/pci/devices/{VF}", None),
     "the device's link to another device": (f"bus/pci/devices/{VF}", f"../../../devices/pci0000:00/{NIC}"),
@@ -55,7 +56,7 @@ SWAPS: dict[str, tuple[str, str | None]] = {
 
 
 class Attacked:
-    """A helper on a tree that an attacker may change, beside a copy of it that nothing may be written to."""
+    """A helper on a tree that an attacker can change, and a copy of the tree that must never be written to."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -82,13 +83,13 @@ class Attacked:
         return self.client.ask(ReleaseDriver(id=2, address=ADDRESS))
 
     def swap(self, kind: str) -> None:
-        """Put the link where the real thing is, in one step, and the real thing aside."""
+        """Exchange the real thing and the link in one step."""
         place, target = SWAPS[kind]
         self.parked.symlink_to(target or self.outside / place)
         exchange(self.root / place, self.parked)
 
     def swap_back(self, kind: str) -> None:
-        """Undo it, unless the kernel has made the thing anew or taken it away meanwhile."""
+        """Undo the exchange, unless the kernel has recreated or removed the thing in the meantime."""
         place, target = SWAPS[kind]
         path = self.root / place
         if path.is_symlink() and os.readlink(path) == str(target or self.outside / place):
@@ -96,11 +97,11 @@ class Attacked:
         self.parked.unlink()
 
     def sysfs_writes(self) -> list[Write]:
-        """Those that are neither to the audit log nor to standard error."""
+        """The writes other than those to the audit log and standard error."""
         return [write for write in self.writes.seen if write[0] not in (str(self.audit), str(self.run / "log"))]
 
     def check(self) -> None:
-        """No write since the last look was outside the table."""
+        """Check that no write since the last check was outside the table."""
         allowed = {
             f"{self.root}/{DEVICE}/driver_override": {b"vfio-pci", b"igb_uio", b"\n"},
             f"{self.root}/{DRIVERS}/4xxxvf/unbind": {VF.encode()},
@@ -111,20 +112,20 @@ class Attacked:
         for path, data in self.sysfs_writes()[self.checked :]:
             self.checked += 1
             assert any(data in allowed.get(place, ()) for place in self.places(path)), (path, data)
-        assert self.kernel.snapshot()[PciAddress.parse(NIC)].driver == "vfio-pci", "nobody else's device"
+        assert self.kernel.snapshot()[PciAddress.parse(NIC)].driver == "vfio-pci", "a foreign device is unchanged"
         assert self.process.poll() is None
 
     def places(self, path: str) -> list[str]:
-        """Where in the tree it was: itself, or if it is aside by now, where it may have come from."""
+        """The path in the original tree; for something set aside, the path that it may have come from."""
         aside = path.removeprefix(str(self.parked))
         if aside != path:
             return [f"{self.root}/{place}{aside}" for place, _ in SWAPS.values()]
-        removed = re.sub(rf"^{self.kernel.roots[1]}/[0-9]+/", f"{self.root}/{DEVICE}/", path)  # a VF that went away
+        removed = re.sub(rf"^{self.kernel.roots[1]}/[0-9]+/", f"{self.root}/{DEVICE}/", path)  # a VF that was removed
         return [removed]
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Swap two names in one step (renameat2, RENAME_EXCHANGE)."""
+    """Exchange two names in one step (renameat2, RENAME_EXCHANGE)."""
     if ctypes.CDLL(None, use_errno=True).renameat2(-100, bytes(one), -100, bytes(other), 2) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(one))
 

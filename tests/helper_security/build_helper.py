@@ -1,4 +1,4 @@
-"""The helper as tests build it: once it serves, it tries what it must not be able to do, and so does each child.
+"""A helper for tests: once it serves, it and each of its children attempt everything that is forbidden.
 
 build_helper.py DIRECTORY OPTION...      lines "forbidden: {...}" and "modules: [...]" on standard error
 """

@@ -1,4 +1,4 @@
-"""The server as tests build it: once it serves, it tries what it must not be able to do, in its loop and in a thread.
+"""A server for tests: once it serves, its loop and a thread attempt everything that is forbidden.
 
 build_server.py DIRECTORY OPTION...      lines "forbidden: {...}" on standard error
 """

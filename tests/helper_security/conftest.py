@@ -1,4 +1,4 @@
-"""A running helper for those who attack it, and at the end of the run the figures of what was tried."""
+"""A running helper to attack, and at the end of the run the counts of what was tried."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What the hostile clients tried: shown at the end of the run, whether or not it passed (conftest.py)."""
+"""Counts of what the hostile clients tried, shown at the end of every run (conftest.py)."""
 
 import os
 from typing import Final
@@ -12,15 +12,15 @@ def tried(what: str, number: int = 1) -> None:
 
 
 def most(what: str, number: int) -> None:
-    """A figure of which the largest counts, such as "KiB of memory"."""
+    """Keep the largest value of a figure, such as "KiB of memory"."""
     _FIGURES[what] = max(_FIGURES.get(what, 0), number)
 
 
 def wanted(variable: str, default: int) -> int:
-    """How many to try: a variable of the environment, or what is enough for each day."""
+    """The number of attempts: from an environment variable, or a default for daily runs."""
     return int(os.environ.get(variable, default))
 
 
 def lines() -> list[str]:
-    """One for each figure, in the order of their names."""
+    """One line per figure, sorted by name."""
     return [f"{number:>12,}  {what}" for what, number in sorted(_FIGURES.items())]

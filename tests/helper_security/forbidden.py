@@ -1,7 +1,7 @@
-"""What neither process must be able to do once it serves: tried for real, with what came of each (errno, 0 for done).
+"""Everything that neither process may do once it serves, attempted for real. Results are errnos, 0 for success.
 
-The arguments are such that without a sandbox a call does no harm and its answer is not EPERM, so that EPERM is the
-sandbox's own. As a program (`forbidden.py DIRECTORY`), it tries all of it unconfined and prints the answers as JSON.
+The arguments are such that without a sandbox a call does no harm and does not fail with EPERM, so that an EPERM is
+the sandbox's. As a program (`forbidden.py DIRECTORY`), it attempts everything unconfined and prints JSON.
 """
 
 import ctypes
@@ -55,7 +55,7 @@ CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
     "seccomp": ("seccomp", lambda: (2, 0, None)),
     "wait4": ("wait4", lambda: (-1, None, 1, None)),
 }
-"""Refused in both processes. By what is tried: the system call's name, and its arguments."""
+"""Refused in both processes. By name: the system call and its arguments."""
 HELPER_CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
     "socket(AF_NETLINK, uevents)": ("socket", lambda: (_AF_NETLINK, 2, 15)),
     "clone(thread)": ("clone", lambda: (_VM | _THREAD, None, None, None, None)),
@@ -70,11 +70,11 @@ SERVER_CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
 
 
 def attempts(directory: Path, *, helper: bool) -> dict[str, int]:
-    """Try all; `directory` has a file `there` and is beneath nothing that the process may use. By name, the errno."""
+    """Try everything. `directory` is outside the sandbox and holds a file `there`. Returns errnos by name."""
     results = {}
     for name, (call, arguments) in (CALLS | (HELPER_CALLS if helper else SERVER_CALLS)).items():
         number = _NUMBERS[call]
-        if number >= 0:  # this architecture has it
+        if number >= 0:  # it exists on this architecture
             results[name] = _answer(lambda number=number, arguments=arguments: _syscall(number, *arguments()))  # type: ignore[misc]
     there, new = directory / "there", directory / "new"
     for name, path, flags in (
@@ -96,7 +96,7 @@ def attempts(directory: Path, *, helper: bool) -> dict[str, int]:
 
 
 def unexpected(results: dict[str, int]) -> dict[str, str]:
-    """What was not refused as it should have been."""
+    """The attempts that were not refused as they should be."""
     wrong = {}
     for name, number in results.items():
         allowed = {errno.ENOSYS} if name == "clone3" else {errno.EPERM, errno.EACCES}
@@ -120,7 +120,7 @@ def _syscall(number: int, *arguments: int | None) -> None:
 
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
-# All that is to be read is read before the sandbox.
+# Read everything that is needed before the sandbox applies.
 _library = ctypes.CDLL("libseccomp.so.2")
 _NUMBERS: Final = {
     call: int(_library.seccomp_syscall_resolve_name(call.encode()))

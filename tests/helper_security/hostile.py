@@ -1,6 +1,6 @@
-"""What a hostile client sends: whole requests of every kind, and what becomes of them when bytes are changed.
+"""A hostile client's packets: requests of every kind, and mutations of them.
 
-All of it comes from one random number generator: its seed, shown when a test fails, brings it back (QAT_FUZZ_SEED).
+All packets come from one random number generator. A failing test shows its seed; QAT_FUZZ_SEED repeats it.
 """
 
 import os
@@ -59,13 +59,13 @@ _PIECES: Final = (
 
 
 def seeded() -> tuple[int, random.Random]:
-    """A seed, and the generator that it makes."""
+    """A seed and its generator."""
     seed = int(os.environ.get("QAT_FUZZ_SEED") or random.SystemRandom().getrandbits(32))
-    return seed, random.Random(seed)  # noqa: S311  no secret
+    return seed, random.Random(seed)  # noqa: S311  not a secret
 
 
 def address(dice: random.Random) -> PciAddress:
-    """The test node's PF and VFs, or any other."""
+    """The test node's PF or a VF, or any other address."""
     if dice.random() < 0.7:
         return PciAddress(0, 0x6B, 0, dice.randrange(3))
     return PciAddress(dice.getrandbits(32), dice.getrandbits(8), dice.getrandbits(5), dice.getrandbits(3))
@@ -96,11 +96,11 @@ REQUESTS: Final[dict[type[AnyRequest], Callable[[random.Random, int, str], AnyRe
         id=n, reason=why, service=dice.choice(list(KubeletService)), wait_ms=dice.choice((0, 0, 0, 1, 50))
     ),
 }
-"""Every kind of request, made from dice, an id and a reason. A kind that is missing here fails test_fuzzing.py."""
+"""For each kind of request, a factory (generator, id, reason). test_fuzzing.py fails if a kind is missing."""
 
 
 def request(dice: random.Random) -> AnyRequest:
-    """A request that the helper can read."""
+    """A valid request."""
     why = "".join(
         chr(dice.choice((10, 27, 0x202E, 0x1D11E, dice.randrange(32, 0xD7FF)))) for _ in range(dice.randrange(4))
     )
@@ -108,7 +108,7 @@ def request(dice: random.Random) -> AnyRequest:
 
 
 def packet(dice: random.Random) -> bytes:
-    """Any packet: now and then a request, mostly something that was one, or looks like one, or is nothing at all."""
+    """A packet: sometimes a request, mostly a mutated or similar one, or random bytes."""
     return dice.choices((_whole, _changed, _odd_fields, _noise, _huge), (15, 50, 25, 9, 1))[0](dice)
 
 

@@ -1,4 +1,4 @@
-"""The helper's own processes when the system is against it: killed at once, or not to be had at all."""
+"""The helper's child processes under adverse conditions: killed, or impossible to start."""
 
 import os
 import resource
@@ -15,8 +15,9 @@ from helper_security.figures import tried
 from qat_helper.child import Child
 from qat_helper.node import Outcome
 from qat_shared.messages import AnyRequest, BindDriver, DpdkDriver, ErrorCode, Failure, Heartbeat, ReadHeartbeat
-from support.forks import noted
-from support.helper_process import PF, VF, failure, heartbeat, helper, wait_until
+from support.conditions import wait_until
+from support.forks import recording_fork
+from support.helper_process import PF, VF, failure, heartbeat, helper
 from support.sysfs_tree import address
 
 
@@ -27,14 +28,14 @@ def waits(request: AnyRequest) -> Outcome:
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_child_that_is_killed_has_no_outcome(monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
-    """As by the kernel, when memory is short."""
+    """As the kernel does when memory is short."""
     pids: list[int] = []
-    monkeypatch.setattr(os, "fork", noted(os.fork, pids))
+    monkeypatch.setattr(os, "fork", recording_fork(os.fork, pids))
     before = os.listdir("/proc/self/fd")
     killed = Child(waits)
     if begun:
         killed.begin(ReadHeartbeat(id=1, address=address(VF)))
-        assert select.select([killed.channel], [], [], 0.1)[0] == [], "it is at work"
+        assert select.select([killed.channel], [], [], 0.1)[0] == [], "it is running"
     os.kill(pids[0], signal.SIGKILL)
     os.waitpid(pids[0], 0)
     if not begun:
@@ -43,7 +44,7 @@ def test_a_child_that_is_killed_has_no_outcome(monkeypatch: pytest.MonkeyPatch, 
     assert killed.outcome() is None
     killed.dismiss()
     killed.channel.close()
-    assert len(os.listdir("/proc/self/fd")) == len(before), "nothing of it is left"
+    assert len(os.listdir("/proc/self/fd")) == len(before), "it leaves nothing"
 
 
 KILLED = """
@@ -59,8 +60,8 @@ Child(print)
 """
 
 
-def test_a_child_whose_helper_was_killed_ends_without_a_word() -> None:
-    """Nor does it look for its own source to tell where it was, which it may not read."""
+def test_a_child_whose_helper_was_killed_exits_silently() -> None:
+    """It prints no traceback, for which it would need its source, which the sandbox forbids."""
     for _ in range(5):
         ended = subprocess.run([sys.executable, "-c", KILLED], stderr=subprocess.PIPE, timeout=120, check=False)
         assert (ended.returncode, ended.stderr) == (-signal.SIGKILL, b"")
@@ -76,7 +77,7 @@ def test_a_child_that_is_killed_is_that_operations_failure() -> None:
             os.kill(running.children()[0], signal.SIGKILL)
             told = failure(client.receive())
             assert told[:2] == (number, ErrorCode.INTERNAL)
-            assert "ended without an answer" in told[2]
+            assert "ended without a result" in told[2]
             wait_until(lambda: not running.children())
         running.heartbeat.unlink()
         running.heartbeat.write_text("0\n")
@@ -84,8 +85,8 @@ def test_a_child_that_is_killed_is_that_operations_failure() -> None:
         assert running.stop() == 0
 
 
-def test_nothing_is_left_of_children_that_have_ended() -> None:
-    """No zombie either, though nobody waits for them."""
+def test_exited_children_leave_nothing() -> None:
+    """Not even a zombie, although nobody waits for them."""
     with helper() as running:
         running.tree.bind(VF, "vfio-pci")
         with running.connect() as client:
@@ -109,7 +110,7 @@ sys.exit(main.main(sys.argv[2:]))
 
 
 def test_without_processes_it_goes_on() -> None:
-    """A pod's processes share one limit: who has the server can use all of it up."""
+    """A pod's processes share one limit: a compromised server can use it up."""
     with helper(start=False) as running:
         limit = running.directory / "limit"
         running.command = [sys.executable, "-c", NO_PROCESSES, str(limit)]
@@ -117,26 +118,26 @@ def test_without_processes_it_goes_on() -> None:
         running.tree.bind(VF, "vfio-pci")
         with running.connect() as witness:
             assert isinstance(heartbeat(witness), Heartbeat)
-            before = running.open_files_at_rest(witness)
+            before = running.open_files_when_idle(witness)
             limit.touch()
             for _ in range(20):
                 with running.connect() as client, suppress(BrokenPipeError):
-                    for _ in range(50):  # so that much of it is not read when it is closed
+                    for _ in range(50):  # so that much of it is unread when the connection closes
                         client.sock.send(b"nonsense")
                     client.sock.shutdown(socket.SHUT_RD)
             reply = witness.ask(BindDriver(id=1, address=address(VF), driver=DpdkDriver.VFIO_PCI))
             assert isinstance(reply, Failure)
             assert reply.code is ErrorCode.INTERNAL
-            assert "no process" in reply.message
+            assert "cannot start a process" in reply.message
             limit.unlink()
-            wait_until(lambda: running.settled() and running.open_files() == before)
+            wait_until(lambda: running.is_idle() and running.open_files() == before)
             assert isinstance(heartbeat(witness), Heartbeat)
         assert running.stop() == 0
         tried("connections that end while no process can be started", 20)
 
 
 def test_it_hears_again_once_there_are_processes() -> None:
-    """Though no peer is left whose end could bring the next attempt, and descriptors are as short as processes."""
+    """Although no peer is left to trigger the next attempt, and descriptors are as scarce as processes."""
     with helper(start=False) as running:
         limit = running.directory / "limit"
         running.command = [sys.executable, "-c", NO_PROCESSES, str(limit)]
@@ -151,7 +152,7 @@ def test_it_hears_again_once_there_are_processes() -> None:
                 sock.connect(os.fspath(running.socket))
                 for _ in range(40):
                     sock.send(b"nonsense")
-            return "no connection can be taken" in running.said()
+            return "cannot accept a connection" in running.log_text()
 
         wait_until(come_and_go)
         limit.unlink()

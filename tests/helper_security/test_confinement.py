@@ -1,4 +1,4 @@
-"""The helper's sandbox, tried from inside once it serves; what is said where a part of it cannot be had."""
+"""The helper's sandbox, tried from inside once it serves; and what it reports about missing layers."""
 
 import ctypes
 import errno
@@ -17,7 +17,8 @@ from qat_helper import sandbox
 from qat_shared import confinement
 from qat_shared.messages import PROTOCOL, BindDriver, Bound, DpdkDriver, Heartbeat, Hello, ReadHeartbeat, Welcome
 from qat_shared.seccomp import read_profile
-from support.helper_process import PF, VF, Helper, forked, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import PF, VF, Helper, helper, run_as_user
 from support.sysfs_tree import address
 
 HERE = Path(__file__).parent
@@ -26,7 +27,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A directory that the helper has no business in, with a file that anybody may write."""
+    """A directory outside the helper's sandbox, with a world-writable file."""
     (tmp_path / "there").write_text("untouched\n")
     (tmp_path / "there").chmod(0o666)
     return tmp_path
@@ -40,7 +41,7 @@ def helped() -> Iterator[Helper]:
 
 
 def answers(text: str) -> list[dict[str, int]]:
-    """What the builds for tests have said; the last line may be being written."""
+    """The output of the test builds; the last line may be incomplete."""
     lines = (line for line in text.splitlines(keepends=True) if line.endswith("\n"))
     return [json.loads(line.partition(" ")[2]) for line in lines if line.startswith("forbidden: ")]
 
@@ -56,14 +57,14 @@ def welcome(running: Helper) -> Welcome:
     return reply
 
 
-def test_without_the_sandbox_the_answers_are_others(outside: Path) -> None:
+def test_without_the_sandbox_the_attempts_succeed(outside: Path) -> None:
     command = [*build("forbidden.py", outside), "helper"]
     (results,) = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     as_another_user = {"read /etc/shadow"} if os.geteuid() != 0 else set()
     refused = set(results) - set(unexpected(results)) - as_another_user
-    # What the kernel or the container that this runs in refuses anyway, the sandbox is not seen to refuse.
+    # The sandbox cannot be shown to refuse what the kernel or this container refuses anyway.
     allowed = {"userfaultfd", "perf_event_open", "bpf", "keyctl", "add_key", "personality", "mount", "umount", "setns"}
-    assert refused <= allowed, "each of these would be no test"
+    assert refused <= allowed, "each of these would test nothing"
 
 
 def test_once_it_serves_neither_the_helper_nor_its_children_can_do_what_is_forbidden(
@@ -74,10 +75,10 @@ def test_once_it_serves_neither_the_helper_nor_its_children_can_do_what_is_forbi
     helped.start("--require-sandbox")
     with helped.connect() as client:
         reply = client.ask(ReadHeartbeat(id=1, address=address(PF)))
-        assert isinstance(reply, Heartbeat), "and its work it can do"
+        assert isinstance(reply, Heartbeat), "it can do its work"
     assert helped.stop() == 0
-    tried = answers(helped.said())
-    assert len(tried) == 3, "in the loop, before a peer and for one, and in a child"
+    tried = answers(helped.log_text())
+    assert len(tried) == 3, "in the loop, before and for a peer, and in a child"
     for results in tried:
         assert unexpected(results) == {}
     assert (outside / "there").read_text() == "untouched\n"
@@ -86,12 +87,12 @@ def test_once_it_serves_neither_the_helper_nor_its_children_can_do_what_is_forbi
         print(f"\n{len(tried[0])} forbidden things tried in the helper and in a child of it: each refused")
 
 
-def test_a_whole_sandbox_is_told_to_everybody(helped: Helper) -> None:
+def test_a_complete_sandbox_is_reported_everywhere(helped: Helper) -> None:
     process = helped.start("--require-sandbox")
-    assert "sandbox: capabilities, no-new-privs, no-core-dumps, landlock, seccomp" in helped.said()
+    assert "sandbox: capabilities, no-new-privs, no-core-dumps, landlock, seccomp" in helped.log_text()
     state = dict.fromkeys(("capabilities", "no-new-privs", "no-core-dumps", "landlock", "seccomp"), "")
     assert welcome(helped).sandbox == state
-    assert helped.lines()[0]["arguments"]["sandbox"] == "whole"
+    assert helped.audit_lines()[0]["arguments"]["sandbox"] == "whole"
     text = Path(f"/proc/{process.pid}/status").read_text()
     fields = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
     assert {fields[name].strip() for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
@@ -117,9 +118,9 @@ seccomp.LIBRARY = "libseccomp-that-is-not-there.so.2"
 sys.exit(main.main())
 """
 LACKING = {
-    "landlock": ([sys.executable, "-c", WITHOUT_LANDLOCK], "not offered by this kernel"),
+    "landlock": ([sys.executable, "-c", WITHOUT_LANDLOCK], "not available in this kernel"),
     "seccomp": ([sys.executable, "-c", WITHOUT_LIBSECCOMP], "libseccomp-that-is-not-there.so.2"),
-    "capabilities": (["setpriv", "--bounding-set=-setpcap"], "the bounding set is not empty"),
+    "capabilities": (["setpriv", "--bounding-set=-setpcap"], "cannot empty the bounding set"),
 }
 
 
@@ -130,43 +131,43 @@ def test_what_is_missing_is_told_and_fatal_on_request_only(helped: Helper, layer
     before, why = LACKING[layer]
     helped.command = before if layer == "seccomp" else [*before, *helped.command]
     helped.start()
-    assert f"the sandbox is not whole: {layer}: " in helped.said()
+    assert f"the sandbox is not whole: {layer}: " in helped.log_text()
     state = welcome(helped).sandbox
     assert why in state.pop(layer)
-    assert set(state.values()) == {""}, "the others are on all the same"
-    assert why in helped.lines()[0]["arguments"]["sandbox"]
+    assert set(state.values()) == {""}, "the other layers are in place"
+    assert why in helped.audit_lines()[0]["arguments"]["sandbox"]
     assert helped.stop() == 0
-    said = helped.refused("--require-sandbox")
+    said = helped.start_failure("--require-sandbox")
     assert "--require-sandbox" in said
     assert why in said
     assert not helped.socket.exists()
 
 
-def test_it_can_be_told_to_stay_traceable_and_says_so(helped: Helper) -> None:
+def test_the_option_traceable_is_reported(helped: Helper) -> None:
     helped.start("--traceable")
     assert [layer for layer, lack in welcome(helped).sandbox.items() if lack] == ["no-core-dumps"]
     assert helped.stop() == 0
-    assert "traceable" in helped.refused("--traceable", "--require-sandbox")
+    assert "traceable" in helped.start_failure("--traceable", "--require-sandbox")
 
 
 @needs_root
-def test_others_of_the_same_user_cannot_look_into_a_confined_process() -> None:
+def test_a_confined_process_cannot_be_traced_by_its_own_user() -> None:
     profile = read_profile(sandbox.PROFILE)
     for traceable, owner in ((True, 1234), (False, 0)):
 
         def confined(traceable: bool = traceable, owner: int = owner) -> None:
-            assert ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0  # PR_SET_DUMPABLE; the change of user has ended it
+            assert ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) == 0  # PR_SET_DUMPABLE; changing the uid cleared it
             confinement.confine((), profile, traceable=traceable)
-            assert os.stat("/proc/self/mem").st_uid == owner  # proc(5): root's when it is not dumpable
+            assert os.stat("/proc/self/mem").st_uid == owner  # proc(5): owned by root when it is not dumpable
 
-        assert forked(1234, 1234, [confined]) == 0
+        assert run_as_user(1234, 1234, [confined]) == 0
 
 
-def test_what_was_inherited_is_closed(helped: Helper) -> None:
+def test_inherited_descriptors_are_closed(helped: Helper) -> None:
     ours, theirs = os.pipe()
     process = helped.start("--traceable", pass_fds=(theirs,))
     os.close(theirs)
-    assert os.read(ours, 1) == b"", "nobody has the other end"
+    assert os.read(ours, 1) == b"", "the other end is closed"
     os.close(ours)
     links = {os.readlink(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")}
     kinds = sorted(re.sub(r"\[.*\]|\d+", "", link) for link in links)
@@ -175,7 +176,7 @@ def test_what_was_inherited_is_closed(helped: Helper) -> None:
 
 
 @pytest.mark.parametrize(("number", "stays"), [("1", [3]), ("2", [3, 4]), ("0", []), ("x", []), ("", [])])
-def test_what_systemd_has_passed_stays_open(number: str, stays: list[int]) -> None:
+def test_descriptors_from_systemd_stay_open(number: str, stays: list[int]) -> None:
     script = (
         "import os, sys; from qat_helper.sandbox import close_inherited\n"
         "[os.dup2(0, at) for at in (3, 4, 5)]\n"

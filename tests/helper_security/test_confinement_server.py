@@ -1,4 +1,4 @@
-"""The server's sandbox, tried from inside once it serves; and that a whole node works in both."""
+"""The server's sandbox, tried from inside once it serves; and a whole node with both sandboxes."""
 
 import os
 from pathlib import Path
@@ -41,7 +41,7 @@ async def test_once_it_serves_the_server_cannot_do_what_is_forbidden(
             print(f"\n{number} forbidden things tried in the server's loop and in a thread: each refused")
 
 
-async def test_both_sandboxes_are_told_in_status_and_metrics() -> None:
+async def test_both_sandboxes_are_in_status_and_metrics() -> None:
     async with running_node(ONE_PF, ("--require-sandbox",)) as node:
         await served(node)
         status = await node.status()
@@ -75,7 +75,7 @@ async def test_a_server_without_landlock_says_so_and_ends_when_it_is_required(mo
         node.server = None
 
 
-async def test_log_files_are_written_and_begun_anew_in_the_sandbox(tmp_path: Path) -> None:
+async def test_log_files_are_written_and_rotated_in_the_sandbox(tmp_path: Path) -> None:
     options = ("--require-sandbox", "--logtostderr=false", f"--log_dir={tmp_path}", "--v=5")
     async with running_node(ONE_PF, options) as node:
         await served(node)

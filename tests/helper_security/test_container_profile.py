@@ -1,4 +1,4 @@
-"""Both programs in containers whose runtime (runc) was given our profiles, as a kubelet's Localhost profiles are."""
+"""Both programs in containers whose runtime (runc) applies our profiles, like a kubelet's Localhost profiles."""
 
 import json
 import os
@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from support.helper_process import COMMAND, Helper, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import COMMAND, Helper, helper
 
 SECCOMP = Path(__file__).parents[2] / "seccomp"
 NONE: list[str] = []
 
 
 class Container:
-    """A container that sees this machine's files, with no capabilities; `profile` None for no filter."""
+    """A container with this machine's files and no capabilities; `profile` None: no filter."""
 
     def __init__(self, directory: Path, profile: Path | None) -> None:
         self.directory = directory
@@ -72,7 +73,7 @@ def why_not() -> str:
             status = container.start(["/bin/true"], place.log).wait(60)
         finally:
             container.remove()
-        return f"runc cannot start a container here: {place.said()}" if status else ""
+        return f"runc cannot start a container here: {place.log_text()}" if status else ""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def runc() -> None:
 
 
 def filters(running: Helper, program: str) -> int:
-    """How many filters the program in the container has."""
+    """The number of seccomp filters of the program in the container."""
     for process in Path("/proc").iterdir():
         try:
             command = (process / "cmdline").read_bytes()
@@ -101,7 +102,7 @@ def test_both_start_and_serve_beneath_their_profiles() -> None:
         second = Container(running.directory / "second", SECCOMP / "qat-server.json")
         try:
             first.start([COMMAND, *running.options(), "--require-sandbox"], running.log)
-            wait_until(lambda: "serving on" in running.said())
+            wait_until(lambda: "serving on" in running.log_text())
             options = [
                 "--allow-root",
                 "--require-sandbox",
@@ -111,7 +112,9 @@ def test_both_start_and_serve_beneath_their_profiles() -> None:
                 "--metrics-address=127.0.0.1:0",
             ]
             second.start([COMMAND.replace("qat-helper", "qat-plugin"), *options], log)
-            wait_until(lambda: "VF not bound" in log.read_text(), 60)  # no driver here, so it has asked and been told
+            wait_until(
+                lambda: "VF not bound" in log.read_text(), 60
+            )  # there is no driver here: the request was sent and answered
             said = log.read_text()
             assert "sandbox entered" in said
             assert "helper connected" in said
@@ -136,4 +139,4 @@ def test_a_profile_that_lacks_what_a_start_needs_would_be_noticed() -> None:
             assert container.start([COMMAND, *running.options()], running.log).wait(60) != 0
         finally:
             container.remove()
-        assert "serving on" not in running.said()
+        assert "serving on" not in running.log_text()

@@ -1,4 +1,4 @@
-"""More than anybody needs: requests, connections, refusals, answers that are not read. What it costs has an end."""
+"""Floods of requests, connections, refusals and unread replies: their cost is bounded."""
 
 import os
 import select
@@ -28,32 +28,33 @@ from qat_shared.messages import (
     ReadDeviceConfig,
     ReadHeartbeat,
 )
-from support.helper_process import PF, VF, Client, Helper, forked, heartbeat, helper, needs_root, served, wait_until
+from support.conditions import wait_until
+from support.helper_process import PF, VF, Client, Helper, heartbeat, helper, needs_root, run_as_user, wait_until_served
 from support.sysfs_tree import address
 
 MEMORY = 24 * 1024
-"""KiB that the helper may grow: more than all queues of all peers, full of the longest answers there are."""
+"""KiB by which the helper may grow: more than all queues of all peers filled with the longest replies."""
 AT_ONCE, A_SECOND = 2048, 10
 """Audited requests of one uid."""
 PATIENCE = 60
-"""Seconds in which somebody else is served: loose, since machines are shared."""
+"""Seconds within which another peer is served; generous, since machines are shared."""
 
 
 @contextmanager
 def bounded(running: Helper, what: str) -> Iterator[Client]:
-    """Another peer is served before, during and after; then the helper has what it had, and no more memory."""
+    """Another peer is served before, during and after; then descriptors and memory are as before."""
     with running.connect() as witness:
         assert isinstance(heartbeat(witness), Heartbeat)
-        descriptors, before = running.open_files_at_rest(witness), running.peak_memory()
+        descriptors, before = running.open_files_when_idle(witness), running.peak_memory()
         yield witness
         most(f"KiB that the helper grew under {what}", running.peak_memory() - before)
         assert running.peak_memory() - before < MEMORY
-        wait_until(lambda: running.settled() and running.open_files() == descriptors)
-        served(witness)
+        wait_until(lambda: running.is_idle() and running.open_files() == descriptors)
+        wait_until_served(witness)
 
 
 def served_meanwhile(witness: Client) -> None:
-    """It is answered, and soon."""
+    """The witness gets a reply in time."""
     began = time.monotonic()
     assert isinstance(heartbeat(witness), Heartbeat | Failure)
     waited = time.monotonic() - began
@@ -62,7 +63,7 @@ def served_meanwhile(witness: Client) -> None:
 
 
 class Flood(threading.Thread):
-    """One connection that sends as fast as it can, and reads what comes."""
+    """A connection that sends as fast as it can and reads the replies."""
 
     def __init__(self, running: Helper, request: AnyRequest, number: int) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ def test_ten_thousand_requests(kind: str) -> None:
             assert set(answers) <= {"Bound", "Done", "Heartbeat", ErrorCode.BUSY}
             if kind != "heartbeats":
                 allowed = AT_ONCE + A_SECOND * (seconds + 1)
-                assert answers[ErrorCode.BUSY] >= 10_000 - allowed, "the rest is told to come again later"
+                assert answers[ErrorCode.BUSY] >= 10_000 - allowed, "the rest is refused as busy"
                 assert sum(line["event"] != "start" for line in verified(running.audit)) <= 2 * allowed
             assert not interrupted(verified(running.audit))
         tried("requests of the floods", 10_000)
@@ -128,7 +129,7 @@ def test_two_hundred_connections(running: Helper) -> None:
             with suppress(BrokenPipeError, ConnectionResetError):
                 client.send(hello)
             told += client.at_end() is False
-        assert 0 < told <= MAX_PEERS, "the last of them are told why, the others have lost their connection"
+        assert 0 < told <= MAX_PEERS, "the last ones receive the reason, the others lose their connection"
         assert running.open_files() < 2 * MAX_PEERS + 20
         tried("connections at once", 200)
 
@@ -165,11 +166,11 @@ def test_peers_that_do_not_read_the_longest_answers() -> None:
                         left.remove(client)
                     wait_until(lambda: not running.children())
                 served_meanwhile(witness)
-            assert not left, "they are dropped when their queue is full"
+            assert not left, "peers are dropped when their queues are full"
             tried("peers that do not read", len(clients))
 
 
-# Refusals are written down, too: they must not fill the disk
+# Refusals are audited too: they must not fill the disk
 
 
 def test_reads_that_policy_denies_do_not_fill_the_log() -> None:
@@ -186,7 +187,7 @@ def test_reads_that_policy_denies_do_not_fill_the_log() -> None:
             flood.join()
         allowed = AT_ONCE + A_SECOND * (time.monotonic() - began + 1)
         assert sum((flood.answers for flood in floods), Counter[str]()) == {ErrorCode.DENIED: 10_000}
-        assert AT_ONCE <= len(running.lines()) <= allowed + 1
+        assert AT_ONCE <= len(running.audit_lines()) <= allowed + 1
         running.stop()
         counted = verified(running.audit)[-1]["arguments"].values()
         assert any(isinstance(number, int) and number >= 10_000 - allowed for number in counted), "the rest is counted"
@@ -195,7 +196,7 @@ def test_reads_that_policy_denies_do_not_fill_the_log() -> None:
 
 @needs_root
 def test_strangers_do_not_fill_the_log(running: Helper) -> None:
-    """Nor by changing their uid. The server's own allowance is not touched."""
+    """Not even with changing uids; and the server's own rate limit is unaffected."""
     running.directory.chmod(0o755)
     running.tree.bind(VF, "vfio-pci")
     os.chown(running.socket, -1, 4321)
@@ -206,7 +207,7 @@ def test_strangers_do_not_fill_the_log(running: Helper) -> None:
             running.connect(greet=False).close()
 
     for uid in (1234, 1235):
-        assert forked(uid, 4321, [knock]) == 0
+        assert run_as_user(uid, 4321, [knock]) == 0
     with running.connect() as client:
         assert isinstance(client.ask(REQUESTS["binds"]), Bound)
     allowed = AT_ONCE + A_SECOND * (time.monotonic() - began + 1)

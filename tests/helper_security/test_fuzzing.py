@@ -1,8 +1,8 @@
-"""Packets by the hundred thousand, made to be misread: to the decoder alone, and to the helper over its socket.
+"""Hundreds of thousands of malformed packets: to the decoder alone, and to the helper over its socket.
 
-QAT_FUZZ_DECODER and QAT_FUZZ_SOCKET say how many. The decoder is compiled C code without the probes that a
-coverage-guided fuzzer needs, so what is sent is made from the grammar of the messages (hostile.py), and
-test_codec.py has Hypothesis look for small counterexamples.
+QAT_FUZZ_DECODER and QAT_FUZZ_SOCKET set the numbers. The decoder is compiled C code without the probes that a
+coverage-guided fuzzer needs, so the packets are generated from the grammar of the messages (hostile.py), and
+Hypothesis searches for small counterexamples in test_codec.py.
 """
 
 import random
@@ -17,12 +17,13 @@ from helper_security.figures import most, tried, wanted
 from qat_helper.operations import OPERATIONS
 from qat_shared.codec import ProtocolError, decode_request, encode
 from qat_shared.messages import MAX_MESSAGE, AnyRequest, Failure, Heartbeat
-from support.helper_process import Helper, heartbeat, helper, served, wait_until
+from support.conditions import wait_until
+from support.helper_process import Helper, heartbeat, helper, wait_until_served
 
 DECODER = wanted("QAT_FUZZ_DECODER", 100_000)
 SOCKET = wanted("QAT_FUZZ_SOCKET", 20_000)
 GROWTH = 8 * 1024
-"""KiB that a process may grow while it is sent garbage."""
+"""KiB by which a process may grow while it receives garbage."""
 
 
 def test_every_kind_of_request_is_tried() -> None:
@@ -33,7 +34,7 @@ def test_the_decoder_gives_a_request_or_a_protocol_error() -> None:
     seed, dice = hostile.seeded()
     accepted, before = 0, 0
     for number in range(DECODER):
-        if number == DECODER // 10:  # what is loaded and kept once is there by now
+        if number == DECODER // 10:  # everything that stays loaded is loaded by now
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         packet = hostile.packet(dice)
         try:
@@ -48,13 +49,13 @@ def test_the_decoder_gives_a_request_or_a_protocol_error() -> None:
         assert decode_request(encode(request)) == request, f"seed {seed}, message {number}"
         accepted += 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GROWTH
-    assert accepted > DECODER // 20, "or nothing of what it may let through was tried"
+    assert accepted > DECODER // 20, "otherwise too few valid messages were tried"
     tried("messages to the decoder", DECODER)
     tried("messages to the decoder that were requests after all", accepted)
 
 
 class Session:
-    """One hostile connection: sends, reads when it likes, leaves when it likes. Every answer is read as one."""
+    """A hostile connection that sends, reads and leaves at random. Every reply must decode."""
 
     def __init__(self, running: Helper, dice: random.Random) -> None:
         self.dice = dice
@@ -62,7 +63,7 @@ class Session:
         self.sent = self.answered = self.failures = 0
 
     def run(self, packets: int) -> None:
-        """Send so many, and wait for as many answers, unless it has left before."""
+        """Send this many packets and wait for as many replies, unless it leaves before."""
         sock = self.client.sock
         lazy = self.dice.random() < 0.2
         with suppress(BrokenPipeError, ConnectionResetError):
@@ -82,7 +83,7 @@ class Session:
 
     def _send(self, packet: bytes) -> None:
         if len(packet) > 2 * MAX_MESSAGE:
-            with suppress(OSError):  # longer than a socket takes
+            with suppress(OSError):  # too long for the socket
                 self.client.sock.send(packet)
                 self.sent += 1
             return
@@ -101,7 +102,7 @@ def test_whole_sessions_over_the_socket() -> None:
         with running.connect() as witness:
             assert isinstance(heartbeat(witness), Heartbeat)
             sent = answered = before = 0
-            descriptors = running.open_files_at_rest(witness)
+            descriptors = running.open_files_when_idle(witness)
             while sent < SOCKET:
                 session = Session(running, dice)
                 session.run(min(dice.choice((1, 20, 300)), SOCKET - sent))
@@ -110,10 +111,10 @@ def test_whole_sessions_over_the_socket() -> None:
                 assert isinstance(heartbeat(witness), Heartbeat | Failure), f"seed {seed}"
                 if not before and sent > SOCKET // 10:
                     before = running.peak_memory()
-            wait_until(lambda: running.settled() and running.open_files() == descriptors)
+            wait_until(lambda: running.is_idle() and running.open_files() == descriptors)
             grown = running.peak_memory() - before
             assert grown < GROWTH, f"seed {seed}"
-            served(witness)
+            wait_until_served(witness)
         assert running.stop() == 0
         assert verified(running.audit)[-1]["event"] == "stop"
         tried("messages over the socket", sent)
@@ -122,7 +123,7 @@ def test_whole_sessions_over_the_socket() -> None:
 
 
 def test_each_answer_is_to_a_request_of_its_own(running: Helper) -> None:
-    """Ids are the client's: each comes back once."""
+    """The client chooses the ids; each comes back once."""
     _, dice = hostile.seeded()
     with running.connect() as client:
         for _ in range(50):

@@ -1,6 +1,6 @@
-"""SIGKILL between any two writes of the helper: what it was doing is done all the same, and the log does not hide it.
+"""SIGKILL between any two writes of the helper: the operation still gets done, and the log shows the interruption.
 
-The server is the real one. It binds what it finds on its kernel driver; that is the wanted state here.
+The server is the real one. It binds every VF that it finds on its kernel driver; bound is the wanted state here.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ LEAST = {"bind": 5, "release": 5}
 
 
 class Attacked:
-    """A node whose helper's writes are watched."""
+    """A node whose helper's writes are traced."""
 
     def __init__(self, node: RunningNode) -> None:
         self.node = node
@@ -43,7 +43,7 @@ class Attacked:
             )
 
     async def until_wanted(self) -> None:
-        """Until the helper serves, both VFs are bound, and the server says so."""
+        """Wait until the helper serves, both VFs are bound, and the server reports it."""
         await self.node.until("it serves", lambda: self.node.log("helper").count("serving on") == self.starts)
         kernel = self.node.kernel
         await self.node.until("both are bound", lambda: all(vf.driver == "vfio-pci" for vf in self.vfs()))
@@ -52,13 +52,13 @@ class Attacked:
         assert kernel.defects == []
 
     def at_work(self) -> list[object]:
-        """Operations that this helper has begun and not ended."""
+        """Operations that this helper has begun and not finished."""
         lines = verified(self.node.audit_log)
         started = max(number for number, line in enumerate(lines) if line["event"] == "start")
         return [*interrupted(lines[started:])]
 
     def without_end(self) -> list[object]:
-        """Operations on the VF of which the log has no end, ever. (The server may have others under way.)"""
+        """Operations on the VF that have no last line and never will. (The server may have others running.)"""
         lines = interrupted(verified(self.node.audit_log))
         return [line for line in lines if line["arguments"].get("address") == VF]
 
@@ -81,7 +81,7 @@ async def attacked() -> AsyncIterator[Attacked]:
 
 
 async def bind(on: Attacked) -> None:
-    """Somebody gives a VF to its kernel driver, so the server asks for it."""
+    """A VF is bound to its kernel driver, so that the server requests BindDriver."""
     kernel = on.node.kernel
     with kernel.frozen():
         kernel.set_driver_override(VF, None)
@@ -90,12 +90,12 @@ async def bind(on: Attacked) -> None:
 
 
 async def release(on: Attacked) -> None:
-    """A client has it released; the server asks for it again."""
+    """A client releases the VF, and the server requests BindDriver again."""
 
     def ask() -> None:
         with Client(on.node.helper_socket) as client:
             client.send(ReleaseDriver(id=1, address=PciAddress.parse(VF)))
-            client.at_end()  # or an answer
+            client.at_end()  # or a reply
 
     await asyncio.to_thread(ask)
 
@@ -117,10 +117,10 @@ async def test_killed_at_each_write(name: str, all_of_it: bool) -> None:
             await until(killer.struck.is_set)
             await asyncio.to_thread(helper.wait)
             on.node.helper = None
-            assert len(on.without_end()) == known + (at > 1), "it shows, if it was asked for"
+            assert len(on.without_end()) == known + (at > 1), "the log shows it if the request was recorded"
             on.start_helper()
             await on.until_wanted()
         lines = verified(on.node.audit_log)
         assert sum(line["event"] == "start" for line in lines) == LEAST[name] + 1
-        assert len(on.without_end()) == LEAST[name] - 1, "and no operation since is without its end"
+        assert len(on.without_end()) == LEAST[name] - 1, "every later operation has its last line"
         tried(f"writes at which the helper was killed{' with its children' if all_of_it else ''}", LEAST[name])

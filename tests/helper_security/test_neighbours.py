@@ -1,4 +1,4 @@
-"""What a process with the server's uid and group can do beside asking: to the helper's process, and to its files.
+"""Attacks by a process with the server's uid and group other than requests: on the helper's process and its files.
 
 The helper runs as in production: uid 0, the server's group, no capabilities, no way to gain any.
 """
@@ -21,7 +21,7 @@ import pytest
 from helper_security.chain import verified
 from helper_security.figures import tried
 from qat_shared.messages import Done, ErrorCode, Heartbeat, PrepareSocketDirectory, SocketDirectory
-from support.helper_process import COMMAND, Helper, failure, forked, heartbeat, helper, needs_root
+from support.helper_process import COMMAND, Helper, failure, heartbeat, helper, needs_root, run_as_user
 
 pytestmark = [
     needs_root,
@@ -59,7 +59,7 @@ def checked(result: int) -> int:
 
 
 def refused(attempts: dict[str, Callable[[], object]]) -> None:
-    """Each is refused by the kernel."""
+    """The kernel refuses each attempt."""
     for name, attempt in attempts.items():
         try:
             attempt()
@@ -97,12 +97,12 @@ def test_its_process(running: Helper) -> None:
         "its audit log": lambda: os.open(running.audit, os.O_RDONLY),
         "more in its audit log": lambda: os.open(running.audit, os.O_WRONLY | os.O_APPEND),
     }
-    assert forked(UID, GID, [lambda: refused(attempts)]) == 0
+    assert run_as_user(UID, GID, [lambda: refused(attempts)]) == 0
     tried("attempts on the helper's process and files that the kernel refused", len(attempts))
 
 
 def test_no_signal_by_way_of_its_own_socket(running: Helper) -> None:
-    """The kernel sends the owner of a socket signals; the owner may be said by whoever has it, and is checked."""
+    """The kernel can signal a socket's owner. Anyone who has the socket can set the owner, and is checked."""
     assert running.process is not None
     pid = running.process.pid
 
@@ -114,7 +114,7 @@ def test_no_signal_by_way_of_its_own_socket(running: Helper) -> None:
             for _ in range(20):
                 assert isinstance(heartbeat(client), Heartbeat)
 
-    assert forked(UID, GID, [aim]) == 0
+    assert run_as_user(UID, GID, [aim]) == 0
     assert running.process.poll() is None
 
 
@@ -138,8 +138,10 @@ def test_what_it_plants_in_the_directory_that_it_was_given(running: Helper, word
         with running.connect() as client:
             assert isinstance(client.ask(PrepareSocketDirectory(id=1, directory=word)), Done)
 
-    assert forked(UID, GID, [prepare]) == 0
-    at = os.open(path, os.O_RDONLY | os.O_DIRECTORY)  # it is shown this one by a mount, and has no other way there
+    assert run_as_user(UID, GID, [prepare]) == 0
+    at = os.open(
+        path, os.O_RDONLY | os.O_DIRECTORY
+    )  # the server sees this directory through a mount, and has no other path to it
 
     def plant() -> None:
         for attempt in PLANTS.values():
@@ -156,7 +158,7 @@ def test_what_it_plants_in_the_directory_that_it_was_given(running: Helper, word
             }
         )
 
-    assert forked(UID, GID, [plant, prepare]) == 0
+    assert run_as_user(UID, GID, [plant, prepare]) == 0
     status = os.fstat(at)
     os.close(at)
     assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, GID, 0o2770)
@@ -175,7 +177,7 @@ IN_ITS_PLACE: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("kind", IN_ITS_PLACE)
 def test_what_is_not_a_directory_is_neither_followed_nor_changed(running: Helper, kind: str) -> None:
-    """Only who may write the kubelet's directory can put it there, and then the helper does nothing."""
+    """Only a process that can write the kubelet's directory can put it there; then the helper does nothing."""
     folder = running.directory / "folder"
     folder.mkdir(mode=0o700)
     path = running.directory / "kubelet/device-plugins/qat.intel.com"
@@ -186,13 +188,13 @@ def test_what_is_not_a_directory_is_neither_followed_nor_changed(running: Helper
         with running.connect() as client:
             assert failure(client.ask(PrepareSocketDirectory(id=1)))[1] is ErrorCode.KERNEL
 
-    assert forked(UID, GID, [prepare]) == 0
+    assert run_as_user(UID, GID, [prepare]) == 0
     assert path.lstat() == before
     assert (folder.stat().st_gid, stat.S_IMODE(folder.stat().st_mode)) == (0, 0o700)
 
 
 def test_the_helper_takes_no_other_things_place_for_its_socket(running: Helper) -> None:
-    """After it was killed, what lies where its socket was is removed only if it is a socket that nobody listens on."""
+    """After a kill, whatever is at the socket's path is removed only if it is a socket on which nobody listens."""
     running.stop(signal.SIGKILL)
     running.socket.unlink()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
@@ -200,7 +202,7 @@ def test_the_helper_takes_no_other_things_place_for_its_socket(running: Helper) 
         other.bind(str(elsewhere))
         for target in (elsewhere, running.audit, running.directory / "nowhere"):
             running.socket.symlink_to(target)
-            assert "is not a socket" in running.refused(f"--server-uid={UID}", f"--server-gid={GID}")
+            assert "is not a socket" in running.start_failure(f"--server-uid={UID}", f"--server-gid={GID}")
             assert running.socket.is_symlink()
             running.socket.unlink()
         assert elsewhere.exists()

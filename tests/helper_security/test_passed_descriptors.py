@@ -1,4 +1,4 @@
-"""Descriptors passed to the helper, who asked for none, and by it to a peer that does not take them."""
+"""Descriptors passed to the helper, which wants none, and by it to a peer that does not receive them."""
 
 import os
 import signal
@@ -16,13 +16,14 @@ from helper_security.chain import interrupted
 from qat_helper.serve import MAX_PASSED
 from qat_shared.codec import decode_reply
 from qat_shared.messages import MAX_MESSAGE, Connected, Heartbeat, KubeletService, OpenKubeletSocket
-from support.helper_process import Helper, heartbeat, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import Helper, heartbeat, helper
 
 GOOD = {"op": "ReadHeartbeat", "id": 1, "address": [0, 0x6B, 0, 0]}
 OLD_KERNEL = """
 import sys
 from qat_helper import listening, main
-listening.SO_PASSRIGHTS = -1  # as before Linux 6.16, where peers cannot be kept from passing descriptors
+listening.SO_PASSRIGHTS = -1  # as before Linux 6.16, where peers cannot be prevented from passing descriptors
 sys.exit(main.main())
 """
 
@@ -45,16 +46,16 @@ def lingering(seconds: int) -> socket.socket:
 
 
 def pass_on(through: socket.socket, descriptor: socket.socket, before: Sequence[bytes]) -> None:
-    """Pass it from a process that ends at once, so that no close of ours is the last one, and waits.
+    """Pass it from a process that exits at once, so that no close in this process is the last one and blocks.
 
-    With packets before it, the helper has not read it when we are gone.
+    With packets before it, the helper has not received it when this process has closed its copy.
     """
     go_end, go = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             os.close(go)
-            os.read(go_end, 1)  # the other has closed its own
+            os.read(go_end, 1)  # the other process has closed its copy
             for packet in before:
                 through.send(packet)
             socket.send_fds(through, [b"nonsense"], [descriptor.fileno()])
@@ -79,11 +80,11 @@ def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool
         running.start()
         with running.connect() as victim:
             assert isinstance(heartbeat(victim), Heartbeat)
-            before = running.open_files_at_rest(victim)
+            before = running.open_files_when_idle(victim)
             slow = lingering(300)
             assert running.process is not None
             with running.connect() as client:
-                running.process.send_signal(signal.SIGSTOP)  # it has the last one, when it goes on
+                running.process.send_signal(signal.SIGSTOP)  # it holds the last copy when it continues
                 pass_on(client.sock, slow, before_it)
                 if before_it:
                     client.close()
@@ -91,7 +92,7 @@ def test_a_passed_descriptor_that_closes_slowly_holds_nobody_up(old_kernel: bool
             began = time.monotonic()
             for _ in range(20):
                 assert isinstance(heartbeat(victim), Heartbeat)
-            assert time.monotonic() - began < 120, "nobody waits for it"
+            assert time.monotonic() - began < 120, "nothing waits for it"
             wait_until(lambda: running.open_files() == before)
     while LINGERING:
         LINGERING.pop().close()
@@ -108,21 +109,21 @@ def test_passed_descriptors_do_not_stay_open(old_kernel: bool) -> None:
         wait_until(lambda: running.open_files() > 0)
         with running.connect() as watcher:
             heartbeat(watcher)
-            before = running.open_files_at_rest(watcher)
+            before = running.open_files_when_idle(watcher)
             pipe_end, pipe = os.pipe()
             for _ in range(20):
                 with running.connect() as client, suppress(PermissionError):
                     socket.send_fds(client.sock, [msgspec.msgpack.encode(GOOD)], [pipe] * 10)
-                    assert client.at_end(), "who passes descriptors is dropped"
+                    assert client.at_end(), "a peer that passes descriptors is dropped"
             wait_until(lambda: running.open_files() == before)
             os.close(pipe)
-            assert os.read(pipe_end, 1) == b"", "nobody else has it"
+            assert os.read(pipe_end, 1) == b"", "no other copy is open"
             os.close(pipe_end)
             assert isinstance(heartbeat(watcher), Heartbeat)
 
 
 def test_a_new_child_is_not_the_last_to_close_a_descriptor() -> None:
-    """As when a peer asks something, passes a descriptor that closes slowly, and goes, all at once."""
+    """As when a peer sends a request, passes a descriptor that closes slowly, and leaves, all at once."""
     with helper(start=False) as running:
         running.command = [sys.executable, "-c", OLD_KERNEL]
         running.start()
@@ -136,21 +137,23 @@ def test_a_new_child_is_not_the_last_to_close_a_descriptor() -> None:
                     pass_on(client.sock, slow, [msgspec.msgpack.encode(GOOD)])
                     client.close()
                     running.process.send_signal(signal.SIGCONT)
-                wait_until(lambda: isinstance(heartbeat(victim), Heartbeat))  # not busy for as long as that lingers
+                wait_until(lambda: isinstance(heartbeat(victim), Heartbeat))  # not busy for as long as the close takes
         wait_until(lambda: not running.children())
     while LINGERING:
         LINGERING.pop().close()
 
 
 def test_connections_that_a_peer_does_not_take_are_bounded(running: Helper) -> None:
-    """Descriptors under way count against all processes of root's without capabilities, not the helper's alone."""
+    """Descriptors in transit count against all processes of root without capabilities, not only the helper."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet, running.connect() as client:
         kubelet.bind(str(running.directory / "kubelet/device-plugins/kubelet.sock"))
         kubelet.listen(1024)
         ask = OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION)
         for _ in range(60):
             client.send(ask)
-        wait_until(lambda: len(running.lines()) > 2 and not interrupted(running.lines()) and not running.children())
+        wait_until(
+            lambda: len(running.audit_lines()) > 2 and not interrupted(running.audit_lines()) and not running.children()
+        )
         taken = 0
         for _ in range(60):
             packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 4)
@@ -161,5 +164,5 @@ def test_connections_that_a_peer_does_not_take_are_bounded(running: Helper) -> N
         assert 0 < taken <= MAX_PASSED
         client.send(ask)
         packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 4)
-        assert isinstance(decode_reply(packet), Connected), "once they are taken, there are more"
+        assert isinstance(decode_reply(packet), Connected), "after they are received, more are passed"
         os.close(descriptors[0])

@@ -1,4 +1,4 @@
-"""Peers that are not what they should be: another uid, too many, that do not read, that go away, that come back."""
+"""Misbehaving peers: of another uid, too many, not reading, leaving, coming back."""
 
 import os
 import select
@@ -22,7 +22,8 @@ from qat_shared.messages import (
     OpenKubeletSocket,
     ReadHeartbeat,
 )
-from support.helper_process import PF, Helper, failure, forked, heartbeat, needs_root, served, wait_until
+from support.conditions import wait_until
+from support.helper_process import PF, Helper, failure, heartbeat, needs_root, run_as_user, wait_until_served
 from support.sysfs_tree import address
 
 
@@ -40,8 +41,8 @@ def test_another_uid_is_turned_away(running: Helper) -> None:
                 assert reply.id == (5 if isinstance(request, Hello) else 0)
                 assert client.at_end()
 
-    assert forked(1234, 4321, [connect]) == 0
-    refused = [line for line in running.lines() if line["event"] == "refused"]
+    assert run_as_user(1234, 4321, [connect]) == 0
+    refused = [line for line in running.audit_lines() if line["event"] == "refused"]
     assert [(line["peer"]["uid"], line["peer"]["gid"]) for line in refused] == [(1234, 4321)] * 2
 
 
@@ -59,7 +60,7 @@ def test_strangers_cannot_lock_the_server_out(running: Helper) -> None:
         os.read(release_end, 1)
         assert clients
 
-    thread = threading.Thread(target=lambda: (forked(1234, 4321, [occupy]), os.write(ready, b"ended")))
+    thread = threading.Thread(target=lambda: (run_as_user(1234, 4321, [occupy]), os.write(ready, b"ended")))
     thread.start()
     assert os.read(ready_end, 1) == b"x"
     with running.connect() as client:
@@ -98,7 +99,7 @@ def test_a_peer_that_does_not_read_is_dropped_and_others_are_served(running: Hel
         assert running.process.poll() is None
 
 
-# Peers that go away and come back
+# Peers that leave and come back
 
 
 def test_a_peer_that_leaves_with_operations_in_flight_finds_its_devices_when_it_is_back(running: Helper) -> None:
@@ -114,22 +115,22 @@ def test_a_peer_that_leaves_with_operations_in_flight_finds_its_devices_when_it_
                 assert failure(client.receive())[1] is ErrorCode.BUSY, (
                     "the second: it was read, so the first is at work"
                 )
-        assert len(running.children()) == 1, "what was left behind is not begun again"
+        assert len(running.children()) == 1, "the abandoned operation does not begin again"
         with running.connect() as client:
-            assert failure(heartbeat(client))[1] is ErrorCode.BUSY, "its child is still at work"
+            assert failure(heartbeat(client))[1] is ErrorCode.BUSY, "its child is still running"
             status.open("w").close()
             wait_until(lambda: not running.children())
             status.unlink()
             status.write_text("0\n")
             reply = heartbeat(client, 2)
             assert isinstance(reply, Heartbeat)
-            assert reply.id == 2, "and what the one before had asked for is not answered to it"
-        wait_until(lambda: running.settled() and running.open_files() == descriptors)
+            assert reply.id == 2, "it receives no reply to the earlier peer's request"
+        wait_until(lambda: running.is_idle() and running.open_files() == descriptors)
         assert isinstance(heartbeat(witness), Heartbeat)
 
 
 def test_a_peer_that_is_killed_in_the_middle_leaves_what_was_begun_audited(running: Helper) -> None:
-    """It has 64 requests in flight; what waits for a process is not begun any more, and each has its end in the log."""
+    """It has 64 requests in flight. Queued ones do not begin any more, and each has its last line in the log."""
     begin_end, begin = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -141,13 +142,13 @@ def test_a_peer_that_is_killed_in_the_middle_leaves_what_was_begun_audited(runni
     os.read(begin_end, 1)
     os.close(begin_end)
     os.close(begin)
-    wait_until(lambda: len(running.lines()) > 60)
+    wait_until(lambda: len(running.audit_lines()) > 60)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     wait_until(lambda: not interrupted(verified(running.audit)))
     ends = [line["result"]["message"] for line in verified(running.audit) if line["event"] == "done"]
     assert len(ends) == 64
-    assert sum("went away before it was begun" in message for message in ends) > 40
+    assert sum("disconnected before the operation began" in message for message in ends) > 40
     with running.connect() as client:
         assert isinstance(heartbeat(client), Heartbeat)
 
@@ -160,9 +161,9 @@ def test_half_a_connection_is_the_end_of_it(running: Helper) -> None:
                     client.send(ReadHeartbeat(id=1, address=address(PF)))
                     client.sock.shutdown(how)
                     with suppress(BrokenPipeError, ConnectionResetError):
-                        for _ in range(20):  # it is not read any more, or read and not answered
+                        for _ in range(20):  # it is no longer read, or read without a reply
                             client.send(ReadHeartbeat(id=1, address=address(PF)))
                     if how is not socket.SHUT_RD:
                         wait_until(client.at_end)
-        served(witness)
+        wait_until_served(witness)
         tried("half-open connections", 90)

@@ -1,7 +1,7 @@
-"""The tree changes between the helper's look and its write: links are swapped, devices replaced, drivers moved.
+"""The tree changes between the helper's checks and its writes: links are swapped, devices replaced, drivers moved.
 
-Nobody but the kernel can do this in a real sysfs. Here somebody can, as fast as a thread goes, and still every write
-that the helper makes, as the kernel sees it, is one of the three that its table allows, about the device asked for.
+In a real sysfs only the kernel can do this. Here a thread does it as fast as it can; still every write of the helper,
+as the kernel sees it, is one of the three that its table allows, for the requested device.
 """
 
 import os
@@ -26,7 +26,7 @@ REFUSALS = (ErrorCode.KERNEL, ErrorCode.VANISHED, ErrorCode.DENIED, ErrorCode.UN
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Attacked]:
-    """One for all swaps at a chosen moment: each leaves everything as it was."""
+    """One tree for all swaps at a chosen moment: each swap leaves everything as it was."""
     with attacked() as on:
         yield on
 
@@ -40,7 +40,7 @@ def outcome(reply: AnyReply) -> str:
 
 
 class Moment:
-    """Swaps once the helper has made so many writes (0: now), and back when it ends."""
+    """Swap after the helper's n-th write (0: now), and swap back at the end."""
 
     def __init__(self, on: Attacked, kind: str, writes: int) -> None:
         self.on = on
@@ -71,7 +71,7 @@ class Moment:
 
 @pytest.mark.parametrize("kind", SWAPS)
 def test_swapped_after_each_step(shared: Attacked, kind: str) -> None:
-    """Before the operation, and after each of its writes, before the helper knows that it was made."""
+    """Before the operation and after each of its writes, before the helper knows that it was made."""
     on = shared
     for operation in (on.bind, on.release):
         for step in range(4):
@@ -81,13 +81,13 @@ def test_swapped_after_each_step(shared: Attacked, kind: str) -> None:
             outcome(operation())
             moment.end()
             on.check()
-            assert isinstance(on.bind(), Bound), "nothing is left behind"
+            assert isinstance(on.bind(), Bound), "no effect remains"
             assert isinstance(on.release(), Bound)
             assert on.kernel.driver(VF) == "4xxxvf"
 
 
 class Swapper(threading.Thread):
-    """Swaps as fast as it can. While something is swapped, the emulated kernel waits, the helper does not."""
+    """Swaps as fast as it can. During a swap, the emulated kernel waits; the helper does not."""
 
     def __init__(self, on: Attacked, dice: random.Random) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_swapped_all_the_time_by_a_thread() -> None:
             swapper.join()
         assert swapper.error is None, f"seed {seed}"
         assert isinstance(on.release(), Bound)
-        assert isinstance(on.bind(), Bound), "nothing is left behind"
+        assert isinstance(on.bind(), Bound), "no effect remains"
         tried("swaps by a thread", swapper.swaps.total())
         tried("operations under swaps by a thread", OPERATIONS)
         tried("operations under swaps by a thread that were refused", outcomes["refused"])
@@ -139,7 +139,7 @@ def test_swapped_all_the_time_by_a_thread() -> None:
 
 
 def test_the_device_goes_and_comes_back_all_the_time() -> None:
-    """Its PF takes its VFs away and makes them anew while they are bound and released."""
+    """Its PF removes and recreates its VFs while they are bound and released."""
     with attacked() as on:
         stopping = threading.Event()
         rounds = 0

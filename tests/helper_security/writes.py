@@ -1,7 +1,7 @@
-"""Every write(2) of a helper and its children, seen before it is made: its path is the kernel's word, not the helper's.
+"""Trace every write(2) of a helper and its children before it happens. The path comes from the kernel, not the helper.
 
-Writes beneath the emulated kernel's tree are answered by it; those into the other folders that are watched happen as
-they are. It is the emulated kernel's own interception (qat_simulation.interception): nothing in the helper differs.
+The emulated kernel handles the writes beneath its tree; writes into the other watched directories happen unchanged.
+The tracing is the emulated kernel's own interception (qat_simulation.interception): the helper is unmodified.
 """
 
 import os
@@ -20,10 +20,10 @@ Write = tuple[str, bytes]
 
 
 class Writes:
-    """`seen` has them all in order.
+    """All writes in order, in `seen`.
 
-    `refuse` is asked before each: True, and it is not made (EIO). `made` is called when the emulated kernel has done
-    what one asked for, and the writer does not know yet.
+    `refuse` is called before each write; if it returns True, the write fails with EIO. `made` is called when the
+    emulated kernel has performed a write, before the writer knows.
     """
 
     def __init__(self, kernel: Kernel, *folders: Path) -> None:
@@ -36,13 +36,13 @@ class Writes:
         self._supervisors: list[interception.Supervisor] = []
 
     def spawn(self, argv: Sequence[str], **popen: Any) -> "subprocess.Popen[bytes]":
-        """Start a program; further arguments are those of Popen."""
+        """Start a program; the arguments are those of Popen."""
         process, supervisor = interception.spawn(argv, (*self._kernel.roots, *self._folders), self._answer, **popen)
         self._supervisors.append(supervisor)
         return process
 
     def close(self) -> None:
-        """Once all that was started has ended."""
+        """Wait until everything that was started has exited."""
         for supervisor in self._supervisors:
             supervisor.stop()
 
@@ -60,7 +60,7 @@ class Writes:
 
 
 class Killer:
-    """Kills a helper, with its children if `all_of_it`, at its `at`-th write that names `address`: it is not made."""
+    """Kills a helper, with its children if `all_of_it`, before its `at`-th write that names `address`."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", address: str, at: int, *, all_of_it: bool) -> None:
         self.struck = threading.Event()
@@ -77,7 +77,7 @@ class Killer:
         if self._left:
             return False
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        os.kill(self.pid, signal.SIGKILL)  # first, so that it sees nothing of its children's end
+        os.kill(self.pid, signal.SIGKILL)  # first, so that it does not see its children exit
         for child in children if self._all_of_it else ():
             os.kill(int(child), signal.SIGKILL)
         self.struck.set()

@@ -65,7 +65,7 @@ async def all_alive(node: RealNode) -> None:
 async def with_new_host_bridges(node: RealNode) -> None:
     """The helper's sandbox knows those that were there when it began: it says so, and is started again."""
     await node.until_status(
-        "the reason is told", lambda status: any("start the helper again" in vf.reason for vf in status.vfs)
+        "the reason is told", lambda status: any("restart the helper" in vf.reason for vf in status.vfs)
     )
     await all_alive(node)
     await node.stop_helper()

@@ -1,4 +1,4 @@
-"""`qat-plugin demo --keep`: it goes on whatever ends, does what it is told, and leaves nothing behind."""
+"""`qat-plugin demo --keep`: it restarts processes that end, carries out commands, and leaves nothing behind."""
 
 import json
 import os
@@ -18,23 +18,23 @@ PF = "0000:6b:00.0"
 NODE = {"pfs": [{"address": PF, "services": "sym;asym", "total_vfs": 4}]}
 
 
-PATIENT = """
+WITH_LONG_LIMIT = """
 from qat_server import main
 from qat_simulation.demo import sequence
 sequence.LIMIT = 600.0
 main.main()
 """
-"""qat-plugin, but that its demo may take its time on a busy machine."""
+"""qat-plugin, with a long time limit for the demo on busy machines."""
 
 
 class Kept:
-    """A demo that goes on. Its output is read as it comes."""
+    """A demo that keeps running. A thread reads its output."""
 
     def __init__(self, directory: Path) -> None:
         file = directory / "node.json"
         file.write_text(json.dumps(NODE))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PATIENT, "demo", "--keep", "--node", str(file)],
+            [sys.executable, "-c", WITH_LONG_LIMIT, "demo", "--keep", "--node", str(file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -52,7 +52,7 @@ class Kept:
                 self._lines.put(line)
 
     def until(self, pattern: str) -> "re.Match[str]":
-        """The first line from here on in which it is found."""
+        """The match in the next line that contains the pattern."""
         deadline = time.monotonic() + 120
         while True:
             try:
@@ -63,16 +63,16 @@ class Kept:
             if found := re.search(pattern, line):
                 return found
 
-    def tell(self, line: str, answer: str) -> "re.Match[str]":
-        """As a shell's echo into the FIFO does."""
+    def command(self, line: str, result: str) -> "re.Match[str]":
+        """Write a command into the FIFO, as a shell's echo does, and wait for its result."""
         with open(self.node / "control", "w") as control:
             control.write(f"{line}\n")
-        return self.until(answer)
+        return self.until(result)
 
     @property
     def node(self) -> Path:
-        """Its directory."""
-        found = re.search(r"The node goes on in (\S+)", "".join(self.seen))
+        """The node's directory."""
+        found = re.search(r"The node keeps running in (\S+)", "".join(self.seen))
         assert found
         return Path(found[1])
 
@@ -90,28 +90,30 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
         demo.reader.join(120)
 
 
-def test_what_ends_is_started_again_and_all_that_is_told_is_done(kept: Kept) -> None:
+def test_processes_are_restarted_and_commands_carried_out(kept: Kept) -> None:
     for name in ("helper", "server"):
-        kept.tell(f"kill {name}", f"> SIGKILL to the {name}")
-        kept.until(f"the {name} ended with status -9: it is started again")
+        kept.command(f"kill {name}", f"> SIGKILL to the {name}")
+        kept.until(f"the {name} ended with status -9: restarting it")
         kept.until(f"> the {name} runs again, pid")
-    kept.tell("free pod-a", "> pod-a has ended")
-    kept.tell("kubelet restart", "> the kubelet runs")
-    kept.tell("kubelet restart now", "> it is: kubelet stop|start|restart".replace("|", r"\|"))
-    kept.tell("reboot", "> unknown command 'reboot': help lists")
-    kept.tell("unplug 0000:99:00.1", "> unplug 0000:99:00.1: No such device")
-    kept.tell("close 0000:6b:00.1", "> 0000:6b:00.1 was not opened here")
-    kept.tell("open 0000:6b:00.1", "> 0000:6b:00.1 is open")
-    kept.tell("close 0000:6b:00.1", "> 0000:6b:00.1 is closed")
-    kept.tell("pod p qat.intel.com/none 1", "> the kubelet knows no 'qat.intel.com/none'; there is qat.intel.com/cy")
-    while True:  # until the server that was started again has registered
-        said = kept.tell("pod p qat.intel.com/cy 1", "> (p got 0000:6b:00|pod p .*)")[1]
-        if said.startswith("p got"):
+    kept.command("free pod-a", "> pod-a has ended")
+    kept.command("kubelet restart", "> the kubelet runs")
+    kept.command("kubelet restart now", "> usage: kubelet stop|start|restart".replace("|", r"\|"))
+    kept.command("reboot", "> unknown command 'reboot': help lists")
+    kept.command("unplug 0000:99:00.1", "> unplug 0000:99:00.1: No such device")
+    kept.command("close 0000:6b:00.1", "> 0000:6b:00.1 was not opened here")
+    kept.command("open 0000:6b:00.1", "> 0000:6b:00.1 is open")
+    kept.command("close 0000:6b:00.1", "> 0000:6b:00.1 is closed")
+    kept.command(
+        "pod p qat.intel.com/none 1", "> the kubelet has no resource 'qat.intel.com/none'; it has qat.intel.com/cy"
+    )
+    while True:  # until the restarted server has registered
+        result = kept.command("pod p qat.intel.com/cy 1", "> (p got 0000:6b:00|pod p .*)")[1]
+        if result.startswith("p got"):
             break
-    kept.tell("pod q qat.intel.com/cy 9", "> pod q qat.intel.com/cy 9: ")
-    kept.tell(f"heartbeat {PF} 7", "> a heartbeat is 0 .* or -1")
-    kept.tell(f"services {PF} dc", "> .*/qat.toml wants dc of")
-    kept.tell("help", "> one command a line:")
+    kept.command("pod q qat.intel.com/cy 9", "> pod q qat.intel.com/cy 9: ")
+    kept.command(f"heartbeat {PF} 7", "> a heartbeat is 0 .* or -1")
+    kept.command(f"services {PF} dc", "> .*/qat.toml sets services dc for")
+    kept.command("help", "> one command on each line:")
     assert kept.process.poll() is None
     node = kept.node
     kept.process.send_signal(signal.SIGINT)
@@ -120,16 +122,16 @@ def test_what_ends_is_started_again_and_all_that_is_told_is_done(kept: Kept) -> 
     assert not node.exists()
 
 
-def test_a_fault_shows_in_the_status(kept: Kept) -> None:
-    kept.tell(f"heartbeat {PF} -1", f"> the firmware of {PF} does not answer any more")
+def test_a_lost_heartbeat_shows_in_the_status(kept: Kept) -> None:
+    kept.command(f"heartbeat {PF} -1", f"> the firmware of {PF} does not answer any more")
     found = re.search(r"(\S+) status --kubelet-dir (\S+)", "".join(kept.seen))
     assert found
     program, directory = found.groups()
-    assert os.access(program, os.X_OK), "what is said can be typed from any directory"
+    assert os.access(program, os.X_OK), "the printed command works in any directory"
     deadline = time.monotonic() + 120
     while True:
-        told = subprocess.run([program, "status", "-kubelet-dir", directory, "--json"], capture_output=True, check=True)
-        if all(vf["reason"] for vf in json.loads(told.stdout)["vfs"]):
+        done = subprocess.run([program, "status", "-kubelet-dir", directory, "--json"], capture_output=True, check=True)
+        if all(vf["reason"] for vf in json.loads(done.stdout)["vfs"]):
             return
-        assert time.monotonic() < deadline, told.stdout
+        assert time.monotonic() < deadline, done.stdout
         time.sleep(0.05)

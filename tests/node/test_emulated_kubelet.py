@@ -1,4 +1,4 @@
-"""The emulated kubelet does what the real one was seen to do, the traps included."""
+"""The emulated kubelet behaves as the real one was observed to, its faults included."""
 
 import os
 import stat
@@ -48,7 +48,7 @@ def device(number: int, reason: str = "", numa_node: int = 0) -> Device:
 
 
 class Plugin(DevicePlugin):
-    """Ours, with faults on demand."""
+    """The server's plugin, with faults on demand."""
 
     def __init__(self) -> None:
         super().__init__("cy", AllocationPolicy.NONE, Counters(), NoUsage())
@@ -86,7 +86,7 @@ class Clock:
 
 
 class Node:
-    """A kubelet and whatever plugins a test serves on it."""
+    """A kubelet and the plugins that a test serves on it."""
 
     def __init__(self, kubelet: Kubelet, clock: Clock) -> None:
         self.kubelet = kubelet
@@ -139,7 +139,7 @@ async def node(directory: Path) -> AsyncIterator[Node]:
 FOUR = [device(number) for number in range(4)]
 
 
-async def test_its_directories_are_closed_to_others(node: Node) -> None:
+async def test_its_directories_are_closed_to_other_users(node: Node) -> None:
     for each in (node.kubelet.plugin_directory, node.kubelet.directory / "pod-resources"):
         assert stat.S_IMODE(each.stat().st_mode) == 0o750
 
@@ -172,7 +172,7 @@ async def refused(node: Node, resource: str, version: str, error: str) -> None:
     assert node.kubelet.capacity() == {}
 
 
-async def test_only_the_exact_word_healthy_is_healthy(node: Node) -> None:
+async def test_only_the_exact_word_healthy_means_healthy(node: Node) -> None:
     async with node.plugin([*FOUR, device(5, "it is bad")]):
         assert node.kubelet.capacity() == {CY: 5}
         assert node.kubelet.allocatable() == {CY: 4}
@@ -212,7 +212,7 @@ async def test_a_restart_removes_top_level_sockets_only_and_keeps_pods(node: Nod
         assert node.kubelet.allocatable_free() == {CY: 2}
 
 
-async def test_a_corrupt_checkpoint_is_no_checkpoint(node: Node) -> None:
+async def test_a_corrupt_checkpoint_counts_as_empty(node: Node) -> None:
     async with node.plugin(FOUR, "qat.intel.com/cy.sock"):
         await node.kubelet.allocate("pod", [("main", CY, 2)])
         await node.kubelet.stop(kill=True)
@@ -238,7 +238,7 @@ async def test_each_container_gets_its_own_devices(node: Node) -> None:
         assert node.kubelet.allocatable_free() == {CY: 4}
 
 
-async def test_what_is_preferred_is_taken_and_unknown_ids_are_ignored(node: Node) -> None:
+async def test_preferred_devices_are_allocated_and_unknown_ids_ignored(node: Node) -> None:
     async with node.plugin(FOUR) as plugin:
         plugin.prefers = ["nothing", str(address(3))]
         got = await node.kubelet.allocate("one", [("main", CY, 1)])

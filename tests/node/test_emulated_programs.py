@@ -1,4 +1,4 @@
-"""Programs on the emulated kernel: how they start and end, what is left of them, and that none of it needs root."""
+"""Programs on the emulated kernel: how they start and end, that they leave nothing behind, and need no root."""
 
 import os
 import subprocess
@@ -13,7 +13,8 @@ import pytest
 from qat_simulation.interception.supervisor import InterceptionError
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.node.description import Node, Pf
-from support.emulated_kernel import PF, VF, attribute, emulated, wait_until
+from support.conditions import wait_until
+from support.emulated_kernel import PF, VF, attribute, emulated
 
 NODE = Node(pfs=(Pf(address=PF, total_vfs=4, vf_driver="vfio-pci"), Pf(address="0001:6b:00.0", total_vfs=4)))
 
@@ -24,19 +25,19 @@ def kernel() -> Iterator[Kernel]:
         yield made
 
 
-def test_program_that_is_not_there(kernel: Kernel) -> None:
+def test_program_that_does_not_exist(kernel: Kernel) -> None:
     with pytest.raises(FileNotFoundError, match="/no/such/program"):
         kernel.spawn(["/no/such/program"])
 
 
-def test_exit_status_environment_and_folder_are_the_program_s(kernel: Kernel, tmp_path: Path) -> None:
+def test_program_has_its_exit_status_environment_and_directory(kernel: Kernel, tmp_path: Path) -> None:
     code = "import os, sys; sys.exit(os.environ['WORD'] == 'yes' and os.getcwd() == sys.argv[1] and 7)"
     argv = [sys.executable, "-c", code, os.path.realpath(tmp_path)]
     with kernel.spawn(argv, env={**os.environ, "WORD": "yes"}, cwd=tmp_path) as process:
         assert process.wait(120) == 7
 
 
-def test_descriptors_are_passed_and_no_others(kernel: Kernel) -> None:
+def test_only_given_descriptors_are_passed(kernel: Kernel) -> None:
     read_end, write_end = os.pipe()
     code = "import os, sys; os.write(int(sys.argv[1]), ' '.join(os.listdir('/proc/self/fd')).encode())"
     with kernel.spawn([sys.executable, "-I", "-S", "-c", code, str(write_end)], pass_fds=[write_end]) as process:
@@ -47,7 +48,7 @@ def test_descriptors_are_passed_and_no_others(kernel: Kernel) -> None:
     assert len(seen - {"0", "1", "2", str(write_end)}) == 1  # the listing itself
 
 
-def test_nothing_is_left_of_programs_that_ended(kernel: Kernel) -> None:
+def test_programs_that_ended_leave_nothing_behind(kernel: Kernel) -> None:
     def round_trip() -> None:
         with kernel.spawn(["/bin/true"]) as process:
             assert process.wait(120) == 0
@@ -60,7 +61,7 @@ def test_nothing_is_left_of_programs_that_ended(kernel: Kernel) -> None:
     assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-def test_where_writes_cannot_be_intercepted_one_sentence_says_what_is_needed(kernel: Kernel) -> None:
+def test_one_sentence_names_the_requirements_of_interception(kernel: Kernel) -> None:
     code = """
         import sys
         from pathlib import Path
@@ -70,17 +71,17 @@ def test_where_writes_cannot_be_intercepted_one_sentence_says_what_is_needed(ker
         except InterceptionError as error:
             print(error)
     """
-    # A process has one listener at most, so a supervised one cannot supervise: as on a system that cannot at all.
+    # A process has at most one listener, so a supervised process fails like any process on an unsupported system.
     argv = [sys.executable, "-c", textwrap.dedent(code)]
     with kernel.spawn(argv, stdout=subprocess.PIPE, text=True) as process:
-        said, _ = process.communicate(timeout=60)
-    assert said.startswith(
+        output, _ = process.communicate(timeout=60)
+    assert output.startswith(
         "the simulated node cannot intercept writes on this system (Device or resource busy): it needs"
     )
-    assert "Linux 5.5 or newer with seccomp user notification" in said
+    assert "Linux 5.5 or newer with seccomp user notification" in output
 
 
-def test_unknown_machine_is_refused(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_machine_is_rejected(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qat_simulation.interception.launch.MACHINES", {})
     with pytest.raises(InterceptionError, match="cannot intercept writes on "):
         kernel.spawn(["/bin/true"])
@@ -108,7 +109,7 @@ write("bus/pci/drivers_probe", b"{VF}")
 """
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="not root: all other tests of this file have shown it already")
+@pytest.mark.skipif(os.getuid() != 0, reason="not root: the other tests of this file show it")
 def test_no_root_is_needed() -> None:
     here = Path(__file__).parents[2]
     site = (

@@ -8,7 +8,8 @@ import pytest
 
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.node.description import Node, Pf
-from support.emulated_kernel import PF, VF, VF2, attribute, emulated, wait_until
+from support.conditions import wait_until
+from support.emulated_kernel import PF, VF, VF2, attribute, emulated
 
 NODE = Node(pfs=(Pf(address=PF, total_vfs=4, vf_driver="vfio-pci"), Pf(address="0001:6b:00.0", total_vfs=4)))
 
@@ -28,7 +29,7 @@ def listen(kernel: Kernel) -> socket.socket:
 
 
 def steps(sock: socket.socket, count: int) -> list[str]:
-    """The heads of the next uevents, without the folders before the name."""
+    """The actions and names of the next uevents."""
     heads = [sock.recv(9999).partition(b"\0")[0].decode() for _ in range(count)]
     return [f"{head.partition('@')[0]} {head.rpartition('/')[2]}" for head in heads]
 
@@ -53,7 +54,7 @@ def test_uevents_of_a_rebinding(kernel: Kernel) -> None:
     ]
 
 
-def test_uevents_of_vfs_that_come_and_go() -> None:
+def test_uevents_of_vfs_that_are_enabled_and_disabled() -> None:
     with emulated(Node(pfs=(Pf(address=PF, total_vfs=2, num_vfs=0),))) as kernel, listen(kernel) as sock:
         kernel.set_numvfs(PF, 2)
         one = [f"{action} {VF}" for action in ("add", "change", "bind")]

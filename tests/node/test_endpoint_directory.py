@@ -21,7 +21,7 @@ from qat_shared.messages import SocketDirectory
 from qat_simulation.node.description import Node, Pf
 from qat_simulation.running_node import running_node
 from support.conditions import until
-from support.helper_process import forked, needs_root
+from support.helper_process import needs_root, run_as_user
 
 CY = "qat.intel.com/cy"
 ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, numa_node=0),))
@@ -75,10 +75,10 @@ def test_a_server_that_is_another_user_goes_on_where_the_last_one_was_killed() -
         for user in (65532, 65533, 65532):
             os.chown(path, 0, user)
             os.chmod(path, MODE)
-            assert forked(user, user, [partial(os.umask, 0o077), lambda: asyncio.run(work(path))]) == 0
+            assert run_as_user(user, user, [partial(os.umask, 0o077), lambda: asyncio.run(work(path))]) == 0
             assert (path / "cy.sock").stat().st_uid == user
         os.chown(path, 0, 0)
-        assert forked(65532, 65532, [lambda: asyncio.run(refused(work(path)))]) == 0
+        assert run_as_user(65532, 65532, [lambda: asyncio.run(refused(work(path)))]) == 0
 
 
 async def refused(work: Coroutine[None, None, None]) -> None:
@@ -97,7 +97,7 @@ async def test_when_it_was_made_anew_both_say_that_they_must_be_started_again(wa
         for each in ("device-plugins", "plugins_registry"):
             shutil.rmtree(node.kubelet.directory / each, ignore_errors=True)
         await node.kubelet.start()
-        await node.until("the helper says it", lambda: "directory was made anew" in node.log("server"), 40)
+        await node.until("the helper says it", lambda: "directory was recreated" in node.log("server"), 40)
         server, node.server = node.server, None  # which is to end by itself
         assert server is not None
         await node.stop_helper()

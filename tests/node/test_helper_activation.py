@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qat_shared.messages import PROTOCOL, Hello, Welcome
-from support.helper_process import Client, Helper, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import Client, Helper, helper
 
 ACTIVATE = shutil.which("systemd-socket-activate")
 
@@ -69,7 +70,7 @@ def test_it_serves_on_the_socket_that_was_passed_and_leaves_it_there() -> None:
         with _listener(directory) as sock, _activated(sock) as node:
             with Client(path, greet=False) as early:  # the kernel keeps who comes before the helper is up
                 node.start(**_as_systemd())
-                assert path.as_posix() in node.said()
+                assert path.as_posix() in node.log_text()
                 assert isinstance(early.ask(Hello(id=0, protocol=PROTOCOL, version="early")), Welcome)
             Client(path).close()
             assert not node.socket.exists()
@@ -105,12 +106,12 @@ def test_another_socket_is_refused(kind: int, listens: bool, fds: str) -> None:
         _listener(directory, kind, listen=listens) as sock,
         _activated(sock) as node,
     ):
-        assert "ListenSequentialPacket=" in node.refused(**_as_systemd(fds))
+        assert "ListenSequentialPacket=" in node.start_failure(**_as_systemd(fds))
 
 
 def test_what_is_no_socket_is_refused() -> None:
     with _activated(None) as node:
-        assert "ListenSequentialPacket=" in node.refused(**_as_systemd())
+        assert "ListenSequentialPacket=" in node.start_failure(**_as_systemd())
 
 
 def test_variables_meant_for_another_process_are_ignored() -> None:
@@ -128,8 +129,8 @@ def test_with_systemd_socket_activate() -> None:
         with node.log.open("ab") as log:
             node.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL)
         wait_until(unit.exists)
-        assert "serving on" not in node.said()  # it starts with the first connection only
-        wait_until(lambda: "Listening on" in node.said())
+        assert "serving on" not in node.log_text()  # it starts with the first connection only
+        wait_until(lambda: "Listening on" in node.log_text())
         with Client(unit):  # greets: the helper that this starts has answered
-            assert "serving on" in node.said()
+            assert "serving on" in node.log_text()
         assert node.stop() == 0

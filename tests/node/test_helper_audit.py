@@ -28,7 +28,8 @@ from qat_shared.messages import (
     PrepareSocketDirectory,
     ReadHeartbeat,
 )
-from support.helper_process import COMMAND, PF, VF, Client, Helper, helper, wait_until
+from support.conditions import wait_until
+from support.helper_process import COMMAND, PF, VF, Client, Helper, helper
 from support.sysfs_tree import address
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
@@ -76,7 +77,7 @@ def test_one_chain_over_rotations_restarts_and_kills_and_the_clients_head_is_in_
         older, *others = files(running)[1:], files(running)[0]
         status, said = audit("verify", *older[1:], *others)
         assert status == 1
-        assert "from its beginning, removed before it: or give --after" in said
+        assert "from its beginning, removed before it (or use --after)" in said
         status, said = audit("verify", "--head", head, *older[:-1])
         assert status == 1
         assert "the end was cut off" in said
@@ -87,7 +88,7 @@ def test_an_interrupted_operation_is_shown_as_such() -> None:
         with running.connect() as client:
             assert isinstance(prepare(client), Done)
             client.send(OpenKubeletSocket(id=2, service=KubeletService.REGISTRATION, wait_ms=10_000, reason="waits"))
-            wait_until(lambda: running.lines()[-1].get("operation") == "OpenKubeletSocket")
+            wait_until(lambda: running.audit_lines()[-1].get("operation") == "OpenKubeletSocket")
             status, said = audit("show", "--verdict", "under way", str(running.audit))
             assert said.count("\n") == 2
             running.stop(signal.SIGKILL)
@@ -95,7 +96,7 @@ def test_an_interrupted_operation_is_shown_as_such() -> None:
         status, said = audit("show", str(running.audit))
         assert status == 0
         rows = [re.split(r" {2,}", line) for line in said.splitlines()]
-        assert rows[0] == ["line", "time", "operation", "device", "uid", "pid", "verdict", "ms", "what"]
+        assert rows[0] == ["line", "time", "operation", "device", "uid", "pid", "verdict", "ms", "details"]
         assert [(row[2], row[6]) for row in rows[1:]] == [
             ("(start)", "-"),
             ("PrepareSocketDirectory", "ok"),
@@ -147,8 +148,8 @@ def test_on_a_full_disk_audited_operations_are_refused_and_reads_go_on(small_dis
             while rotate and len(files(running)) == 1:  # how many lines that takes depends on how long they are
                 assert isinstance(prepare(client), Done)
         running.stop()
-        assert running.said().count("cannot be written") == 1
-        assert running.said().count("can be written again") == 1
+        assert running.log_text().count("cannot be written") == 1
+        assert running.log_text().count("can be written again") == 1
         status, said = audit("verify", *files(running))
         assert status == 0, said
         assert len(files(running)) == (2 if rotate else 1)
@@ -211,7 +212,7 @@ def test_a_limit_of_the_file_size_refuses_and_is_got_over() -> None:
         running.stop()
         status, said = audit("verify", *files(running))
         assert status == 0, said
-        assert "Rests of failed writes: 1." in said
+        assert "Fragments of failed writes: 1." in said
 
 
 def test_nobody_who_reads_the_copies_holds_the_helper_up() -> None:
@@ -246,7 +247,9 @@ def test_the_policy_files_limits_hold_and_name_their_rule() -> None:
             running.tree.bind(VF, "vfio-pci")
             reply = client.ask(BindDriver(id=1, address=address(VF), driver=DpdkDriver.VFIO_PCI))
             assert not isinstance(reply, Bound)
-        lines = [(line["operation"], line["result"]["rule"]) for line in running.lines() if line["event"] == "refused"]
+        lines = [
+            (line["operation"], line["result"]["rule"]) for line in running.audit_lines() if line["event"] == "refused"
+        ]
         assert lines == [("ReadHeartbeat", "rates.ReadHeartbeat"), ("BindDriver", "drivers")]
 
 

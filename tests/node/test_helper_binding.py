@@ -8,9 +8,9 @@ import pytest
 from qat_shared.messages import Bound, ErrorCode, Failure, ReleaseDriver
 from qat_shared.pci import PciAddress
 from qat_simulation.node.description import Node, Pf
+from support.conditions import wait_until
 from support.emulated_kernel import PF, VF, VF2
 from support.helper_on_emulated_kernel import Running, code, helper_on
-from support.helper_process import wait_until
 
 ONE_PF = Node(pfs=(Pf(address=PF, device="4940", services="dc", total_vfs=2),))
 

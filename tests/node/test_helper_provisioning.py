@@ -23,9 +23,10 @@ from qat_shared.messages import (
 )
 from qat_shared.pci import PciAddress
 from qat_simulation.node.description import Node, Pf
+from support.conditions import wait_until
 from support.emulated_kernel import PF, VF, VF2, attribute, read
 from support.helper_on_emulated_kernel import Running, code, helper_on
-from support.helper_process import Client, wait_until
+from support.helper_process import Client
 
 OTHER_PF, OTHER_VF = "0001:6b:00.0", "0001:6b:00.1"
 TWO_PFS = Node(pfs=tuple(Pf(address=address, services="dc", total_vfs=2) for address in (PF, OTHER_PF)))

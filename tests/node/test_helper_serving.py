@@ -37,7 +37,8 @@ from qat_shared.messages import (
     ReadHeartbeat,
     Welcome,
 )
-from support.helper_process import PF, VF, VF2, Helper, failure, forked, heartbeat, helper, needs_root, wait_until
+from support.conditions import wait_until
+from support.helper_process import PF, VF, VF2, Helper, failure, heartbeat, helper, needs_root, run_as_user
 from support.sysfs_tree import address
 
 
@@ -168,24 +169,24 @@ def test_a_blocked_read_holds_up_nobody_and_no_clean_end(running: Helper) -> Non
         wait_until(running.children)
         assert failure(other.ask(ReadHeartbeat(id=6, address=address(PF))))[1] is ErrorCode.BUSY
         assert running.stop() == 0, "it does not wait for the child, which does not end before it is let go below"
-    assert "ReadHeartbeat" in running.lines()[-1]["arguments"]["unfinished"]
+    assert "ReadHeartbeat" in running.audit_lines()[-1]["arguments"]["unfinished"]
     status.open("w").close()  # lets the child end
 
 
 def test_a_peer_that_goes_away_leaves_an_audited_operation(running: Helper) -> None:
     with running.connect() as client:
         client.send(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=200))
-        wait_until(lambda: running.lines()[-1]["event"] == "asked")
-    wait_until(lambda: running.lines()[-1]["event"] == "done")
-    assert running.lines()[-1]["result"]["code"] == "unavailable"
+        wait_until(lambda: running.audit_lines()[-1]["event"] == "asked")
+    wait_until(lambda: running.audit_lines()[-1]["event"] == "done")
+    assert running.audit_lines()[-1]["result"]["code"] == "unavailable"
 
 
 def test_the_kubelets_socket_is_passed_once_it_is_there(running: Helper) -> None:
     with running.connect() as client, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet:
         kubelet.bind(str(running.directory / "kubelet/device-plugins/kubelet.sock"))
+        idle = running.open_files()
         client.send(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=10_000))
-        wait_until(lambda: running.lines()[-1]["event"] == "asked")
-        before = running.open_files()
+        wait_until(lambda: running.audit_lines()[-1]["event"] == "asked")
         kubelet.listen()
         packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 2)
         assert isinstance(decode_reply(packet), Connected)
@@ -193,7 +194,7 @@ def test_the_kubelets_socket_is_passed_once_it_is_there(running: Helper) -> None
         with closing(accepted), socket.socket(fileno=descriptors[0]) as ours:
             ours.sendall(b"hello")
             assert accepted.recv(10) == b"hello"
-            wait_until(lambda: running.open_files() < before)
+            wait_until(lambda: running.open_files() <= idle)
         with closing(accepted):
             assert accepted.fileno() == -1
 
@@ -217,7 +218,7 @@ def test_binding_is_checked_and_audited(running: Helper) -> None:
         reply = bind(VF)
         assert isinstance(reply, Bound)
         assert (reply.driver, reply.changed) == ("vfio-pci", False)
-        assert reply.audit.sequence == running.lines()[-1]["sequence"]
+        assert reply.audit.sequence == running.audit_lines()[-1]["sequence"]
         denied = bind(PF)
         assert isinstance(denied, Failure)
         assert (denied.code, denied.rule) == (ErrorCode.DENIED, "virtual-functions-only")
@@ -226,7 +227,7 @@ def test_binding_is_checked_and_audited(running: Helper) -> None:
         assert isinstance(foreign, Failure)
         assert (foreign.code, foreign.rule) == (ErrorCode.DENIED, "foreign-driver")
         assert failure(bind("ffff:ff:1f.7"))[1] is ErrorCode.VANISHED
-    assert [(line["event"], line.get("verdict", "")) for line in running.lines()[1:]] == [
+    assert [(line["event"], line.get("verdict", "")) for line in running.audit_lines()[1:]] == [
         ("asked", ""),
         ("done", "ok"),
         ("asked", ""),
@@ -263,8 +264,8 @@ def test_a_clean_end_removes_the_socket_and_is_audited(running: Helper, how: sig
         assert running.stop(how) == 0
         assert client.at_end()
     assert not running.socket.exists()
-    assert running.lines()[-1]["event"] == "stop"
-    assert running.lines()[-1]["arguments"] == {"ReadHeartbeat": 1}
+    assert running.audit_lines()[-1]["event"] == "stop"
+    assert running.audit_lines()[-1]["arguments"] == {"ReadHeartbeat": 1}
 
 
 def test_the_socket_is_the_servers_groups_and_nobody_elses(running: Helper) -> None:
@@ -300,7 +301,7 @@ def test_an_idle_helper_does_not_wake_up(running: Helper) -> None:
 
 
 def test_a_stale_socket_is_replaced_and_a_live_one_is_not(running: Helper) -> None:
-    assert "another process listens" in Helper.refused(running_copy(running), f"--socket={running.socket}")
+    assert "another process is listening" in Helper.start_failure(running_copy(running), f"--socket={running.socket}")
     running.stop(signal.SIGKILL)
     assert running.socket.exists()
     running.start()
@@ -317,7 +318,7 @@ def running_copy(running: Helper) -> Helper:
 
 def test_two_helpers_do_not_write_one_log(running: Helper) -> None:
     second = running_copy(running)
-    assert "another helper writes" in second.refused(f"--audit-log={running.audit}")
+    assert "another helper is writing" in second.start_failure(f"--audit-log={running.audit}")
 
 
 def test_the_chain_goes_on_after_being_killed(running: Helper) -> None:
@@ -325,8 +326,8 @@ def test_the_chain_goes_on_after_being_killed(running: Helper) -> None:
         client.ask(PrepareSocketDirectory(id=1))
     running.stop(signal.SIGKILL)
     running.start()
-    assert [line["sequence"] for line in running.lines()] == [1, 2, 3, 4]
-    assert [line["event"] for line in running.lines()] == ["start", "asked", "done", "start"]
+    assert [line["sequence"] for line in running.audit_lines()] == [1, 2, 3, 4]
+    assert [line["event"] for line in running.audit_lines()] == ["start", "asked", "done", "start"]
 
 
 def test_a_socket_that_is_not_ours_any_more_is_not_removed(running: Helper) -> None:
@@ -341,23 +342,25 @@ def test_where_it_cannot_work_it_says_so_in_one_sentence() -> None:
         (running.directory / "file").write_text("x")
         (running.directory / "bad.toml").write_text("nonsense = 1\n")
         cases = {
-            f"--socket=/tmp/{'x' * 120}": "longer than the 107 bytes",
+            f"--socket=/tmp/{'x' * 120}": "longer than 107 bytes",
             f"--socket={running.directory / 'file'}": "is not a socket",
             f"--socket={running.directory}/no/such/h.sock": (
-                f"No such file or directory; make {running.directory}/no/such, root's, the server's group's, mode 0750"
+                f"No such file or directory; create {running.directory}/no/such: "
+                "owner root, the server's group, mode 0750"
             ),
             f"--sysfs-root={running.directory}": "not a readable sysfs tree",
             f"--sysfs-root={running.directory}/nowhere": "not a readable sysfs tree",
             f"--sysfs-root={running.directory}/file": "not a readable sysfs tree",
             f"--audit-log={running.directory}/no/such/log": (
-                f"cannot be opened: No such file or directory; make {running.directory}/no/such, root's, mode 0700"
+                f"cannot be opened: No such file or directory; create {running.directory}/no/such: "
+                "owner root, mode 0700"
             ),
             f"--audit-log={running.directory / 'file'}": "is not an audit log",
             f"--policy={running.directory}/nowhere": "cannot be read",
             f"--policy={running.directory}/bad.toml": "nonsense",
         }
         for option, said in cases.items():
-            assert said in running.refused(option), option
+            assert said in running.start_failure(option), option
         assert not running.socket.exists()
 
 
@@ -375,7 +378,7 @@ def test_a_wrong_option_is_refused() -> None:
 
 def test_options_come_from_the_environment_too() -> None:
     with helper(start=False) as running:
-        said = running.refused(env=os.environ | {"QAT_HELPER_POLICY": "/nowhere/policy.toml"})
+        said = running.start_failure(env=os.environ | {"QAT_HELPER_POLICY": "/nowhere/policy.toml"})
         assert "/nowhere/policy.toml" in said
 
 
@@ -393,7 +396,7 @@ def run_as(uid: int, running: Helper, *options: str) -> int:
     running.log.touch()
     for path in (running.directory, *running.directory.rglob("*")):
         os.chown(path, uid, uid, follow_symlinks=False)
-    return forked(uid, uid, [run])
+    return run_as_user(uid, uid, [run])
 
 
 @needs_root
@@ -402,19 +405,19 @@ def test_on_the_real_sysfs_it_must_be_root() -> None:
         pytest.skip("this machine has no PCI bus in /sys")
     with helper(start=False) as running:
         assert run_as(1234, running, "--sysfs-root=/sys/./") == 2
-        assert "must run as root" in running.said()
+        assert "run the helper as root" in running.log_text()
 
 
 @needs_root
 def test_on_a_simulated_tree_anybody_may_run_it() -> None:
     with helper(start=False) as running:
         assert run_as(1234, running, "--server-gid=4321") == 2
-        assert "run the helper in that group" in running.said()
+        assert "run the helper in that group" in running.log_text()
         thread = threading.Thread(target=run_as, args=(1234, running, "--server-gid=1234"))
         thread.start()
-        wait_until(lambda: "serving on" in running.said())
+        wait_until(lambda: "serving on" in running.log_text())
         with running.connect() as client:
             assert isinstance(heartbeat(client), Heartbeat)
-        os.kill(running.lines()[-1]["arguments"]["pid"], signal.SIGTERM)
+        os.kill(running.audit_lines()[-1]["arguments"]["pid"], signal.SIGTERM)
         thread.join()
-        assert running.lines()[-1]["event"] == "stop"
+        assert running.audit_lines()[-1]["event"] == "stop"

@@ -164,7 +164,7 @@ async def test_a_pf_behind_a_new_host_bridge_is_served_once_the_helper_has_start
         node.kernel.add_pf(Pf(address="0000:70:00.0", services="dc", total_vfs=2))
         await node.until_status(
             "what keeps them from being bound is said",
-            lambda status: sum("start the helper again" in vf.reason for vf in status.vfs) == 2,
+            lambda status: sum("restart the helper" in vf.reason for vf in status.vfs) == 2,
         )
         assert await node.stop_helper() == 0
         node.start_helper()

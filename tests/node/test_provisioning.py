@@ -229,7 +229,7 @@ async def test_a_step_that_hangs_holds_up_no_other_pf_and_is_taken_up_again() ->
         await serves(node, {DC: 8})
         await node.until_status("it is busy", lambda status: of(status, PF1).stage == "busy", 40)
         await node.until_status("so it stays", lambda status: "an earlier operation" in of(status, PF1).reason)
-        assert "did not end in time" in node.log("server")
+        assert "did not finish in time" in node.log("server")
         node.kernel.release("qat/state", PF1)
         await serves(node, {DC: 12}, 60)
 

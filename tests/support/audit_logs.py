@@ -1,4 +1,4 @@
-"""Audit logs that a helper wrote, for tests that edit them, and what is said of the edited ones."""
+"""Audit logs for tests to edit and verify."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ Lines = list[bytes]
 
 
 class Written(NamedTuple):
-    """A log that a helper wrote: its lines, and those of each file."""
+    """A genuine log: its lines, and the lines of each file."""
 
     lines: Lines
     files: dict[str, Lines]
@@ -23,7 +23,7 @@ class Written(NamedTuple):
 
 
 def write(directory: Path, number: int, limit: int, torn: frozenset[int] = frozenset()) -> Written:
-    """`torn`: after which lines a write failed."""
+    """Write `number` lines; after those in `torn`, a write fails part way."""
     path = directory / "audit.jsonl"
     for index in range(number):
         with closing(AuditLog(path, limit=limit)) as log:
@@ -47,6 +47,6 @@ def edited(line: bytes, **changes: Any) -> bytes:
 
 
 def forged(after: bytes, **changes: Any) -> bytes:
-    """A line that continues another in all ways."""
+    """A forged line that continues `after` correctly."""
     sequence = json.loads(after)["sequence"] + 1
     return edited(after, sequence=sequence, previous=hashlib.sha256(after).hexdigest(), **changes)

@@ -1,4 +1,4 @@
-"""The helper's dispatcher with a clock and operations of the test's, and real children."""
+"""The helper's dispatcher with the test's clock and operations, and real child processes."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ import pytest
 from qat_helper import dispatch
 from qat_helper.audit import AuditLog, Caller
 from qat_helper.dispatch import Dispatcher
-from qat_helper.errors import UNSIGNED
+from qat_helper.errors import PENDING_HEAD
 from qat_helper.node import Node, Outcome
 from qat_helper.operations import OPERATIONS
 from qat_helper.policy import Policy
@@ -28,18 +28,18 @@ from qat_shared.messages import (
     Failure,
 )
 from qat_shared.pci import PciAddress
-from support.forks import noted
+from support.forks import recording_fork
 
 VF = PciAddress(0, 0x6B, 0, 1)
 CALLER = Caller(pid=10, uid=20, gid=30)
 Function = Callable[[Node, Any], Outcome]
-"""What an operation does, as in the table of operations."""
+"""An operation's function, as in the table of operations."""
 UNREAPED: list[int] = []
-"""The children that have been started. The helper has the kernel reap its own, for all processes that it starts."""
+"""Children started so far. In the helper itself, the kernel reaps them."""
 
 
 class Bench:
-    """A dispatcher whose clock and operations are the test's; children are real."""
+    """A dispatcher with the test's clock and operations; children are real."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
         self.log = directory / "audit.jsonl"
@@ -50,15 +50,17 @@ class Bench:
         self.calls: dict[int, Callable[[], None]] = {}
         self._table = dict(OPERATIONS)
         monkeypatch.setattr(dispatch, "OPERATIONS", self._table)
-        monkeypatch.setattr(os, "fork", noted(os.fork, UNREAPED))
+        monkeypatch.setattr(os, "fork", recording_fork(os.fork, UNREAPED))
         node = Node(sysfs_root=directory, kubelet_dir=directory, server_gid=0, policy=policy)
         self.dispatcher = Dispatcher(node, self.audit, self.calls.__setitem__, self.calls.__delitem__, lambda: self.now)
 
-    def operation(self, request: type[AnyRequest], function: Function, at_once: int = 16) -> None:
-        self._table[request] = msgspec.structs.replace(self._table[request], function=function, at_once=at_once)
+    def operation(self, request: type[AnyRequest], function: Function, max_children: int = 16) -> None:
+        self._table[request] = msgspec.structs.replace(
+            self._table[request], function=function, max_children=max_children
+        )
 
     def ask(self, request: AnyRequest, owner: object = None) -> None:
-        self.dispatcher.ask(CALLER, request, self._answered, owner)
+        self.dispatcher.submit(CALLER, request, self._answered, owner)
 
     def _answered(self, outcome: Outcome) -> None:
         self.replies.append(outcome.reply)
@@ -66,17 +68,17 @@ class Bench:
             self.descriptors.append(outcome.descriptor)
 
     def run(self, until: Callable[[], object]) -> None:
-        """Let children end until it is true."""
+        """Handle children until the condition is true."""
         while not until():
             poll = select.poll()
             for descriptor in self.calls:
                 poll.register(descriptor, select.POLLIN)
             ready = poll.poll(20_000)
-            assert ready, "no child has ended"
+            assert ready, "no child has sent a result"
             self.calls[ready[0][0]]()
 
     def close(self) -> None:
-        """Whatever children there are still: with their channels they end, and nobody waits for them."""
+        """Close the channels of the remaining children, which makes them exit; nobody waits for them."""
         for call in self.calls.values():
             assert isinstance(call, functools.partial)
             call.args[0].channel.close()
@@ -85,8 +87,8 @@ class Bench:
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_bytes().splitlines()]
 
-    def story(self) -> list[tuple[str, str, int]]:
-        """Each line's event, verdict, and the line that it refers to."""
+    def events(self) -> list[tuple[str, str, int]]:
+        """Each audit line's event, verdict, and the sequence number in `asked`."""
         return [(line["event"], line.get("verdict", ""), line.get("asked", 0)) for line in self.lines()]
 
 
@@ -95,22 +97,22 @@ def bind(number: int = 1, function: int = 1) -> BindDriver:
     return BindDriver(id=number, address=address, driver=DpdkDriver.VFIO_PCI, reason="a test")
 
 
-def bind_other(number: int) -> BindDriver:
-    """Of a device of its own for each number."""
+def bind_device(number: int) -> BindDriver:
+    """A BindDriver for a different device per number."""
     return msgspec.structs.replace(bind(number), address=PciAddress(0, 0x6B, number // 8, number % 8))
 
 
 def done(node: Node, request: AnyRequest) -> Outcome:
-    return Outcome(Bound(id=request.id, audit=UNSIGNED, driver="vfio-pci", changed=True))
+    return Outcome(Bound(id=request.id, audit=PENDING_HEAD, driver="vfio-pci", changed=True))
 
 
-def who(node: Node, request: AnyRequest) -> Outcome:
-    """Tells which process did it."""
-    return Outcome(Bound(id=request.id, audit=UNSIGNED, driver=str(os.getpid()), changed=True))
+def report_pid(node: Node, request: AnyRequest) -> Outcome:
+    """An operation that returns the pid of its process."""
+    return Outcome(Bound(id=request.id, audit=PENDING_HEAD, driver=str(os.getpid()), changed=True))
 
 
 class Gate:
-    """An operation that waits until it is let through, as one that is blocked in the kernel does."""
+    """An operation that blocks until the gate opens, like one that is blocked in the kernel."""
 
     def __init__(self, bench: Bench, outcome: Function = done) -> None:
         self._path = bench.log.with_name("gate")
@@ -125,10 +127,10 @@ class Gate:
     def open(self) -> None:
         self._path.open("wb").close()
 
-    def stand_open(self, bench: Bench, until: Callable[[], object]) -> None:
-        """Let through whatever comes, and let children end, until it is true."""
+    def stay_open(self, bench: Bench, until: Callable[[], object]) -> None:
+        """Let all operations through and handle children until the condition is true."""
         while not until():
-            with suppress(OSError):  # nobody is at the gate just now
+            with suppress(OSError):  # no operation is waiting
                 os.close(os.open(self._path, os.O_WRONLY | os.O_NONBLOCK))
             for descriptor in list(bench.calls):
                 if descriptor in bench.calls and select.select([descriptor], [], [], 0.01)[0]:

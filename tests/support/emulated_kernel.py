@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +19,8 @@ VF2 = "0000:6b:00.2"
 
 @contextmanager
 def emulated(node: Node) -> Iterator[Kernel]:
-    """A kernel that runs while the block does, without defects seen in it."""
-    # On tmpfs where there is one: renames are slow on a disk. Short, since a socket's path may be 107 bytes long.
+    """A kernel that runs while the block does; asserts that it recorded no defects."""
+    # On tmpfs if there is one: renames are slow on a disk. Short, since a socket's path has at most 107 bytes.
     parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
     directory = Path(tempfile.mkdtemp(prefix="qat-", dir=parent))
     try:
@@ -33,26 +32,18 @@ def emulated(node: Node) -> Iterator[Kernel]:
 
 
 def read(kernel: Kernel, path: str) -> str:
-    """An attribute's text, path relative to the sysfs root."""
+    """An attribute's text; the path is relative to the sysfs root."""
     return (kernel.sysfs_root / path).read_text()
 
 
 def attribute(address: str, name: str) -> str:
-    """The path of a device's attribute by way of bus/pci/devices."""
+    """The path of a device's attribute through bus/pci/devices."""
     return f"bus/pci/devices/{address}/{name}"
 
 
 def real(address: str, name: str) -> str:
-    """The path of an attribute of a device on its own root bus, as a write is seen."""
+    """The real path of an attribute, as the emulated kernel gets it: of a device on its own root bus."""
     return f"devices/pci{address[:7]}/{address}/{name}"
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
-    """As waiting.until, for tests with threads instead of a loop."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.002)
 
 
 def background(function: Callable[[], object]) -> threading.Thread:
@@ -68,7 +59,7 @@ def background(function: Callable[[], object]) -> threading.Thread:
 
 
 class Writes:
-    """Stands for os in writing.py: a write goes to the emulated kernel, and is remembered."""
+    """Replaces os in writing.py: sends writes to the emulated kernel, and records them."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel

@@ -1,10 +1,10 @@
-"""The processes that code under test forks."""
+"""Track the processes that code under test forks."""
 
 from collections.abc import Callable
 
 
-def noted(fork: Callable[[], int], pids: list[int]) -> Callable[[], int]:
-    """As fork; the children's process ids go to `pids`."""
+def recording_fork(fork: Callable[[], int], pids: list[int]) -> Callable[[], int]:
+    """Wrap `fork`: append the children's process ids to `pids`."""
 
     def forked() -> int:
         pids.append(fork())

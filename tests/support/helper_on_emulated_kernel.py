@@ -10,12 +10,13 @@ from qat_shared.messages import AnyReply, BindDriver, DpdkDriver, ErrorCode, Fai
 from qat_shared.pci import PciAddress
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.node.description import Node
+from support.conditions import wait_until
 from support.emulated_kernel import emulated
-from support.helper_process import COMMAND, Client, helper_options, wait_until
+from support.helper_process import COMMAND, Client, helper_options
 
 
 class Running:
-    """A helper beneath the emulated kernel, and a client of it."""
+    """A helper on the emulated kernel, and a client of it."""
 
     def __init__(self, kernel: Kernel, directory: Path) -> None:
         self.kernel = kernel
@@ -31,7 +32,7 @@ class Running:
         return BindDriver(id=number, address=PciAddress.parse(address), driver=DpdkDriver.VFIO_PCI, reason="a test")
 
     def story(self) -> list[tuple[str, str, Any]]:
-        """The audit log's lines about operations, but for one that is just being written: event, verdict, address."""
+        """The audit log's complete lines about operations: event, verdict, address."""
         whole, _, _ = self.audit.read_bytes().rpartition(b"\n")
         lines = map(json.loads, whole.splitlines())
         return [
@@ -43,7 +44,7 @@ class Running:
 
 @contextmanager
 def helper_on(node: Node) -> Iterator[Running]:
-    """It runs while the block does."""
+    """A helper that runs while the block does."""
     with emulated(node) as kernel:
         directory = kernel.sysfs_root.parent / "run"
         directory.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The real qat-helper in a process of its own, on a small sysfs tree, and a plain client of its socket."""
+"""The real qat-helper process on a small sysfs tree, and a plain client of its socket."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from qat_shared.messages import (
     ReadHeartbeat,
     Welcome,
 )
+from support.conditions import wait_until
 from support.sysfs_tree import SysfsTree, address
 
 PF, VF, VF2 = "6b:00.0", "6b:00.1", "6b:00.2"
@@ -37,7 +37,7 @@ COMMAND = str(Path(sys.executable).with_name("qat-helper"))
 
 
 def helper_options(sysfs_root: Path, kubelet_directory: Path, socket_path: Path, audit_log: Path) -> list[str]:
-    """A helper's options where whoever runs the test is its server."""
+    """The options of a helper whose server is the user that runs the test."""
     return [
         f"--sysfs-root={sysfs_root}",
         f"--kubelet-dir={kubelet_directory}",
@@ -48,20 +48,12 @@ def helper_options(sysfs_root: Path, kubelet_directory: Path, socket_path: Path,
     ]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
-    """Return once it is true; a generous limit."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.005)
-
-
 class Client:
-    """One connection. `ask` sends and waits for one answer."""
+    """One connection. `ask` sends a request and waits for one reply."""
 
     def __init__(self, path: Path, *, greet: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.connect(str(path))  # before there is a time-out: with one, a full backlog would be an error
+        self.sock.connect(str(path))  # before the time-out is set: with one, a full backlog is an error
         self.sock.settimeout(120)
         if greet:
             reply = self.ask(Hello(id=0, protocol=PROTOCOL, version="test"))
@@ -80,7 +72,7 @@ class Client:
         return self.receive()
 
     def at_end(self) -> bool:
-        """Wait for the end of the connection."""
+        """Wait for the next packet; whether the connection has ended instead."""
         try:
             return self.sock.recv(MAX_MESSAGE) == b""
         except ConnectionResetError:
@@ -115,76 +107,79 @@ class Helper:
         self.log = directory / "log"
         self.process: subprocess.Popen[bytes] | None = None
         self.command = [COMMAND]
-        self.traceable = os.geteuid() != 0  # so that tests can look at its descriptors; root can anyway
+        self.traceable = os.geteuid() != 0  # so that tests can read its descriptors; root always can
 
     def spawn(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
-        """Start the command; it need not come to serve. A later option wins."""
+        """Start the command, without waiting for it to serve. Later options override earlier ones."""
         with self.log.open("ab") as log:
             command = [*self.command, *self.options(), *options]
             self.process = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, **popen)
         return self.process
 
     def options(self) -> list[str]:
-        """Its options on this node."""
+        """The helper's options on this node."""
         plain = helper_options(self.directory / "sys", self.directory / "kubelet", self.socket, self.audit)
         return [*plain, *(["--traceable"] if self.traceable else [])]
 
     def start(self, *options: str, **popen: Any) -> "subprocess.Popen[bytes]":
-        """Start it and wait until it serves."""
-        before = self.said()
+        """Start the helper and wait until it serves."""
+        before = self.log_text()
         process = self.spawn(*options, **popen)
-        wait_until(lambda: "serving on" in self.said()[len(before) :] or process.poll() is not None)
-        assert process.poll() is None, self.said()
+        wait_until(lambda: "serving on" in self.log_text()[len(before) :] or process.poll() is not None)
+        assert process.poll() is None, self.log_text()
         return process
 
-    def refused(self, *options: str, **popen: Any) -> str:
-        """Start it where it cannot work: the one sentence with which it ends, with status 2."""
-        before = self.said()
-        assert self.spawn(*options, **popen).wait(120) == 2, self.said()
-        said = self.said()[len(before) :]
-        assert said.startswith("qat-helper: ")
-        assert said.count("\n") == 1
-        return said
+    def start_failure(self, *options: str, **popen: Any) -> str:
+        """Start it where it must fail with status 2. Returns its one-line message."""
+        before = self.log_text()
+        assert self.spawn(*options, **popen).wait(120) == 2, self.log_text()
+        text = self.log_text()[len(before) :]
+        assert text.startswith("qat-helper: ")
+        assert text.count("\n") == 1
+        return text
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """End it: its exit status."""
+        """Stop it. Returns the exit status."""
         process, self.process = self.process, None
         assert process is not None
         process.send_signal(how)
         return process.wait(120)
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def lines(self) -> list[dict[str, Any]]:
-        """The audit log so far, but for a line that is just being written."""
+    def audit_lines(self) -> list[dict[str, Any]]:
+        """The audit log so far, without a line that is still being written."""
         whole, _, _ = self.audit.read_bytes().rpartition(b"\n")
         return [json.loads(line) for line in whole.splitlines()]
 
     def open_files(self) -> int:
-        """How many descriptors it has."""
+        """The number of its open descriptors."""
         assert self.process is not None
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
-    def open_files_at_rest(self, client: Client) -> int:
-        """The same, when nothing is under way any more. It sees the end of a child after the client its answer."""
+    def open_files_when_idle(self, client: Client) -> int:
+        """The number of open descriptors once no operation is running.
+
+        A client's reply arrives before the helper handles the child's exit; the Hello makes sure that it has.
+        """
         wait_until(lambda: not self.children())
         assert isinstance(client.ask(Hello(id=0, protocol=PROTOCOL, version="test")), Welcome)
         return self.open_files()
 
     def children(self) -> list[int]:
-        """The processes that it has started and that have not ended."""
+        """The pids of its child processes."""
         assert self.process is not None
         pid = self.process.pid
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def settled(self) -> bool:
-        """Whether none of its processes is at work, nor left for the next peer that leaves."""
+    def is_idle(self) -> bool:
+        """Whether it has no child process, including one that closes a dropped peer's socket."""
         self.connect(greet=False).close()
         return not self.children()
 
     def peak_memory(self) -> int:
-        """KiB of the most memory that it has had so far (VmHWM)."""
+        """Its peak memory in KiB (VmHWM)."""
         assert self.process is not None
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
@@ -194,25 +189,25 @@ class Helper:
 
 
 def failure(reply: AnyReply) -> tuple[int, ErrorCode, str]:
-    """A Failure's id, code and sentence."""
+    """A Failure's id, code and message."""
     assert isinstance(reply, Failure), reply
     return reply.id, reply.code, reply.message
 
 
 def heartbeat(client: Client, number: int = 1) -> AnyReply:
-    """The answer to a read that is always allowed."""
+    """The reply to a read, which policy allows."""
     return client.ask(ReadHeartbeat(id=number, address=address(PF)))
 
 
-def served(client: Client) -> None:
-    """Wait until a read is done, and not refused because one that somebody has left behind is at work."""
+def wait_until_served(client: Client) -> None:
+    """Wait until a read succeeds, and is not refused because an earlier client's read is still running."""
     wait_until(lambda: isinstance(heartbeat(client), Heartbeat))
 
 
 @contextmanager
 def helper(*options: str, start: bool = True) -> Iterator[Helper]:
     """A running helper on a node with one PF and two VFs."""
-    directory = Path(tempfile.mkdtemp(prefix="qat-", dir="/tmp"))  # a socket's path has 107 bytes
+    directory = Path(tempfile.mkdtemp(prefix="qat-", dir="/tmp"))  # a socket path is limited to 107 bytes
     running = Helper(directory)
     try:
         if start:
@@ -225,8 +220,8 @@ def helper(*options: str, start: bool = True) -> Iterator[Helper]:
         shutil.rmtree(directory)
 
 
-def forked(uid: int, gid: int, run: Sequence[Callable[[], object]]) -> int:
-    """Do it in a child of another uid and gid: 0 when nothing was raised. Only as root."""
+def run_as_user(uid: int, gid: int, run: Sequence[Callable[[], object]]) -> int:
+    """Run the steps in a child process with this uid and gid. Returns 0 if nothing was raised. Needs root."""
     pid = os.fork()
     if pid == 0:
         status = 1

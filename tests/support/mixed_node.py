@@ -1,4 +1,4 @@
-"""A node with one PF of each kind, and writes to it: what tests of the emulated kernel's stores have in common."""
+"""A node with one PF of each kind, and writes to it, for tests of the emulated kernel's stores."""
 
 from qat_simulation.node.description import Node, OtherDevice, Pf
 from support.emulated_kernel import PF, VF, real

@@ -1,6 +1,7 @@
-"""`qat-plugin demo`: the main job, shown on a simulated node by the real helper and server.
+"""`qat-plugin demo`: the plugin's main job, shown on a simulated node by the real helper and server.
 
-Each step does something to the node, waits until it is *seen* to have the effect that it should (never for a time), and
-prints what was seen. What a node does not allow to be shown is said, not claimed. The exit status is 0 only when every
-step was seen and no VF that should have been bound was not.
+Each step changes the node, waits until the expected effect is observed (never for a fixed time), and prints it. A step
+that the node does not allow is reported as skipped. The exit status is 0 only if every other step succeeded and every
+VF that should be bound is. sequence.py has the order of the steps, startup.py and events.py the steps, demo_run.py the
+state that they share. `--keep` continues in interactive.py. entry_points.py and tests of the images use it.
 """

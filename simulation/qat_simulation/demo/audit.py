@@ -1,4 +1,4 @@
-"""The demo's look at the audit log: the chain of hashes is checked, and one example of each operation is shown."""
+"""The demo's last step: it verifies the audit log's chain of hashes and shows one example of each operation."""
 
 import hashlib
 import json
@@ -6,27 +6,27 @@ from itertools import starmap
 from typing import Any
 
 from qat_server.command_line import tables
-from qat_simulation.demo.scene import Scene
+from qat_simulation.demo.demo_run import DemoRun
 from qat_simulation.running_node import SimulationError
 
 Record = dict[str, Any]
 
 
-def show_audit(scene: Scene) -> None:
-    """Raises SimulationError when the log is not one chain."""
-    lines = scene.node.audit_log.read_bytes().splitlines()
+def show_audit(demo: DemoRun) -> None:
+    """Verify the log and print examples. Raises SimulationError if a line does not continue the chain."""
+    lines = demo.node.audit_log.read_bytes().splitlines()
     previous = None
     for number, line in enumerate(lines, 1):
         record = json.loads(line)
         if previous is not None and record["previous"] != previous:
-            raise SimulationError(f"line {number} of {scene.node.audit_log} does not continue the line before")
+            raise SimulationError(f"line {number} of {demo.node.audit_log} does not continue the line before")
         previous = hashlib.sha256(line).hexdigest()
-    scene.saw(f"the audit log of what root did: {len(lines)} lines, the chain of hashes intact")
+    demo.success(f"audit log of the root process: {len(lines)} lines, the chain of hashes is intact")
     shown, more = examples([json.loads(line) for line in lines])
-    columns = ("line", "event", "operation", "of what", "verdict", "ms")
-    tables.show(scene.console, "", columns, map(_row, shown))
+    columns = ("line", "event", "operation", "arguments", "verdict", "ms")
+    tables.show(demo.console, "", columns, map(_row, shown))
     if more:
-        scene.say("not shown: " + ", ".join(starmap(_lines, more.items())))
+        demo.detail("not shown: " + ", ".join(starmap(_lines, more.items())))
 
 
 def _lines(name: str, number: int) -> str:
@@ -45,7 +45,10 @@ def _row(record: Record) -> tuple[str, ...]:
 
 
 def examples(records: list[Record]) -> tuple[list[Record], dict[str, int]]:
-    """Of each operation the first `asked` with the line that ended it, in the log's order; how many more there are."""
+    """For each operation the first `asked` record and the one that ended it, in the log's order; the number of others.
+
+    `records` is the whole log. Records without an operation are the helper's own events.
+    """
     ends = {record["asked"]: record for record in records if record.get("asked")}
     shown: list[Record] = []
     more: dict[str, int] = {}

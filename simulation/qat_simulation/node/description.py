@@ -1,6 +1,6 @@
-"""What a simulated node has: its PCI functions as the kernel found them, the drivers loaded, the IOMMU.
+"""The description of a simulated node: its PCI functions as they are when the node starts, loaded drivers, the IOMMU.
 
-Read from JSON (`--node FILE`), checked here and trusted everywhere else; the emulated kernel makes a sysfs tree of it.
+It is read from JSON (`--node FILE`) or made in code, checked here, and trusted everywhere else.
 
     {"pfs": [{"address": "0000:6b:00.0", "device": "4940", "numa_node": 0, "services": "sym;asym", "total_vfs": 8}]}
 """
@@ -14,10 +14,10 @@ from msgspec import Meta, Struct
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
 from qat_shared.messages import DPDK_DRIVERS
 from qat_shared.pci import PciAddress
-from qat_simulation.node.services import services_allowed, what_is_allowed
+from qat_simulation.node.services import services_allowed, services_rule
 
 GEN4: Final = frozenset({0x4940, 0x4942, 0x4944, 0x4946, 0x4948})
-"""PFs whose driver has the qat/ attributes. Older ones have their configuration in debugfs only."""
+"""PFs whose driver has the qat/ attributes. Older PFs show their configuration only in debugfs."""
 
 DENYLISTED: Final = frozenset({"dh895xcc", "dh895xccvf", "c3xxx", "c3xxxvf", "c6xx", "c6xxvf"})
 """Kernel drivers of the devices that vfio-pci refuses (vfio_pci.c, vfio_pci_dev_in_denylist, since Linux 5.9)."""
@@ -29,17 +29,17 @@ OptionalDriver = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{0,40}$")]
 
 
 class NodeError(ValueError):
-    """A node description that cannot be: one sentence that names the device and the key."""
+    """An invalid node description: one sentence that names the device and the key."""
 
 
 class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A PF, and its VFs as they are when the node starts.
 
-    `driver` and `vf_driver`: what they are bound to; by default the kernel's own choice, "" for none. `num_vfs`: how
-    many are enabled (default: all of total_vfs, none when the device is down; the QAT driver itself knows only these
-    two). `services` is what qat/cfg_services shows; on a device without qat/ it goes to dev_cfg in debugfs.
-    `pm_idle_enabled` None: its driver is older than that attribute (kernel 6.5).
-    `vf_offset` and `vf_stride` are the fields of the SR-IOV capability that the VFs' addresses come from.
+    `driver` and `vf_driver` are the bound drivers; by default the kernel's own choice, "" for none. `num_vfs` is the
+    number of enabled VFs (default: total_vfs, or 0 if the device is down; the QAT driver supports only these two).
+    `services` is the value of qat/cfg_services; on a device without qat/ it is in dev_cfg in debugfs.
+    `pm_idle_enabled` None: the driver is older than that attribute (kernel 6.5).
+    `vf_offset` and `vf_stride` are fields of the SR-IOV capability; they determine the VFs' addresses.
     """
 
     address: str
@@ -60,12 +60,12 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def pci_address(self) -> PciAddress:
-        """Its address, parsed."""
+        """The address, parsed."""
         return PciAddress.parse(self.address)
 
     @property
     def device_id(self) -> int:
-        """Its PCI device id as a number."""
+        """The PCI device id as a number."""
         return int(self.device, 16)
 
     @property
@@ -75,12 +75,12 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def has_qat_attributes(self) -> bool:
-        """Whether its driver makes a qat/ directory (Gen4 and later)."""
+        """Whether its driver adds a qat/ directory (Gen4 and later)."""
         return self.device_id in GEN4
 
     @property
     def enabled_vfs(self) -> int:
-        """How many VFs there are at the start."""
+        """The number of VFs at the start."""
         if self.num_vfs is not None:
             return self.num_vfs
         return self.total_vfs if self.state == "up" and self.bound_to == self.kernel_driver else 0
@@ -92,12 +92,12 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def bound_to(self) -> str:
-        """The driver that it is bound to at the start, "" for none."""
+        """The bound driver at the start, "" for none."""
         return self.kernel_driver if self.driver is None else self.driver
 
     def vf_address(self, number: int) -> PciAddress:
-        """Where the capability puts VF `number` (from 0). Raises ValueError beyond the last bus."""
-        # Gen4 and later: 00.1, 00.2, ...; before: from 01.0 on.
+        """The address of VF `number` (from 0) by the SR-IOV capability. Raises ValueError beyond the last bus."""
+        # Gen4 and later: 00.1, 00.2, ...; older devices: from 01.0 on.
         offset = self.vf_offset or (1 if self.has_qat_attributes else 8)
         pf = self.pci_address
         routing_id = (pf.bus << 8 | pf.device << 3 | pf.function) + offset + number * self.vf_stride
@@ -107,7 +107,7 @@ class Pf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class LoneVf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A VF without its PF, as a virtual machine sees one that was passed to it."""
+    """A VF without its PF, as in a virtual machine that it was passed to."""
 
     address: str
     device: HexId = "4941"
@@ -116,7 +116,7 @@ class LoneVf(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class OtherDevice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Any other PCI function, which the plugin does not touch."""
+    """Any other PCI function; the plugin ignores it."""
 
     address: str
     vendor: HexId
@@ -127,11 +127,11 @@ class OtherDevice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A whole node. `drivers` are loaded beside the QAT drivers that `kernel_drivers` names (None: all needed).
+    """A whole node. `drivers` are loaded in addition to the QAT drivers in `kernel_drivers` (None: all needed).
 
-    `disable_denylist` is vfio-pci's parameter: without it, VFs of dh895xcc, c3xxx and c6xx are refused.
+    `disable_denylist` is vfio-pci's parameter: without it, vfio-pci rejects VFs of dh895xcc, c3xxx and c6xx.
     `noiommu` is vfio's enable_unsafe_noiommu_mode. `canonical_services`: whether cfg_services is shown in the
-    kernel's order (asym;sym) after a write, as from Linux 6.16 on, or as it was written.
+    kernel's order (asym;sym) after a write, as since Linux 6.16, or as it was written.
     """
 
     pfs: tuple[Pf, ...] = ()
@@ -149,7 +149,7 @@ class Node(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def loaded_kernel_drivers(self) -> tuple[str, ...]:
-        """The QAT drivers loaded at the start, in the order in which they are asked for a new device."""
+        """The QAT drivers loaded at the start, in the order in which a new device is offered to them."""
         if self.kernel_drivers is not None:
             return self.kernel_drivers
         needed = {PHYSICAL[pf.device_id].driver for pf in self.pfs}
@@ -165,11 +165,11 @@ def parse_node(text: bytes | str) -> Node:
     except msgspec.ValidationError as error:
         raise NodeError(f"the node description is not usable: {_with_choices(str(error))}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise NodeError(f"the node description is not usable: it is no JSON: {error}") from None
+        raise NodeError(f"the node description is not usable: it is not JSON: {error}") from None
 
 
 def _with_choices(sentence: str) -> str:
-    """msgspec says that a value is none of a key's, but not which these are."""
+    """Add the allowed values of a key to msgspec's sentence, which does not list them."""
     key = sentence.rstrip("`").rpartition(".")[2]
     hint = get_type_hints(Pf).get(key)
     if not sentence.startswith("Invalid enum value") or get_origin(hint) is not Literal:
@@ -178,7 +178,7 @@ def _with_choices(sentence: str) -> str:
 
 
 def check(node: Node) -> None:
-    """Raise NodeError for what the types cannot say: unknown devices, double addresses, impossible VFs."""
+    """Raise NodeError for errors that the types do not exclude: unknown devices, repeated addresses, impossible VFs."""
     seen: dict[PciAddress, str] = {}
     for address, name in _addresses(node):
         if address in seen:
@@ -197,7 +197,8 @@ def _check_pf(pf: Pf, node: Node) -> None:
     if pf.state == "down" and not pf.has_qat_attributes:
         raise NodeError(f"{name}: state: only devices with qat/ attributes can be down, {pf.device} has none")
     if pf.services is not None and pf.has_qat_attributes and not services_allowed(pf.device_id, pf.services):
-        raise NodeError(f"{name}: services: {pf.services!r} cannot be on {pf.device}: {what_is_allowed(pf.device_id)}")
+        rule = services_rule(pf.device_id)
+        raise NodeError(f"{name}: services: {pf.device} does not accept {pf.services!r}: {rule}")
     _check_vf_driver(name, "vf_driver", pf.vf_driver, VIRTUAL[pf.vf_device_id].driver, node)
 
 
@@ -206,11 +207,11 @@ def _check_vf_driver(name: str, key: str, driver: str | None, own: str, node: No
         return
     known = dict.fromkeys((own, *DPDK_DRIVERS, *node.drivers))
     if driver not in known:
-        raise NodeError(f"{name}: {key}: {driver!r} is none of {', '.join(known)}; others are named in drivers first")
+        raise NodeError(f"{name}: {key}: {driver!r} is none of {', '.join(known)}; list other drivers in drivers")
     if driver == "vfio-pci" and own in DENYLISTED and not node.disable_denylist:
-        raise NodeError(f"{name}: {key}: {driver} does not take {own}'s devices; set disable_denylist")
+        raise NodeError(f"{name}: {key}: {driver} rejects {own}'s devices; set disable_denylist")
     if driver == "vfio-pci" and not (node.iommu or node.noiommu):
-        raise NodeError(f"{name}: {key}: {driver} takes no device on a node without IOMMU; set noiommu")
+        raise NodeError(f"{name}: {key}: {driver} rejects all devices on a node without IOMMU; set noiommu")
 
 
 def _addresses(node: Node) -> Iterator[tuple[PciAddress, str]]:

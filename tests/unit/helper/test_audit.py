@@ -1,4 +1,4 @@
-"""The audit log: a chain that survives restarts, unfinished lines, forged reasons and disks that fail."""
+"""The audit log: a chain that survives restarts, torn lines, forged reasons and failing disks."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def check_chain(lines: list[bytes]) -> list[dict[str, Any]]:
-    """Every line continues the one before, from the first one on."""
+    """Check that every line continues the one before it, from the first line on."""
     previous, found = FIRST, []
     for sequence, line in enumerate(lines, 1):
         record = json.loads(line)
@@ -36,7 +36,7 @@ def check_chain(lines: list[bytes]) -> list[dict[str, Any]]:
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Writes beyond it fail (EFBIG) or are cut short, as on a full disk."""
+    """Limit file sizes: writes beyond the limit fail (EFBIG) or are cut short, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -74,7 +74,7 @@ def test_the_chain_goes_on_after_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", [b"{", b'{"sequence":3,"time":"2023', b'{"sequence"', b'{"seque\xff'])
-def test_an_unfinished_last_line_is_kept_ended_and_passed_over(tmp_path: Path, torn: bytes) -> None:
+def test_a_torn_last_line_is_kept_terminated_and_skipped(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
     log.append(entry())
@@ -90,10 +90,10 @@ def test_an_unfinished_last_line_is_kept_ended_and_passed_over(tmp_path: Path, t
     assert lines.pop(2) == torn + b"#torn"
     assert [record.get("torn", False) for record in check_chain(lines)] == [False, False, True, False]
     with closing(AuditLog(path)) as log:
-        assert log.append(entry()) == 5, "and again, with the unfinished line in the middle"
+        assert log.append(entry()) == 5, "also with the torn line in the middle"
 
 
-def test_a_first_line_that_was_never_finished_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_torn_first_line_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     path.write_bytes(b'{"sequence":1,"ti')
     path.chmod(0o600)
@@ -103,7 +103,7 @@ def test_a_first_line_that_was_never_finished_is_no_obstacle(tmp_path: Path) -> 
         assert log.head.sequence == 1
 
 
-def test_a_line_that_lacks_its_newline_only_is_no_line(tmp_path: Path) -> None:
+def test_a_line_without_its_newline_is_a_fragment(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
     log.append(entry())
@@ -144,7 +144,7 @@ def test_writes_may_fail_at_any_byte_one_after_another(tmp_path: Path, before: i
 
 
 @pytest.mark.parametrize("how", ["deleted", "moved"])
-def test_a_log_that_was_taken_away_refuses(tmp_path: Path, how: str) -> None:
+def test_a_log_that_was_moved_away_refuses_lines(tmp_path: Path, how: str) -> None:
     path = tmp_path / "audit.jsonl"
     with closing(AuditLog(path)) as log:
         log.append(entry())
@@ -177,18 +177,18 @@ def test_a_full_disk_refuses_and_a_line_cut_short_is_passed_over(
     assert "can be written again" in said[-1]
 
 
-def test_what_has_happened_is_written_before_the_next_line(tmp_path: Path) -> None:
+def test_a_pending_entry_is_written_before_the_next_line(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     times = iter(range(100))
     log = AuditLog(path, clock=lambda: float(next(times)))
     with file_size_limit(0):
-        log.owe(entry("first"))
-        log.owe(entry("second"))
+        log.enqueue(entry("first"))
+        log.enqueue(entry("second"))
         assert log.head.sequence == 0
     log.append(entry("third"))
     found = check_chain(path.read_bytes().splitlines())
     assert [record["reason"] for record in found] == ["first", "second", "third"]
-    assert found[0]["time"] < found[1]["time"] < found[2]["time"], "each has the time when it happened"
+    assert found[0]["time"] < found[1]["time"] < found[2]["time"], "each entry has the time of its event"
 
 
 FORGED = {
@@ -215,7 +215,7 @@ def test_a_reason_cannot_forge_a_line(tmp_path: Path, reason: str) -> None:
     assert found[0]["reason"].encode().decode("unicode_escape") == reason
 
 
-def test_what_is_no_audit_log_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_audit_log_is_refused(tmp_path: Path) -> None:
     for name, content in (("text", b"hello\n"), ("word", b"x"), ("huge", b"x" * 200_000), ("page", b"\n" * 10)):
         (tmp_path / name).write_bytes(content)
         (tmp_path / name).chmod(0o600)
@@ -224,7 +224,7 @@ def test_what_is_no_audit_log_is_refused(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == content
 
 
-def test_a_log_that_others_may_write_or_that_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_log_that_others_may_write_or_that_is_not_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open").touch()
     (tmp_path / "open").chmod(0o666)
     (tmp_path / "real").touch()
@@ -242,11 +242,11 @@ def test_a_log_that_others_may_write_or_that_is_no_file_is_refused(tmp_path: Pat
             AuditLog(path)
 
 
-def test_a_killed_helpers_child_may_have_the_lock_a_moment_longer(tmp_path: Path) -> None:
+def test_opening_waits_for_the_lock_of_a_killed_helpers_child(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
     log.append(entry())
-    held = os.dup(log._descriptor)  # the lock is of what was opened, as a fork has it
+    held = os.dup(log._descriptor)  # the lock belongs to the open file description, which a fork shares
     log.close()
     end = threading.Timer(0.2, os.close, [held])
     end.start()
@@ -254,7 +254,7 @@ def test_a_killed_helpers_child_may_have_the_lock_a_moment_longer(tmp_path: Path
     end.join()
 
 
-def test_only_one_helper_writes_it(tmp_path: Path) -> None:
+def test_only_one_helper_writes_the_log(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl")
     with pytest.raises(AuditError, match="another helper"):
         AuditLog(tmp_path / "audit.jsonl")

@@ -1,4 +1,4 @@
-"""Copies of the audit log's lines: to a pipe, a file or the journal, and never waiting for whoever reads them."""
+"""Copies of the audit log's lines to a pipe, a file or the journal, without waiting for a reader."""
 
 import os
 import select
@@ -12,7 +12,7 @@ from qat_helper import copies
 from qat_helper.audit import AuditError
 from qat_helper.copies import Copy, copier
 
-# What copies go to is open for as long as the process lives.
+# The destination of copies stays open as long as the process lives.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
 )
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def stdout() -> Iterator[None]:
-    """Puts standard output back as it was."""
+    """Restores standard output afterwards."""
     before = os.dup(1)
     yield
     os.dup2(before, 1)
@@ -36,14 +36,14 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
         yield listening
 
 
-def test_a_pipe_that_nobody_reads_holds_nobody_up(stdout: None) -> None:
+def test_an_unread_pipe_does_not_block(stdout: None) -> None:
     reading, writing = os.pipe()
     os.dup2(writing, 1)
     send = copier(Copy.STDOUT)
     lines = [b"%06d" % number + b"x" * 1000 for number in range(200)]
     for line in lines:
         send(line)
-    assert os.get_blocking(1), "what others may share is as it was"
+    assert os.get_blocking(1), "the shared description is unchanged"
     found = os.read(reading, 1 << 20).splitlines()
     assert found == lines[: len(found)]
     assert len(found) > 50
@@ -54,7 +54,7 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up(stdout: None) -> None:
     os.close(writing)
 
 
-def test_lines_are_short_enough_for_a_pipe_to_take_them_whole_or_not_at_all(stdout: None) -> None:
+def test_a_pipe_takes_each_line_whole_or_not_at_all(stdout: None) -> None:
     reading, writing = os.pipe()
     os.dup2(writing, 1)
     send = copier(Copy.STDOUT)
@@ -76,16 +76,16 @@ def test_a_file_is_appended_to(stdout: None, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"before\nline\n"
 
 
-def test_what_cannot_be_written_without_waiting_is_refused_at_the_start(stdout: None) -> None:
+def test_output_that_cannot_be_nonblocking_is_refused_at_start(stdout: None) -> None:
     ours, theirs = socket.socketpair()
     os.dup2(theirs.fileno(), 1)
-    with pytest.raises(AuditError, match="no copies to standard output"):
+    with pytest.raises(AuditError, match="cannot copy to standard output"):
         copier(Copy.STDOUT)
     ours.close()
     theirs.close()
 
 
-def test_the_journal_is_sent_one_entry_a_line_and_is_not_waited_for(journal: socket.socket) -> None:
+def test_the_journal_receives_one_entry_per_line_without_blocking(journal: socket.socket) -> None:
     send = copier(Copy.JOURNAL)
     send(b'{"sequence":1}')
     assert journal.recv(10_000) == b'PRIORITY=6\nSYSLOG_IDENTIFIER=qat-helper\nMESSAGE={"sequence":1}\n'
@@ -100,14 +100,14 @@ def test_the_journal_is_sent_one_entry_a_line_and_is_not_waited_for(journal: soc
     assert journal.recv(10_000).endswith(b"MESSAGE=again\n")
 
 
-def test_no_journal_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_journal_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "JOURNAL", str(tmp_path / "nobody"))
     copier(Copy.JOURNAL)(b"line")
 
 
 @pytest.mark.parametrize("where", [Copy.AUTO, Copy.NONE])
 @pytest.mark.parametrize("stream", ["", "no", "1:2", "ours"])
-def test_the_journal_is_chosen_where_it_takes_what_is_said(
+def test_auto_chooses_the_journal_when_it_receives_our_output(
     journal: socket.socket, monkeypatch: pytest.MonkeyPatch, where: Copy, stream: str
 ) -> None:
     status = os.fstat(2)

@@ -1,4 +1,4 @@
-"""The audit log's rotation: one chain over all files, whatever happens between any two of its steps."""
+"""Rotation of the audit log: one chain over all files, even if the process ends between any two steps."""
 
 import errno
 import itertools
@@ -56,7 +56,7 @@ def test_a_full_file_is_named_after_its_last_line_and_no_line_is_lost(tmp_path: 
     intact(tmp_path, 30)
 
 
-def test_a_line_longer_than_a_file_has_one_of_its_own(tmp_path: Path) -> None:
+def test_a_line_longer_than_the_limit_gets_its_own_file(tmp_path: Path) -> None:
     with closing(AuditLog(tmp_path / "audit.jsonl", limit=10)) as log:
         for _ in range(4):
             log.append(entry())
@@ -81,11 +81,11 @@ def test_restarts_at_any_line_continue_the_chain(tmp_path: Path, restart_after: 
 
 
 class Stopped(BaseException):
-    """The process ends here."""
+    """Simulates the end of the process."""
 
 
 def close_all(directory: Path) -> None:
-    """Close what was opened there, as the end of a process does."""
+    """Close what was opened in the block, as the end of a process does."""
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):
             if os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{directory}/"):
@@ -116,7 +116,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, calls: tuple[str, ...] =
     return lambda: last[0]
 
 
-def test_an_end_between_any_two_steps_leaves_a_chain_that_goes_on(tmp_path: Path) -> None:
+def test_the_chain_continues_after_a_kill_between_any_two_steps(tmp_path: Path) -> None:
     for step in itertools.count():
         directory = tmp_path / f"{step}"
         directory.mkdir()
@@ -131,19 +131,19 @@ def test_an_end_between_any_two_steps_leaves_a_chain_that_goes_on(tmp_path: Path
         close_all(directory)
         found = verdict(directory)
         assert found.faults == ()
-        assert found.lines in (written, written + 1)  # the last one may be there, and the process ended before it knew
+        assert found.lines in (written, written + 1)  # the process may end before it knows of its last line
         with closing(log_in(directory)) as log:
             assert log.head == found.head
             log.append(entry())
         intact(directory, found.lines + 1)
         if written == 20:
-            assert len(files(directory)) > 3, "there were rotations to be interrupted"
+            assert len(files(directory)) > 3, "rotations were interrupted"
             assert step > 25
             return
 
 
 @pytest.mark.parametrize("call", CALLS[:2])
-def test_a_rotation_that_fails_refuses_and_is_tried_again(
+def test_a_failed_rotation_refuses_lines_and_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     real = getattr(os, call)
@@ -164,7 +164,7 @@ def test_a_rotation_that_fails_refuses_and_is_tried_again(
             for _ in range(3):
                 with pytest.raises(AuditError, match="No space left"):
                     log.append(entry())
-            log.owe(entry("owed"))
+            log.enqueue(entry("owed"))
         assert verdict(tmp_path).lines == written
         log.append(entry())
         intact(tmp_path, written + 2)
@@ -189,7 +189,7 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
     intact(tmp_path, fitting + 1)
 
 
-def test_the_rest_of_a_failed_write_stays_in_its_file(tmp_path: Path) -> None:
+def test_the_fragment_of_a_failed_write_stays_in_its_file(tmp_path: Path) -> None:
     with closing(log_in(tmp_path)) as log:
         for _ in range(4):
             log.append(entry())
@@ -204,21 +204,23 @@ def test_the_rest_of_a_failed_write_stays_in_its_file(tmp_path: Path) -> None:
 
 
 OLDER = {
-    "its last line is not there": lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
+    "its last line is missing": lambda data: b"".join(data.splitlines(keepends=True)[:-1]),
     "it is empty": lambda data: b"",
-    "it is no log": lambda data: b"hello\n" * 100,
+    "it is not a log": lambda data: b"hello\n" * 100,
 }
 
 
 @pytest.mark.parametrize("change", OLDER.values(), ids=OLDER)
-def test_without_the_end_of_the_chain_nothing_is_begun(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+def test_no_new_chain_starts_when_the_end_of_the_old_one_is_missing(
+    tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
     with closing(log_in(tmp_path)) as log:
         while len(files(tmp_path)) < 3:
             log.append(entry())
     newest = files(tmp_path)[-1]
     (tmp_path / "audit.jsonl").unlink()
     newest.write_bytes(change(newest.read_bytes()))
-    with pytest.raises(AuditError, match="does not end with the line that it is named after"):
+    with pytest.raises(AuditError, match="does not end with the line that its name gives"):
         log_in(tmp_path)
     close_all(tmp_path)
     newest.unlink()
@@ -228,7 +230,7 @@ def test_without_the_end_of_the_chain_nothing_is_begun(tmp_path: Path, change: C
     close_all(tmp_path)
 
 
-def test_other_files_beside_it_are_no_part_of_it(tmp_path: Path) -> None:
+def test_other_files_in_the_directory_are_not_part_of_the_log(tmp_path: Path) -> None:
     for name in (
         "audit.jsonl.1",
         "audit.jsonl.000000000009.gz",
@@ -240,7 +242,7 @@ def test_other_files_beside_it_are_no_part_of_it(tmp_path: Path) -> None:
         assert log.append(entry()) == 1
 
 
-def test_only_one_helper_writes_it_across_rotations(tmp_path: Path) -> None:
+def test_only_one_helper_writes_the_log_across_rotations(tmp_path: Path) -> None:
     with closing(log_in(tmp_path)) as log:
         while len(files(tmp_path)) < 3:
             log.append(entry())
@@ -249,7 +251,7 @@ def test_only_one_helper_writes_it_across_rotations(tmp_path: Path) -> None:
         log.append(entry())
 
 
-def test_each_line_is_on_the_disk_before_anything_follows_it_if_wanted(tmp_path: Path) -> None:
+def test_with_sync_line_each_line_is_flushed_before_anything_follows(tmp_path: Path) -> None:
     flags = {}
     for sync in Sync:
         directory = tmp_path / sync
@@ -263,7 +265,7 @@ def test_each_line_is_on_the_disk_before_anything_follows_it_if_wanted(tmp_path:
     assert flags == {Sync.NEVER: 0, Sync.LINE: os.O_DSYNC}
 
 
-def test_a_line_that_is_there_but_not_on_the_disk_refuses_and_is_not_written_twice(
+def test_a_line_that_was_not_flushed_refuses_and_is_not_written_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.write
@@ -278,7 +280,7 @@ def test_a_line_that_is_there_but_not_on_the_disk_refuses_and_is_not_written_twi
             patch.setattr(os, "write", write)
             with pytest.raises(AuditError, match="Input/output error"):
                 log.append(entry())
-            log.owe(entry("what happened"))
+            log.enqueue(entry("what happened"))
         assert log.append(entry()) == 4
     intact(tmp_path, 4)
 
@@ -293,7 +295,7 @@ def test_copies_are_the_exact_bytes_of_each_line(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_killed_while_it_rotates(tmp_path: Path) -> None:
-    """SIGKILL at a moment that nobody chose, twenty times."""
+    """SIGKILL at a random moment, twenty times."""
     code = f"""
 import sys
 from pathlib import Path

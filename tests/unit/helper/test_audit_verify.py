@@ -1,4 +1,4 @@
-"""Whether a log that somebody has edited is found out: each kind of edit by example."""
+"""Edits of a log are detected: one example for each kind of edit."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from support.audit_logs import Lines, Written, check, edited, forged, write
 
 
 def faults(lines: Lines, **heads: AuditHead) -> list[tuple[int, str]]:
-    """Of a log in one file: line and text."""
+    """The faults of a log in one file: line and text."""
     return [(fault.line, fault.text) for fault in check({"log": lines}, **heads).faults]
 
 
@@ -31,9 +31,9 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
         lambda six: [*six[:2], six[2].replace(b"BindDriver", b"BindDriveR"), *six[3:]],
         [(4, "does not hold the hash of log:3: that line was changed")],
     ),
-    "changed so that it is no line": (
+    "changed so that it is not a line": (
         lambda six: [*six[:2], six[2][:-1], *six[3:]],
-        [(3, "was changed or put in: it is no line of an audit log")],
+        [(3, "was changed or inserted: it is not a line of an audit log")],
     ),
     "its hash of the line before changed": (
         lambda six: [*six[:2], edited(six[2], previous="0" * 64), *six[3:]],
@@ -65,23 +65,23 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
     ),
     "the beginning removed": (
         lambda six: six[2:],
-        [(1, "lines 1 to 2 of the chain, from its beginning, removed before it: or give --after")],
+        [(1, "lines 1 to 2 of the chain, from its beginning, removed before it (or use --after)")],
     ),
     "put in": (
         lambda six: [*six[:3], forged(six[2], operation="ReleaseDriver"), *six[3:]],
-        [(5, "line 4 of the chain stands here and at log:4: log:4 was put in")],
+        [(5, "line 4 of the chain is also at log:4: log:4 was inserted")],
     ),
     "put in again": (
         lambda six: [*six[:4], six[1], *six[4:]],
-        [(5, "line 2 of the chain stands here and at log:2: log:5 was put in")],
+        [(5, "line 2 of the chain is also at log:2: log:5 was inserted")],
     ),
     "put in from another log": (
         lambda six: [*six[:3], edited(six[0], sequence=90, previous="12" * 32), *six[3:]],
-        [(4, "is number 90, where line 4 of the chain belongs: it was put in")],
+        [(4, "is number 90, where line 4 of the chain belongs: it was inserted")],
     ),
     "put in, no line": (
         lambda six: [*six[:3], b"hello", *six[3:]],
-        [(4, "was changed or put in: it is no line of an audit log")],
+        [(4, "was changed or inserted: it is not a line of an audit log")],
     ),
     "two swapped": (
         lambda six: [*six[:2], six[3], six[2], *six[4:]],
@@ -100,7 +100,7 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
     "a line break removed": (
         lambda six: [*six[:2], six[2] + six[3], *six[4:]],
         [
-            (3, "was changed or put in: it is no line of an audit log"),
+            (3, "was changed or inserted: it is not a line of an audit log"),
             (4, "lines 3 to 4 of the chain removed before it"),
         ],
     ),
@@ -110,7 +110,7 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
     ),
     "a rest put in": (
         lambda six: [*six[:2], b"{#torn", *six[2:]],
-        [(4, "a rest of a failed write, of which it says nothing, was put in before it")],
+        [(4, "a fragment of a failed write that it does not record was inserted before it")],
     ),
     "everything in reverse": (
         lambda six: six[::-1],
@@ -124,7 +124,7 @@ EXAMPLES: dict[str, tuple[Callable[[Lines], Lines], list[tuple[int, str]]]] = {
 
 
 @pytest.mark.parametrize(("edit", "expected"), EXAMPLES.values(), ids=EXAMPLES)
-def test_an_edit_is_found_and_named(
+def test_an_edit_is_found_and_located(
     six: Written, edit: Callable[[Lines], Lines], expected: list[tuple[int, str]]
 ) -> None:
     assert faults(edit(six.lines)) == expected
@@ -136,7 +136,7 @@ def test_an_intact_log(six: Written) -> None:
 
 
 CUT = "the end was cut off: the chain ends with line 4, the expected head is line 6"
-OTHER = "line 6 of the chain is not the expected head: it, or the chain up to it, was written anew"
+OTHER = "line 6 of the chain is not the expected head: it, or the chain up to it, was rewritten"
 
 
 def test_a_cut_off_end_shows_only_against_a_head(six: Written) -> None:
@@ -148,38 +148,38 @@ def test_a_cut_off_end_shows_only_against_a_head(six: Written) -> None:
     ]
 
 
-def test_a_head_of_an_earlier_moment_is_in_the_log(six: Written) -> None:
+def test_an_earlier_head_is_in_the_log(six: Written) -> None:
     third = AuditHead(sequence=3, hash=hashlib.sha256(six.lines[2]).hexdigest())
     assert faults(six.lines, head=third) == []
     assert faults(six.lines, head=BEGINNING) == []
 
 
-def test_a_log_written_anew_shows_only_against_a_head(six: Written, tmp_path: Path) -> None:
-    anew = [edited(six.lines[0], reason="another story")]
+def test_a_rewritten_log_shows_only_against_a_head(six: Written, tmp_path: Path) -> None:
+    anew = [edited(six.lines[0], reason="another events")]
     for line in six.lines[1:]:
         anew.append(edited(line, previous=hashlib.sha256(anew[-1]).hexdigest()))
     assert faults(anew) == []
     assert faults(anew, head=six.head) == [(6, OTHER)]
 
 
-def test_the_last_line_is_held_by_a_head_only(six: Written) -> None:
+def test_only_a_head_protects_the_last_line(six: Written) -> None:
     changed = [*six.lines[:5], edited(six.lines[5], operation="ReleaseDriver")]
     assert faults(changed) == []
     assert faults(changed, head=six.head) == [(6, OTHER)]
 
 
-def test_a_log_whose_older_part_was_put_away_continues_its_head(six: Written) -> None:
+def test_a_log_without_its_older_files_continues_their_head(six: Written) -> None:
     second = AuditHead(sequence=2, hash=hashlib.sha256(six.lines[1]).hexdigest())
     assert faults(six.lines[2:], after=second, head=six.head) == []
     assert faults(six.lines[2:], after=second, head=second) == []
     assert faults(six.lines[3:], after=second) == [(1, "line 3 of the chain removed before it")]
     other = AuditHead(sequence=2, hash="12" * 32)
     assert faults(six.lines[2:], after=other) == [
-        (1, "does not continue the head that came before it: it was changed, or that head is not its")
+        (1, "does not continue the head before it: it was changed, or --after is wrong")
     ]
     first = AuditHead(sequence=1, hash=hashlib.sha256(six.lines[0]).hexdigest())
     assert faults(six.lines[2:], after=second, head=first) == [
-        (4, "line 1 of the chain, the expected head, is not there")
+        (4, "line 1 of the chain, the expected head, is missing")
     ]
 
 
@@ -198,14 +198,14 @@ def test_files_are_taken_in_the_order_of_their_lines(tmp_path: Path) -> None:
     assert [fault.text[:20] for fault in check(without, head=written.head).faults] == ["the end was cut off:"]
 
 
-def test_an_unfinished_end_is_no_fault_and_its_removal_later_is_one(tmp_path: Path) -> None:
+def test_a_torn_end_is_not_a_fault_but_its_later_removal_is(tmp_path: Path) -> None:
     written = write(tmp_path, 6, 0, torn=frozenset({3}))
     assert [line.endswith(b"#torn") for line in written.lines] == [False, False, False, True, False, False, False]
     verdict = check(written.files)
-    assert (verdict.faults, verdict.rests) == ((), 1)
+    assert (verdict.faults, verdict.fragments) == ((), 1)
     content = b"".join(line + b"\n" for line in written.lines) + b'{"sequ'
     verdict = verify(items({"log": content}))
-    assert (verdict.faults, verdict.rests) == ((), 2)
+    assert (verdict.faults, verdict.fragments) == ((), 2)
     assert faults([line for line in written.lines if not line.endswith(b"#torn")]) == [
-        (4, "the rest of a failed write, which it says stood before it, was removed")
+        (4, "the fragment of a failed write that it records before it was removed")
     ]

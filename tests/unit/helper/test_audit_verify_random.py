@@ -1,4 +1,4 @@
-"""Whether edits at random of an audit log are found out. A log is shared by a test's examples; they only read it."""
+"""Random edits of an audit log are detected. A test's examples share one log, which they only read."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ def is_rest(line: bytes) -> bool:
 
 
 def chain(files: Mapping[str, Lines]) -> Lines:
-    """What counts, as it is read: the lines, and between which of them rests stand (not what they say)."""
+    """The meaningful content: the lines, and between which of them fragments are (not the fragments' contents)."""
     order = dict.fromkeys(item.file for item in items({name: b"\n".join((*files[name], b"")) for name in files}))
     found: Lines = []
     for line in (line for name in order for line in files[name]):
@@ -47,7 +47,7 @@ def chain(files: Mapping[str, Lines]) -> Lines:
 
 
 def edit_of(draw: st.DataObject, files: dict[str, Lines], known: Lines) -> dict[str, Lines]:
-    """One edit of one file, or of two. `known`: lines of a helper's."""
+    """One edit of one file, or of two. `known`: genuine lines."""
     files = {name: list(lines) for name, lines in files.items()}
     name = draw.draw(st.sampled_from(sorted(files)))
     lines = files[name]
@@ -83,7 +83,7 @@ def edit_of(draw: st.DataObject, files: dict[str, Lines], known: Lines) -> dict[
 def test_random_edits_are_found(
     written: Callable[[int, int, bool], Written], shape: tuple[int, int, bool], edits: int, draw: st.DataObject
 ) -> None:
-    """Against a head all of them, without one all but those that only cut the end off or change the last line."""
+    """With a head, all edits are found. Without one, all but cutting off the end and changing the last line."""
     log = written(*shape)
     files = log.files
     for _ in range(edits):
@@ -94,7 +94,7 @@ def test_random_edits_are_found(
     assert bool(check(files, head=log.head).faults) != same
     kept = [line for line in after if line != b"rest"]
     original = [line for line in before if line != b"rest"]
-    # Without a head: a beginning of the chain, after which at most one line that nothing else holds, is no fault.
+    # Without a head, a prefix of the chain plus at most one line that nothing protects is not a fault.
     if len(kept) > len(original) or original[: max(0, len(kept) - 1)] != kept[: max(0, len(kept) - 1)]:
         assert check(files).faults
 
@@ -150,7 +150,7 @@ def test_a_cut_at_any_byte_shows_against_a_head(
     contents[name] = contents[name][:kept]
     assert verify(items(contents), head=log.head).faults
     if name != list(contents)[-1]:
-        assert verify(items(contents)).faults, "only the end of the last file can be cut off without a trace"
+        assert verify(items(contents)).faults, "only a cut at the end of the last file is undetectable"
 
 
 @given(content=st.binary(max_size=300))

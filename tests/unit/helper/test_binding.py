@@ -1,4 +1,4 @@
-"""BindDriver and ReleaseDriver, step by step, with the emulated kernel answering their writes."""
+"""BindDriver and ReleaseDriver, step by step, on the emulated kernel."""
 
 import errno
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ ONE_PF = simulated.Node(
 
 
 class Bench:
-    """A node, and what was written on it."""
+    """A node, and the writes to it."""
 
     def __init__(self, kernel: Kernel, writes: Writes) -> None:
         self.kernel = kernel
@@ -53,7 +53,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 
 
 def failed(reply: AnyReply, code: ErrorCode, rule: str = "", number: int = 0) -> str:
-    """The message of a Failure of that kind."""
+    """The message of a Failure, after checking its kind."""
     assert isinstance(reply, Failure)
     assert (reply.code, reply.rule, reply.errno) == (code, rule, number)
     return reply.message
@@ -72,7 +72,7 @@ def test_a_vf_is_taken_from_its_kernel_driver(bench: Bench) -> None:
         ("bus/pci/drivers/4xxxvf/unbind", VF),
         ("bus/pci/drivers_probe", VF),
     ]
-    assert bench.kernel.driver(VF2) == "4xxxvf", "nothing happens to any other"
+    assert bench.kernel.driver(VF2) == "4xxxvf", "no other VF changes"
 
 
 def test_a_vf_that_is_bound_already_is_not_written_to(bench: Bench) -> None:
@@ -93,13 +93,13 @@ def test_from_one_dpdk_driver_to_the_other_and_back(bench: Bench) -> None:
         assert bound(bench.bind(driver=driver)) == (driver, True)
 
 
-def test_what_is_open_is_busy_and_not_written_to(bench: Bench) -> None:
+def test_an_open_vf_is_busy_and_not_written_to(bench: Bench) -> None:
     bench.bind()
     bench.writes.seen.clear()
     with bench.kernel.open_vfio(VF):
-        assert "held open" in failed(bench.bind(driver="igb_uio"), ErrorCode.BUSY)
-        assert "held open" in failed(bench.release(), ErrorCode.BUSY)
-        assert bound(bench.bind()) == ("vfio-pci", False), "to stay as it is harms nobody"
+        assert "in use through vfio-pci" in failed(bench.bind(driver="igb_uio"), ErrorCode.BUSY)
+        assert "in use through vfio-pci" in failed(bench.release(), ErrorCode.BUSY)
+        assert bound(bench.bind()) == ("vfio-pci", False), "nothing needs to change"
     assert bench.writes.seen == []
     assert bound(bench.bind(driver="igb_uio")) == ("igb_uio", True)
 
@@ -125,7 +125,7 @@ def test_a_vf_on_somebody_elses_driver_is_left_alone(bench: Bench) -> None:
     assert bench.writes.seen == []
 
 
-def test_a_device_that_is_not_there_has_vanished(bench: Bench) -> None:
+def test_a_missing_device_has_vanished(bench: Bench) -> None:
     failed(bench.bind("0001:6b:00.1"), ErrorCode.VANISHED)
     failed(bench.release("0000:6b:1f.7"), ErrorCode.VANISHED)
 
@@ -137,7 +137,7 @@ def test_a_driver_that_is_not_loaded_is_named(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("step", ["driver_override", "unbind", "drivers_probe"])
-def test_a_refused_write_is_told_and_undone(bench: Bench, step: str) -> None:
+def test_a_refused_write_is_reported_and_undone(bench: Bench, step: str) -> None:
     bench.kernel.fail_next(None, step, errno.EBUSY)
     assert "the kernel refused to" in failed(bench.bind(), ErrorCode.KERNEL, number=errno.EBUSY)
     assert bench.kernel.driver(VF) == "4xxxvf"
@@ -145,7 +145,7 @@ def test_a_refused_write_is_told_and_undone(bench: Bench, step: str) -> None:
     assert bound(bench.bind()) == ("vfio-pci", True), "and the next attempt succeeds"
 
 
-def test_a_probe_that_fails_in_silence_is_found_out_and_undone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_fails_silently_is_detected_and_undone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "SETTLE", 0.05)
     bench.kernel.fail_next(VF, "probe", errno.EINVAL)
     assert "dmesg" in failed(bench.bind(), ErrorCode.KERNEL)
@@ -153,7 +153,7 @@ def test_a_probe_that_fails_in_silence_is_found_out_and_undone(bench: Bench, mon
     assert bench.override() == "(null)"
 
 
-def test_where_vfio_pci_refuses_a_device_by_list_the_option_is_named(
+def test_the_message_names_disable_denylist_for_devices_on_the_deny_list(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(binding, "SETTLE", 0.05)
@@ -161,26 +161,26 @@ def test_where_vfio_pci_refuses_a_device_by_list_the_option_is_named(
     assert "disable_denylist=1" in failed(bench.bind("0000:00:05.0"), ErrorCode.KERNEL)
 
 
-def test_the_override_from_before_is_brought_back(bench: Bench) -> None:
+def test_the_old_override_is_restored(bench: Bench) -> None:
     bench.bind(driver="igb_uio")
     bench.kernel.fail_next(VF, "unbind", errno.EIO)
     failed(bench.bind(), ErrorCode.KERNEL, number=errno.EIO)
     assert (bench.override(), bench.kernel.driver(VF)) == ("igb_uio", "igb_uio")
 
 
-def test_an_undo_that_fails_too_is_told(bench: Bench) -> None:
+def test_an_undo_that_also_fails_is_reported(bench: Bench) -> None:
     bench.kernel.fail_next(None, "drivers_probe", errno.EIO, times=2)
     message = failed(bench.bind(), ErrorCode.KERNEL, number=errno.EIO)
     assert message.count("the kernel refused to probe it") == 2
 
 
-def test_a_device_that_goes_away_in_between_has_vanished(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_removed_between_two_writes_has_vanished(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(descriptor: int, data: bytes) -> int:
         bench.kernel.unplug(VF)
         raise OSError(errno.ENODEV, "gone")
 
     monkeypatch.setattr(bench.writes, "write", write)
-    assert "went away" in failed(bench.bind(), ErrorCode.VANISHED, number=errno.ENODEV)
+    assert "was removed" in failed(bench.bind(), ErrorCode.VANISHED, number=errno.ENODEV)
 
 
 def test_a_short_write_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_a_link_in_place_of_an_attribute_is_not_followed(bench: Bench) -> None:
     file.write_bytes(content)
 
 
-def test_an_override_of_somebody_else_is_left_alone(bench: Bench) -> None:
+def test_a_foreign_override_is_left_alone(bench: Bench) -> None:
     bench.kernel.unbind(VF)
     bench.kernel.set_driver_override(VF, "xen-pciback")
     for reply in (bench.bind(), bench.release()):

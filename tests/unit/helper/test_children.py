@@ -1,4 +1,4 @@
-"""The dispatcher's children: what one does after another, what it keeps, what becomes of the work of one that ends."""
+"""The dispatcher's child processes: reuse, limits, and what happens to the work of a killed child."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from qat_helper import dispatch
 from qat_helper.child import Child
-from qat_helper.errors import UNSIGNED, OperationError
+from qat_helper.errors import PENDING_HEAD, OperationError
 from qat_helper.node import Node, Outcome
 from qat_shared.messages import (
     AnyRequest,
@@ -24,7 +24,7 @@ from qat_shared.messages import (
     KubeletService,
     OpenKubeletSocket,
 )
-from support.dispatcher_bench import CALLER, Bench, Function, Gate, bind, bind_other, done, failure, who
+from support.dispatcher_bench import CALLER, Bench, Function, Gate, bind, bind_device, done, failure, report_pid
 
 
 def test_no_child_and_no_descriptor_is_left(bench: Bench) -> None:
@@ -37,30 +37,32 @@ def test_no_child_and_no_descriptor_is_left(bench: Bench) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_child_does_what_waits_of_the_same_kind_and_ends_when_nothing_of_it_is_at_work(bench: Bench) -> None:
-    bench.operation(BindDriver, who, at_once=2)
+def test_a_child_is_reused_while_operations_of_its_kind_are_running(bench: Bench) -> None:
+    bench.operation(BindDriver, report_pid, max_children=2)
     for number in range(20):
-        bench.ask(bind_other(number))
+        bench.ask(bind_device(number))
     bench.run(lambda: len(bench.replies) == 20)
     assert len({reply.driver for reply in bench.replies if isinstance(reply, Bound)}) <= 2
     assert sorted(reply.id for reply in bench.replies) == list(range(20))
     asked = [line["sequence"] for line in bench.lines() if line["event"] == "asked"]
-    assert Counter(bench.story()) == Counter([("asked", "", 0)] * 20 + [("done", "ok", number) for number in asked])
+    assert Counter(bench.events()) == Counter([("asked", "", 0)] * 20 + [("done", "ok", number) for number in asked])
     bench.run(lambda: not bench.calls)
 
 
-def test_a_child_is_one_peers_and_makes_room_for_anothers(bench: Bench) -> None:
-    """With one child that cannot end, and an idle one: all that this operation may have."""
-    gate = Gate(bench, who)
-    bench.operation(BindDriver, lambda node, request: gate(node, request) if request.id == 1 else who(node, request), 2)
+def test_an_idle_child_serves_one_peer_and_makes_room_for_another(bench: Bench) -> None:
+    """With one blocked child and an idle one, the operation has used up its children."""
+    gate = Gate(bench, report_pid)
+    bench.operation(
+        BindDriver, lambda node, request: gate(node, request) if request.id == 1 else report_pid(node, request), 2
+    )
     one, other = object(), object()
-    bench.ask(bind_other(1), one)
-    bench.ask(bind_other(2), one)
+    bench.ask(bind_device(1), one)
+    bench.ask(bind_device(2), one)
     bench.run(lambda: len(bench.replies) == 1)
-    assert len(bench.calls) == 2, "it is kept, since another of its kind is at work"
-    bench.ask(bind_other(3), one)
+    assert len(bench.calls) == 2, "it is kept while another of its kind is running"
+    bench.ask(bind_device(3), one)
     bench.run(lambda: len(bench.replies) == 2)
-    bench.ask(bind_other(4), other)
+    bench.ask(bind_device(4), other)
     bench.run(lambda: len(bench.replies) == 3)
     second, third, fourth = (reply.driver for reply in bench.replies if isinstance(reply, Bound))
     assert second == third
@@ -71,88 +73,90 @@ def test_a_child_is_one_peers_and_makes_room_for_anothers(bench: Bench) -> None:
 
 
 def test_few_children_are_idle(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that have been so longest end, whatever else of their kind is at work: they have memory."""
+    """Those that have been idle longest are dismissed, because each takes memory."""
     monkeypatch.setattr(dispatch, "MAX_IDLE", 2)
-    gate = Gate(bench, who)
-    bench.operation(BindDriver, lambda node, request: gate(node, request) if request.id == 1 else who(node, request), 8)
+    gate = Gate(bench, report_pid)
+    bench.operation(
+        BindDriver, lambda node, request: gate(node, request) if request.id == 1 else report_pid(node, request), 8
+    )
     for number in range(1, 9):
-        bench.ask(bind_other(number))
+        bench.ask(bind_device(number))
     assert len(bench.calls) == 8
     bench.run(lambda: len(bench.replies) == 7 and len(bench.calls) == 1 + 2)
-    bench.ask(bind_other(9))
+    bench.ask(bind_device(9))
     bench.run(lambda: len(bench.replies) == 8)
     *before, last = (reply.driver for reply in bench.replies if isinstance(reply, Bound))
-    assert last in before, "those that are left are of use"
+    assert last in before, "the remaining ones are reused"
     gate.open()
     bench.run(lambda: not bench.calls)
 
 
-def test_a_peer_that_goes_while_no_process_can_be_had(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answer is not taken, so that it is dropped: what else it has asked for is not begun, none is ended twice."""
+def test_a_peer_that_leaves_while_no_process_can_be_started(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer does not read its reply and is dropped: its queued requests do not begin, and none ends twice."""
     gate, peer = Gate(bench), object()
-    bench.operation(BindDriver, gate, at_once=1)
-    bench.ask(bind_other(1))
+    bench.operation(BindDriver, gate, max_children=1)
+    bench.ask(bind_device(1))
 
     def dropped(outcome: Outcome) -> None:
         bench.replies.append(outcome.reply)
-        if len(bench.replies) == 2:  # the first of its answers
-            bench.dispatcher.forget(peer)
+        if len(bench.replies) == 2:  # its first reply
+            bench.dispatcher.cancel(peer)
 
     for number in (2, 3, 4):
-        bench.dispatcher.ask(CALLER, bind_other(number), dropped, peer)
-    bench.ask(bind_other(5))
+        bench.dispatcher.submit(CALLER, bind_device(number), dropped, peer)
+    bench.ask(bind_device(5))
 
     def none_to_be_had(work: Callable[[AnyRequest], Outcome]) -> None:
-        monkeypatch.setattr(dispatch, "Child", Child)  # the next one, there is
+        monkeypatch.setattr(dispatch, "Child", Child)  # the next start succeeds
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(dispatch, "Child", none_to_be_had)
-    gate.stand_open(bench, lambda: not bench.calls)
+    gate.stay_open(bench, lambda: not bench.calls)
     assert sorted(reply.id for reply in bench.replies) == [1, 2, 3, 4, 5]
     ended = Counter(line["asked"] for line in bench.lines() if line["event"] == "done")
     assert ended == {line["sequence"]: 1 for line in bench.lines() if line["event"] == "asked"}
 
 
-def test_a_child_keeps_nothing_of_what_it_has_done(bench: Bench) -> None:
-    """It passes descriptors, and fails, and has but its channel open after each."""
+def test_a_reused_child_keeps_no_descriptors(bench: Bench) -> None:
+    """It passes descriptors and fails; after each request only its channel is open."""
 
     def tell(node: Node, request: AnyRequest) -> Outcome:
-        found = f"{os.getpid()} {len(os.listdir('/proc/self/fd')) - 1}"  # without the one that lists them
+        found = f"{os.getpid()} {len(os.listdir('/proc/self/fd')) - 1}"  # without the descriptor of the listing
         if request.id % 2:
             raise OperationError(ErrorCode.UNAVAILABLE, found)
-        reply = Bound(id=request.id, audit=UNSIGNED, driver=found, changed=False)
+        reply = Bound(id=request.id, audit=PENDING_HEAD, driver=found, changed=False)
         return Outcome(reply, os.open("/dev/null", os.O_RDONLY))
 
-    bench.operation(BindDriver, tell, at_once=1)
+    bench.operation(BindDriver, tell, max_children=1)
     for number in range(6):
-        bench.ask(bind_other(number))
+        bench.ask(bind_device(number))
     bench.run(lambda: len(bench.replies) == 6)
     told = {reply.driver if isinstance(reply, Bound) else failure(reply).message for reply in bench.replies}
-    assert len(told) == 1, "the same child, with as many descriptors"
+    assert len(told) == 1, "the same child, with the same number of descriptors"
     assert len(bench.descriptors) == 3
     for descriptor in bench.descriptors:
         os.close(descriptor)
 
 
 @pytest.mark.parametrize("idle", [False, True])
-def test_what_a_killed_child_had_to_do_has_failed_and_all_else_is_done(bench: Bench, idle: bool) -> None:
-    """As by the kernel, when memory is short: while it does something, or between two requests."""
-    gate = Gate(bench, who)
+def test_a_killed_child_fails_its_own_operation_only(bench: Bench, idle: bool) -> None:
+    """As the kernel does when memory is short: during an operation or between two."""
+    gate = Gate(bench, report_pid)
 
     def end(node: Node, request: AnyRequest) -> Outcome:
         if request.id == 2 and not idle:
             os.kill(os.getpid(), signal.SIGKILL)
-        return gate(node, request) if request.id == 1 else who(node, request)
+        return gate(node, request) if request.id == 1 else report_pid(node, request)
 
-    bench.operation(BindDriver, end, at_once=2)
+    bench.operation(BindDriver, end, max_children=2)
     for number in (1, 2, 3):
-        bench.ask(bind_other(number))
+        bench.ask(bind_device(number))
     bench.run(lambda: len(bench.replies) == 2)
     if idle:
         (pid,) = {int(reply.driver or "") for reply in bench.replies if isinstance(reply, Bound)}
         os.kill(pid, signal.SIGKILL)
         bench.run(lambda: len(bench.calls) == 1)
-    bench.ask(bind_other(4))
+    bench.ask(bind_device(4))
     bench.run(lambda: len(bench.replies) == 3)
     gate.open()
     bench.run(lambda: not bench.calls)
@@ -163,7 +167,7 @@ def test_what_a_killed_child_had_to_do_has_failed_and_all_else_is_done(bench: Be
     )
 
 
-def test_what_a_child_cannot_be_told_has_failed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_cannot_be_sent_to_a_child_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when there is no memory for a packet."""
     with monkeypatch.context() as patched:
         patched.setattr(dispatch, "Child", Untold)
@@ -198,19 +202,19 @@ def killed(node: Node, request: AnyRequest) -> Outcome:
 
 
 @pytest.mark.parametrize("function", [crash, killed], ids=["an exception", "a signal"])
-def test_a_defect_is_that_requests_failure(bench: Bench, function: Function) -> None:
+def test_a_bug_in_an_operation_fails_that_request_only(bench: Bench, function: Function) -> None:
     bench.operation(BindDriver, function)
     bench.ask(bind(1))
     bench.run(lambda: bench.replies)
     assert failure(bench.replies[0]).code is ErrorCode.INTERNAL
-    assert [event for event, _, _ in bench.story()] == ["asked", "done"]
+    assert [event for event, _, _ in bench.events()] == ["asked", "done"]
 
 
 def test_a_child_holds_nothing_of_its_parent(bench: Bench) -> None:
     def open_files(node: Node, request: AnyRequest) -> Outcome:
         paths = [f"/proc/self/fd/{number}" for number in range(3, 200)]
         links = [os.readlink(path) for path in paths if os.path.lexists(path)]
-        return Outcome(Bound(id=1, audit=UNSIGNED, driver=" ".join(links), changed=False))
+        return Outcome(Bound(id=1, audit=PENDING_HEAD, driver=" ".join(links), changed=False))
 
     bench.operation(BindDriver, open_files)
     bench.ask(bind(1))
@@ -220,8 +224,8 @@ def test_a_child_holds_nothing_of_its_parent(bench: Bench) -> None:
     assert [link.partition(":")[0] for link in held] == ["socket"], "only the channel to its parent"
 
 
-def test_a_descriptor_that_comes_too_late_is_closed(bench: Bench) -> None:
-    gate = Gate(bench, lambda node, request: Outcome(Heartbeat(id=1, audit=UNSIGNED, alive=True), os.dup(2)))
+def test_a_late_descriptor_is_closed(bench: Bench) -> None:
+    gate = Gate(bench, lambda node, request: Outcome(Heartbeat(id=1, audit=PENDING_HEAD, alive=True), os.dup(2)))
     bench.operation(OpenKubeletSocket, gate)
     before = len(os.listdir("/proc/self/fd"))
     bench.ask(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=1000))
@@ -236,7 +240,7 @@ def test_a_descriptor_that_comes_too_late_is_closed(bench: Bench) -> None:
 
 def test_a_descriptor_is_passed_on(bench: Bench) -> None:
     def open_null(node: Node, request: AnyRequest) -> Outcome:
-        return Outcome(Heartbeat(id=1, audit=UNSIGNED, alive=True), os.open("/dev/null", os.O_RDONLY))
+        return Outcome(Heartbeat(id=1, audit=PENDING_HEAD, alive=True), os.open("/dev/null", os.O_RDONLY))
 
     bench.operation(OpenKubeletSocket, open_null)
     bench.ask(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION))

@@ -1,4 +1,4 @@
-"""The commands beside serving: what they print, and how they end."""
+"""The commands other than serving: their output and exit status."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from qat_helper.main import main
 
 PEER = Caller(pid=812, uid=65532, gid=65532)
 CAPTURE = pytest.CaptureFixture[str]
-"""Of descriptors: what the helper says goes past Python's own streams."""
+"""Captures at descriptor level: the helper's log bypasses Python's own streams."""
 
 
 def day(path: Path) -> AuditLog:
-    """A log in which everything occurs, from 08:00 on, a line a minute."""
+    """A log with every kind of event, from 08:00 on, one line per minute."""
     times = iter(range(1_767_254_400, 1_767_340_800, 60))
     log = AuditLog(path, clock=lambda: float(next(times)))
 
@@ -68,7 +68,7 @@ def log(tmp_path: Path) -> Path:
 
 
 TABLE = """\
-line  time                      operation               device        uid    pid  verdict      ms    what
+line  time                      operation               device        uid    pid  verdict      ms    details
 1     2026-01-01T08:00:00.000Z  (start)                 -             -      -    -            -     version=0.1.0 pid=1 uid=0
 2     2026-01-01T08:01:00.000Z  BindDriver              0000:6b:00.1  65532  812  ok           12.3  driver=vfio-pci; serve it to pods; driver=vfio-pci changed=True
 3     2026-01-01T08:02:00.000Z  BindDriver              0000:6b:00.2  65532  812  failed       12.3  driver=vfio-pci; serve it to pods; vfio-pci did not take it
@@ -77,7 +77,7 @@ line  time                      operation               device        uid    pid
 8     2026-01-01T08:07:00.000Z  (start)                 -             -      -    -            -     version=0.1.0 pid=1 uid=0
 9     2026-01-01T08:08:00.000Z  OpenKubeletSocket       -             65532  812  late         12.3  service=registration; serve it to pods
 11    2026-01-01T08:10:00.000Z  PrepareSocketDirectory  -             65532  812  under way    -     directory=device-plugins; serve it to pods
-"""  # noqa: E501  it is a table
+"""  # noqa: E501  a table
 
 
 def test_the_table(log: Path, capfd: CAPTURE) -> None:
@@ -85,7 +85,7 @@ def test_the_table(log: Path, capfd: CAPTURE) -> None:
     assert capfd.readouterr().out == TABLE
 
 
-def test_a_line_of_another_version_is_not_passed_over_in_silence(log: Path, capfd: CAPTURE) -> None:
+def test_a_line_of_another_version_is_reported(log: Path, capfd: CAPTURE) -> None:
     with log.open("ab") as file:
         file.write(b'{"sequence":12,"event":"asked","operation":7,"previous":""}\n')
     assert run(["audit", "show", str(log)]) == 0
@@ -132,7 +132,7 @@ def test_json_has_both_ends_of_an_operation(log: Path, capfd: CAPTURE) -> None:
     }
 
 
-def test_a_table_of_an_edited_log_says_so_and_controls_no_terminal(log: Path, capfd: CAPTURE) -> None:
+def test_the_table_of_an_edited_log_warns_and_holds_no_control_characters(log: Path, capfd: CAPTURE) -> None:
     log.write_bytes(log.read_bytes().replace(b"serve it to pods", b"\\u001b[2J\\u202e", 1))
     assert run(["audit", "show", str(log)]) == 0
     shown = capfd.readouterr()
@@ -161,7 +161,7 @@ def test_verify_names_each_fault_with_file_and_line(log: Path, capfd: CAPTURE) -
     ]
 
 
-def test_without_files_the_helpers_own_and_its_older_ones(
+def test_the_default_is_the_helpers_own_log_and_its_rotated_files(
     tmp_path: Path, capfd: CAPTURE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "audit.jsonl"
@@ -178,7 +178,7 @@ def test_without_files_the_helpers_own_and_its_older_ones(
 
 
 @pytest.mark.parametrize("head", ["", "12", "12:abc", "-1:" + "0" * 64, "1:" + "A" * 64, "1:" + "0" * 64 + "\n"])
-def test_what_is_no_head(log: Path, head: str, capfd: CAPTURE) -> None:
+def test_invalid_heads(log: Path, head: str, capfd: CAPTURE) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(["audit", "verify", f"--head={head}", str(log)])
     assert "a head is a line's number, a colon" in capfd.readouterr().err
@@ -187,7 +187,7 @@ def test_what_is_no_head(log: Path, head: str, capfd: CAPTURE) -> None:
 @pytest.mark.parametrize(
     "arguments", [["audit"], ["policy"], ["audit", "erase"], ["audit", "show", "--since", "today"]]
 )
-def test_what_is_no_command(arguments: list[str], capfd: CAPTURE) -> None:
+def test_invalid_commands(arguments: list[str], capfd: CAPTURE) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert "usage: qat-helper" in capfd.readouterr().err
@@ -208,30 +208,30 @@ rates.BindDriver = { burst = 64, per_second = 0.5 }
 rates.all = { burst = 100, per_second = 2 }
 """
 
-# The operations that the file does not allow are those of the table, whichever they are.
+# The denied operations are all others of the table.
 EXPLAINED = (
-    "Who may ask: the uid of --server-uid, and uid 1000, 1001.",
-    "It may ask for:",
-    "  BindDriver: Bind a VF of the device table to a DPDK driver, taking it from its kernel VF driver if need be. "
+    "Allowed uids: that of --server-uid, and 1000, 1001.",
+    "Allowed operations:",
+    "  BindDriver: Bind a VF of the device table to a DPDK driver; unbind it from its kernel VF driver if needed. "
     "At most 64 at once, then 0.5 a second.",
-    "  ReadHeartbeat: Have a PF's firmware answer a heartbeat query.",
-    "  PrepareSocketDirectory: Make qat.intel.com in a directory of the kubelet, usable by the server's group.",
-    "  Those that are audited, all together: at most 100 at once, then 2 a second.",
-    "It is denied (rule operations):",
-    "  OpenKubeletSocket: the server cannot register by the kubelet's socket, nor see which pods hold what",
-    "  ReadDeviceConfig: a VF whose PF shows no services in sysfs is served as generic",
+    "  ReadHeartbeat: Query the heartbeat of a PF's firmware.",
+    "  PrepareSocketDirectory: Create qat.intel.com in a directory of the kubelet, writable by the server's group.",
+    "  All audited operations together: at most 100 at once, then 2 a second.",
+    "Denied operations (rule operations):",
+    "  OpenKubeletSocket: the server cannot register through the kubelet's socket or see which pods hold devices",
+    "  ReadDeviceConfig: VFs whose PF has no services in sysfs are served as generic",
     "  ReleaseDriver",
-    "Of which devices:",
-    "  only those at 0000:6b:00.1, 0000:6b:00.2 (rule addresses)",
-    "  only with an id of 8086:4940 (a PF), 8086:4941 (rule device_ids)",
+    "Allowed devices:",
+    "  only these addresses: 0000:6b:00.1, 0000:6b:00.2 (rule addresses)",
+    "  only these device ids: 8086:4940 (a PF), 8086:4941 (rule device_ids)",
     "Drivers that a VF may be bound to: vfio-pci (rule drivers).",
     "Kubelet directories in which the server may serve: device-plugins (rule directories).",
-    "Kubelet services that it may be connected to: pod-resources (rule kubelet_services).",
-    "VFs that one PF may be given: at most 8; QAT drivers enable all that a PF has, so one with more gets none "
+    "Kubelet services that the server may connect to: pod-resources (rule kubelet_services).",
+    "VFs that one PF may have: at most 8; QAT drivers enable all VFs of a PF, so a PF with more gets none "
     "(rule max_vfs).",
-    "WIDER than without the file: uid 1000, 1001 may ask for all of this too.",
-    "WIDER than without the file: devices 8086:10ca may be bound. They are not QAT.",
-    "WIDER than without the file: devices 8086:10c9 may be provisioned. They are not QAT.",
+    "MORE PERMISSIVE than without the file: uid 1000, 1001 may request all of this too.",
+    "MORE PERMISSIVE than without the file: devices 8086:10ca may be bound. They are not QAT devices.",
+    "MORE PERMISSIVE than without the file: devices 8086:10c9 may be provisioned. They are not QAT devices.",
 )
 
 
@@ -246,23 +246,23 @@ def test_a_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
     path = policy(tmp_path, POLICY)
     assert main(["policy", "check", str(path)]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == f"{path} can be used."
+    assert lines[0] == f"{path} is valid."
     if os.geteuid() != 0:
         assert lines.pop(1).startswith("But it belongs to uid")
     assert [line for line in lines[1:] if line in EXPLAINED] == list(EXPLAINED)
-    assert all(line.startswith("  ") for line in lines[1:] if line not in EXPLAINED), "other operations that are denied"
+    assert all(line.startswith("  ") for line in lines[1:] if line not in EXPLAINED), "the other denied operations"
 
 
 def test_an_empty_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
     assert main(["policy", "check", str(policy(tmp_path, ""))]) == 0
     shown = capfd.readouterr().out
     for line in (
-        "Who may ask: the uid of --server-uid.",
-        "  those of every address",
-        "  with every id of QAT",
+        "Allowed uids: that of --server-uid.",
+        "  any address",
+        "  any QAT device id",
         "Drivers that a VF may be bound to: igb_uio, vfio-pci.",
-        "VFs that one PF may be given: as many as it has.",
-        "  Those that are audited, all together: at most 2048 at once, then 10 a second.",
+        "VFs that one PF may have: no limit.",
+        "  All audited operations together: at most 2048 at once, then 10 a second.",
     ):
         assert f"{line}\n" in shown
     assert "WIDER" not in shown
@@ -273,7 +273,7 @@ def test_a_policy_that_allows_nothing(tmp_path: Path, capfd: CAPTURE) -> None:
     text = "operations = []\naddresses = []\ndevice_ids = []\ndrivers = []\ndirectories = []\nmax_vfs = 0\n"
     assert main(["policy", "check", str(policy(tmp_path, text))]) == 0
     shown = capfd.readouterr().out
-    for part in ("  nothing\n", "only those at no address at all", "only with an id of none", "bound to: none (rule"):
+    for part in ("  nothing\n", "only these addresses: none", "only these device ids: none", "bound to: none (rule"):
         assert part in shown
 
 
@@ -282,17 +282,17 @@ def test_a_policy_that_cannot_be_used(tmp_path: Path, capfd: CAPTURE) -> None:
     assert main(["policy", "check", str(path)]) == 2
     shown = capfd.readouterr()
     assert shown.out == ""
-    assert f"{path} is not usable: Reboot is no operation - at `$.operations`" in shown.err
+    assert f"{path} is not usable: Reboot is not an operation - at `$.operations`" in shown.err
 
 
-def test_the_serving_helper_has_none_of_this() -> None:
+def test_the_serving_helper_loads_none_of_this() -> None:
     code = "import sys, qat_helper.main; print(*(name for name in sys.modules if name.startswith('qat_helper')))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "qat_helper.audit" in loaded
     assert not {f"qat_helper.{name}" for name in ("commands", "verify", "show", "explain")} & set(loaded)
 
 
-def test_whoever_stops_reading_is_no_error(log: Path) -> None:
+def test_a_reader_that_stops_is_not_an_error(log: Path) -> None:
     command = [sys.executable, "-c", "import sys; from qat_helper.main import main; sys.exit(main())", "audit", "show"]
     process = subprocess.Popen([*command, str(log)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The way of a request: deadlines, one operation for one device, and the lines in the audit log."""
+"""The path of a request: deadlines, one operation per device, and audit lines."""
 
 import os
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qat_helper import dispatch
-from qat_helper.errors import UNSIGNED, denied
+from qat_helper.errors import PENDING_HEAD, denied
 from qat_helper.node import Node, Outcome
 from qat_helper.policy import Policy
 from qat_shared.messages import (
@@ -27,10 +27,10 @@ from support.dispatcher_bench import VF, Bench, Gate, bind, done, failure
 def test_an_operation_is_audited_before_and_after(bench: Bench) -> None:
     bench.operation(BindDriver, done)
     bench.ask(bind(number=5))
-    assert bench.story() == [("asked", "", 0)], "the first line is there before anything is done"
+    assert bench.events() == [("asked", "", 0)], "the first line is written before the operation begins"
     bench.now += 1.5
     bench.run(lambda: bench.replies)
-    assert bench.replies == [Bound(id=5, audit=UNSIGNED, driver="vfio-pci", changed=True)]
+    assert bench.replies == [Bound(id=5, audit=PENDING_HEAD, driver="vfio-pci", changed=True)]
     asked, ended = bench.lines()
     assert asked["peer"] == {"pid": 10, "uid": 20, "gid": 30}
     assert asked["arguments"] == {"address": "0000:6b:00.1", "driver": "vfio-pci"}
@@ -50,20 +50,20 @@ def test_one_operation_at_a_time_for_one_device(bench: Bench) -> None:
     bench.operation(BindDriver, done)
     bench.ask(bind(4, function=2))
     bench.run(lambda: len(bench.replies) == 3)
-    assert bench.replies[-1].id == 4, "another device is not held up"
+    assert bench.replies[-1].id == 4, "another device is not delayed"
     gate.open()
     bench.run(lambda: len(bench.replies) == 4)
     bench.ask(bind(5))
     bench.run(lambda: len(bench.replies) == 5)
     assert isinstance(bench.replies[-1], Bound)
-    assert [(event, verdict) for event, verdict, _ in bench.story()][:3] == [
+    assert [(event, verdict) for event, verdict, _ in bench.events()][:3] == [
         ("asked", ""),
         ("refused", "busy"),
         ("refused", "busy"),
     ]
 
 
-def test_what_outlasts_its_deadline_is_answered_left_alone_and_audited_late(bench: Bench) -> None:
+def test_an_overdue_operation_times_out_keeps_running_and_is_audited_late(bench: Bench) -> None:
     gate = Gate(bench)
     bench.operation(BindDriver, gate)
     assert bench.dispatcher.timeout() is None
@@ -75,49 +75,49 @@ def test_what_outlasts_its_deadline_is_answered_left_alone_and_audited_late(benc
     bench.dispatcher.expire()
     bench.dispatcher.expire()
     assert [failure(reply).code for reply in bench.replies] == [ErrorCode.TIMED_OUT]
-    assert bench.dispatcher.timeout() is None, "nothing more to wake up for"
+    assert bench.dispatcher.timeout() is None, "no deadline is left"
     bench.ask(bind(2))
-    assert failure(bench.replies[-1]).code is ErrorCode.BUSY, "it is still at work"
+    assert failure(bench.replies[-1]).code is ErrorCode.BUSY, "it is still running"
     gate.open()
     bench.run(lambda: not bench.calls)
-    assert len(bench.replies) == 2, "no second answer"
-    assert bench.story() == [("asked", "", 0), ("refused", "busy", 0), ("late", "late", 1)]
+    assert len(bench.replies) == 2, "no second reply"
+    assert bench.events() == [("asked", "", 0), ("refused", "busy", 0), ("late", "late", 1)]
     assert bench.lines()[-1]["result"]["changed"] is True
     bench.ask(bind(3))
-    assert bench.calls, "and now the device is free"
+    assert bench.calls, "the device is free now"
     gate.open()
     bench.run(lambda: not bench.calls)
 
 
 def test_those_of_one_operation_that_cannot_end_keep_no_other_from_being_done(bench: Bench) -> None:
     gate = Gate(bench)
-    bench.operation(BindDriver, gate, at_once=2)
-    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=9, audit=UNSIGNED, alive=True)))
+    bench.operation(BindDriver, gate, max_children=2)
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=9, audit=PENDING_HEAD, alive=True)))
     for number in range(1, 6):
         bench.ask(bind(number, function=number))
     assert len(bench.calls) == 2
     bench.ask(ReadHeartbeat(id=9, address=VF))
     bench.run(lambda: bench.replies)
     assert isinstance(bench.replies[0], Heartbeat)
-    gate.stand_open(bench, lambda: len(bench.replies) == 6)
+    gate.stay_open(bench, lambda: len(bench.replies) == 6)
 
 
-def test_what_waits_is_bounded_and_ends_with_who_asked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "MAX_WAITING", 3)
+def test_the_queue_is_bounded_and_dropped_with_its_client(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MAX_QUEUED", 3)
     gate = Gate(bench)
-    bench.operation(BindDriver, gate, at_once=1)
+    bench.operation(BindDriver, gate, max_children=1)
     leaver = object()
     for number in range(1, 6):
         bench.ask(bind(number, function=number), leaver if number in (2, 3) else None)
     assert [failure(reply).code for reply in bench.replies] == [ErrorCode.BUSY], "the first runs, three wait"
-    bench.dispatcher.forget(leaver)
+    bench.dispatcher.cancel(leaver)
     assert len(bench.calls) == 1
-    gate.stand_open(bench, lambda: len(bench.lines()) == 9 and not bench.calls)
-    assert Counter(event for event, _, _ in bench.story()) == {"asked": 4, "done": 4, "refused": 1}
-    assert Counter(verdict for _, verdict, _ in bench.story())["failed"] == 2, "those were never begun"
+    gate.stay_open(bench, lambda: len(bench.lines()) == 9 and not bench.calls)
+    assert Counter(event for event, _, _ in bench.events()) == {"asked": 4, "done": 4, "refused": 1}
+    assert Counter(verdict for _, verdict, _ in bench.events())["failed"] == 2, "those never began"
 
 
-def test_a_read_that_its_device_forbids_has_a_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_denied_read_has_an_audit_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(node: Node, request: AnyRequest) -> Outcome:
         raise denied("physical-functions-only", "it is a VF")
 
@@ -125,19 +125,19 @@ def test_a_read_that_its_device_forbids_has_a_line(bench: Bench, monkeypatch: py
     bench.ask(ReadHeartbeat(id=1, address=VF))
     bench.run(lambda: bench.replies)
     assert failure(bench.replies[0]).rule == "physical-functions-only"
-    assert bench.story() == [("refused", "denied", 0)]
+    assert bench.events() == [("refused", "denied", 0)]
     full = os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(bench.audit, "_descriptor", full)
     bench.ask(ReadHeartbeat(id=2, address=VF))
     bench.run(lambda: len(bench.replies) == 2)
-    assert failure(bench.replies[1]).code is ErrorCode.AUDIT, "no denial without its line"
+    assert failure(bench.replies[1]).code is ErrorCode.AUDIT, "no denial without its audit line"
     monkeypatch.undo()
     os.close(full)
 
 
-def test_more_than_may_run_wait_and_time_out_unbegun(bench: Bench) -> None:
+def test_jobs_beyond_the_limit_wait_and_time_out_unbegun(bench: Bench) -> None:
     gate = Gate(bench)
-    bench.operation(BindDriver, gate, at_once=1)
+    bench.operation(BindDriver, gate, max_children=1)
     bench.ask(bind(1, function=1))
     bench.ask(bind(2, function=2))
     assert len(bench.calls) == 1
@@ -150,7 +150,7 @@ def test_more_than_may_run_wait_and_time_out_unbegun(bench: Bench) -> None:
     gate.open()
     bench.run(lambda: len(bench.replies) == 3)
     assert isinstance(bench.replies[-1], Bound)
-    assert [event for event, _, _ in bench.story()] == ["asked", "asked", "done", "asked", "late", "done"]
+    assert [event for event, _, _ in bench.events()] == ["asked", "asked", "done", "asked", "late", "done"]
 
 
 def test_a_log_that_cannot_be_written_refuses_all_but_heartbeats(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_log_that_cannot_be_written_refuses_all_but_heartbeats(bench: Bench, m
         return done(node, request)
 
     bench.operation(BindDriver, touch)
-    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=UNSIGNED, alive=True)))
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=PENDING_HEAD, alive=True)))
     full = os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(bench.audit, "_descriptor", full)
     bench.ask(bind(1))
@@ -185,14 +185,14 @@ def test_policy_comes_first_and_a_denial_is_audited(tmp_path: Path, monkeypatch:
         (ErrorCode.DENIED, "operations"),
     ]
     assert not bench.calls, "no child was started"
-    assert bench.story() == [("refused", "denied", 0)] * 2
+    assert bench.events() == [("refused", "denied", 0)] * 2
     assert bench.lines()[0]["result"]["rule"] == "drivers"
 
 
-def test_the_last_line_tells_what_was_counted_and_what_goes_on(bench: Bench) -> None:
+def test_the_last_line_has_the_counters_and_the_unfinished_operations(bench: Bench) -> None:
     gate = Gate(bench)
     bench.operation(BindDriver, gate)
-    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=UNSIGNED, alive=True)))
+    bench.operation(ReadHeartbeat, lambda node, request: Outcome(Heartbeat(id=2, audit=PENDING_HEAD, alive=True)))
     bench.ask(ReadHeartbeat(id=2, address=VF))
     bench.run(lambda: bench.replies)
     bench.ask(bind(1))

@@ -1,4 +1,4 @@
-"""The kubelet's directory and sockets, and the QAT driver's files in debugfs, as the helper reaches them."""
+"""The kubelet's directory and sockets and the QAT driver's debugfs files, as the helper uses them."""
 
 import os
 import socket
@@ -36,7 +36,7 @@ FOLDERS = {KubeletService.REGISTRATION: "device-plugins", KubeletService.POD_RES
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
-    # Deep, since a socket's path may have 107 bytes and the kubelet's directory may be anywhere.
+    # Deep: a socket path is limited to 107 bytes, and the kubelet's directory may be anywhere.
     kubelet = tmp_path / ("deep" * 20) / ("deeper" * 10)
     for folder in FOLDERS.values():
         (kubelet / folder).mkdir(parents=True)
@@ -52,7 +52,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
 
 
 def listen(folder: Path) -> socket.socket:
-    """Listen on kubelet.sock there, however long its path is."""
+    """Listen on kubelet.sock in the directory, however long its path is."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(folder, os.O_PATH)
     listener.bind(f"/proc/self/fd/{directory}/kubelet.sock")
@@ -85,13 +85,13 @@ def test_the_kubelets_socket_is_connected_to(node: Node, service: KubeletService
 
 def test_without_a_kubelet_there_is_no_socket(node: Node) -> None:
     assert code(open_socket(node, KubeletService.REGISTRATION)) is ErrorCode.UNAVAILABLE
-    listen(node.kubelet_dir / "device-plugins").close()  # left behind, nobody listens
+    listen(node.kubelet_dir / "device-plugins").close()  # a stale socket
     assert code(open_socket(node, KubeletService.REGISTRATION)) is ErrorCode.UNAVAILABLE
     (node.kubelet_dir / "pod-resources").rmdir()
     assert code(open_socket(node, KubeletService.POD_RESOURCES)) is ErrorCode.UNAVAILABLE
 
 
-def test_it_waits_for_a_kubelet_that_comes_late(node: Node) -> None:
+def test_it_waits_for_a_kubelet_that_starts_late(node: Node) -> None:
     listeners: list[socket.socket] = []
     begun = time.monotonic()
 
@@ -110,7 +110,7 @@ def test_it_waits_for_a_kubelet_that_comes_late(node: Node) -> None:
     listeners[0].close()
 
 
-def test_a_socket_of_another_kind_is_an_error_of_the_kernel(node: Node) -> None:
+def test_a_socket_of_another_type_is_a_kernel_error(node: Node) -> None:
     folder = os.open(node.kubelet_dir / "device-plugins", os.O_PATH)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(f"/proc/self/fd/{folder}/kubelet.sock")
@@ -122,7 +122,7 @@ def prepare(node: Node, directory: SocketDirectory = SocketDirectory.DEVICE_PLUG
     return perform(node, PrepareSocketDirectory(id=1, directory=directory))
 
 
-def test_only_the_directory_asked_for_is_made(node: Node) -> None:
+def test_only_the_requested_directory_is_created(node: Node) -> None:
     (node.kubelet_dir / "plugins_registry").mkdir()
     assert isinstance(prepare(node, SocketDirectory.PLUGINS_REGISTRY).reply, Done)
     assert [str(path.relative_to(node.kubelet_dir)) for path in node.kubelet_dir.glob("*/*")] == [
@@ -131,7 +131,7 @@ def test_only_the_directory_asked_for_is_made(node: Node) -> None:
 
 
 @pytest.mark.parametrize("word", SocketDirectory)
-def test_the_socket_directory_is_made_and_repaired(node: Node, word: SocketDirectory) -> None:
+def test_the_socket_directory_is_created_and_repaired(node: Node, word: SocketDirectory) -> None:
     parent = {"device-plugins": "device-plugins", "plugins-registry": "plugins_registry"}[word]
     directory = node.kubelet_dir / parent / "qat.intel.com"
     directory.parent.mkdir(mode=0o750, exist_ok=True)
@@ -155,7 +155,7 @@ def test_the_socket_directory_is_given_to_the_servers_group(node: Node) -> None:
     assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (os.geteuid(), 4321, 0o2770)
 
 
-def test_what_is_no_directory_is_left_as_it_is(node: Node, tmp_path: Path) -> None:
+def test_anything_but_a_directory_is_left_unchanged(node: Node, tmp_path: Path) -> None:
     place = node.kubelet_dir / "device-plugins/qat.intel.com"
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     place.symlink_to(tmp_path / "elsewhere")
@@ -199,7 +199,7 @@ def test_a_malformed_device_configuration(node: Node, content: bytes) -> None:
     assert code(perform(node, ReadDeviceConfig(id=1, address=address(PF)))) is ErrorCode.KERNEL
 
 
-def test_what_has_no_debugfs_is_unavailable(node: Node) -> None:
+def test_without_debugfs_files_it_is_unavailable(node: Node) -> None:
     (node.sysfs_root / "kernel/debug/qat_4xxx_0000:6b:00.0/dev_cfg").unlink()
     assert code(perform(node, ReadDeviceConfig(id=1, address=address(PF)))) is ErrorCode.UNAVAILABLE
     SysfsTree.bind(_tree(node), PF, "vfio-pci")

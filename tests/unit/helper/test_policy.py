@@ -1,4 +1,4 @@
-"""The helper's rules: who may ask for what, of which device, and what a policy file can and cannot change."""
+"""The policy: who may request what for which device, and what a policy file can change."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from qat_helper.errors import OperationError
 from qat_helper.operations import NAMES, OPERATIONS
-from qat_helper.policy import Policy, PolicyError, Rate, check_own_driver, narrow
+from qat_helper.policy import Policy, PolicyError, Rate, deny_foreign, narrow
 from qat_shared.devices import PHYSICAL, VIRTUAL
 from qat_shared.messages import (
     DPDK_DRIVERS,
@@ -33,7 +33,7 @@ VF = address("6b:00.1")
 
 
 def rule_of(check: Callable[[], object]) -> str:
-    """The rule that denies it, "" when nothing does."""
+    """The rule of the denial, "" when nothing is denied."""
     try:
         check()
     except OperationError as error:
@@ -46,7 +46,7 @@ def rule_of(check: Callable[[], object]) -> str:
 def test_every_request_of_the_protocol_has_its_row_and_nothing_else_has() -> None:
     assert set(OPERATIONS) == set(AnyRequest.__args__)
     assert {operation.name for operation in OPERATIONS.values()} == NAMES | {"Hello"}
-    assert [kind for kind, operation in OPERATIONS.items() if not operation.at_once] == [Hello]
+    assert [kind for kind, operation in OPERATIONS.items() if not operation.max_children] == [Hello]
     assert [operation.name for operation in OPERATIONS.values() if not operation.audited] == [
         "Hello",
         "ReadHeartbeat",
@@ -85,7 +85,7 @@ def test_which_devices_may_be_read(tmp_path: Path, number: int, rule: str) -> No
         assert rule_of(lambda: BUILTIN.check_physical(device)) == rule
 
 
-def test_only_the_ids_that_are_named_may_be_used(tmp_path: Path) -> None:
+def test_only_the_listed_ids_are_allowed(tmp_path: Path) -> None:
     policy = Policy(uids=frozenset(), operations=NAMES, device_ids=frozenset({(0x8086, 0x4941), (0x8086, 0x4942)}))
     tree = SysfsTree(tmp_path / "sys")
     found = {}
@@ -114,7 +114,7 @@ def test_extra_physical_ids_may_be_provisioned_but_not_bound(tmp_path: Path) -> 
         assert rule_of(lambda: policy.check_virtual(device)) == "device-table"
 
 
-def test_a_pf_may_be_given_so_many_vfs() -> None:
+def test_max_vfs() -> None:
     policy = Policy(uids=frozenset(), operations=NAMES, max_vfs=4)
     assert [rule_of(partial(policy.check_vf_count, VF, count)) for count in (0, 4, 5, 16)] == [
         "",
@@ -123,7 +123,7 @@ def test_a_pf_may_be_given_so_many_vfs() -> None:
         "max_vfs",
     ]
     assert rule_of(lambda: BUILTIN.check_vf_count(VF, 256)) == ""
-    with pytest.raises(OperationError, match=r"0000:6b:00\.1 would have 16 VFs, .* policy file allows 4 \(max_vfs\)"):
+    with pytest.raises(OperationError, match=r"0000:6b:00\.1 would have 16 VFs; .* policy file allows 4 \(max_vfs\)"):
         policy.check_vf_count(VF, 16)
 
 
@@ -159,7 +159,7 @@ def test_a_device_whose_ids_cannot_be_read_is_not_touched(tmp_path: Path, conten
     ],
 )
 def test_a_vf_is_taken_only_from_its_own_drivers(current: str | None, rule: str) -> None:
-    assert rule_of(lambda: check_own_driver(VF, current, "4xxxvf")) == rule
+    assert rule_of(lambda: deny_foreign(VF, current, "4xxxvf")) == rule
 
 
 def policy_file(tmp_path: Path, text: str | bytes) -> Path:
@@ -230,19 +230,19 @@ UNUSABLE = {
     "unknown driver": ('drivers = ["e1000"]', "drivers"),
     "unknown service": ('kubelet_services = ["kubelet.sock"]', "kubelet_services"),
     "unknown directory": ('directories = ["plugins_registry"]', "directories"),
-    "unknown operation": ('operations = ["Reboot"]', "Reboot is no operation"),
-    "Hello cannot be forbidden": ('operations = ["Hello"]', "Hello is no operation"),
+    "unknown operation": ('operations = ["Reboot"]', "Reboot is not an operation"),
+    "Hello cannot be forbidden": ('operations = ["Hello"]', "Hello is not an operation"),
     "no address": ('addresses = ["6b:00.1"]', "addresses"),
     "no id": ('extra_virtual_ids = ["8086"]', "extra_virtual_ids"),
     "a PF's id": ('extra_virtual_ids = ["8086:4940"]', "8086:4940 is a QAT device - at `$.extra_virtual_ids`"),
     "a VF's id": ('extra_physical_ids = ["8086:4941"]', "8086:4941 is a QAT device - at `$.extra_physical_ids`"),
-    "an id that is not QAT's": ('device_ids = ["8086:10ca"]', "8086:10ca is no QAT device - at `$.device_ids`"),
+    "an id that is not QAT's": ('device_ids = ["8086:10ca"]', "8086:10ca is not a QAT device - at `$.device_ids`"),
     "a negative number of VFs": ("max_vfs = -1", "max_vfs"),
     "a limit of no operation": (
         "rates.Reboot = { burst = 1, per_second = 1 }",
-        "Reboot is no operation - at `$.rates`",
+        "Reboot is not an operation - at `$.rates`",
     ),
-    "a limit of Hello": ("rates.Hello = { burst = 1, per_second = 1 }", "Hello is no operation"),
+    "a limit of Hello": ("rates.Hello = { burst = 1, per_second = 1 }", "Hello is not an operation"),
     "half a limit": ("rates.BindDriver = { burst = 1 }", "per_second"),
     "a limit that lets nothing pass": ("rates.BindDriver = { burst = 0, per_second = 1 }", "burst"),
     "a limit that never recovers": ("rates.BindDriver = { burst = 1, per_second = 0 }", "per_second"),
@@ -268,7 +268,7 @@ def test_a_file_that_others_could_have_written_is_refused(tmp_path: Path) -> Non
     path.chmod(0o644)
     link = tmp_path / "elsewhere" / "link.toml"
     link.parent.mkdir(mode=0o777)
-    link.parent.chmod(0o777)  # as a ConfigMap's mount: what counts is where the file itself is
+    link.parent.chmod(0o777)  # like a ConfigMap's mount: only the directory of the file itself counts
     link.symlink_to(path)
     assert narrow(BUILTIN, link, os.geteuid()) == BUILTIN
     for mode in (0o775, 0o757, 0o1777):
@@ -290,8 +290,8 @@ def test_a_file_that_others_could_have_written_is_refused(tmp_path: Path) -> Non
 def test_what_is_no_plain_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     for path, said in (
-        (tmp_path / "pipe", "not a plain file"),
-        (tmp_path, "not a plain file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path, "not a regular file"),
         (tmp_path / "no", "No such"),
     ):
         with pytest.raises(PolicyError, match=said):

@@ -1,4 +1,4 @@
-"""The operations on PFs, step by step, with the emulated kernel answering the writes; a failure after each of them."""
+"""The operations on PFs, step by step, on the emulated kernel; and a failure after each step."""
 
 import errno
 import os
@@ -44,7 +44,7 @@ AUTOPROBE, NUM_VFS = f"{PF}/sriov_drivers_autoprobe", f"{PF}/sriov_numvfs"
 
 
 class Bench:
-    """A node, and what was written on it."""
+    """A node, and the writes to it."""
 
     def __init__(self, kernel: Kernel, writes: Writes) -> None:
         self.kernel = kernel
@@ -97,12 +97,12 @@ def failed(reply: AnyReply, code: ErrorCode, number: int = 0, rule: str = "") ->
 
 def test_services_down_write_up(bench: Bench) -> None:
     assert changed(bench.services("asym;sym")) == ("dc", "asym;sym")
-    # In this order: kernels before 6.4 know no other.
+    # In this order: kernels before 6.4 accept no other.
     assert bench.writes.seen == [(STATE, "down"), (SERVICES, "sym;asym"), (STATE, "up")]
     assert (bench.shows("qat/state"), bench.number()) == ("up", 0)
 
 
-def test_services_that_are_there_take_nothing_away(bench: Bench) -> None:
+def test_unchanged_services_remove_no_vfs(bench: Bench) -> None:
     bench.services()
     bench.vfs(2)
     bench.writes.seen.clear()
@@ -118,7 +118,7 @@ def test_the_same_services_bring_up_a_device_that_was_left_down(bench: Bench) ->
 
 
 @pytest.mark.parametrize("services", ["sym;asym;dc", "dcc;sym", "decomp"])
-def test_what_the_kernel_does_not_take_leaves_the_old_services(bench: Bench, services: str) -> None:
+def test_services_that_the_kernel_rejects_leave_the_old_ones(bench: Bench, services: str) -> None:
     message = failed(bench.services(services), ErrorCode.KERNEL, errno.EINVAL)
     assert "the kernel refused to write" in message
     assert (bench.shows("qat/state"), bench.shows("qat/cfg_services")) == ("up", "dc")
@@ -141,12 +141,16 @@ def test_a_step_that_fails_is_undone(
     assert (bench.shows("qat/state"), bench.shows("qat/cfg_services"), bench.number()) == end
 
 
-def test_services_with_which_it_does_not_come_up_are_put_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_services_with_which_the_pf_does_not_come_up_are_restored(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = bench.writes.write
     refused = []
 
     def write(descriptor: int, data: bytes) -> int:
-        if data == b"up" and bench.shows("qat/cfg_services") != "dc":  # as before kernel 6.16: found out only now
+        if (
+            data == b"up" and bench.shows("qat/cfg_services") != "dc"
+        ):  # as before kernel 6.16, which rejects it only now
             refused.append(data)
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real(descriptor, data)
@@ -157,11 +161,11 @@ def test_services_with_which_it_does_not_come_up_are_put_back(bench: Bench, monk
     assert (bench.shows("qat/state"), bench.shows("qat/cfg_services")) == ("up", "dc")
 
 
-def test_an_undo_that_fails_too_says_so(bench: Bench) -> None:
+def test_an_undo_that_also_fails_is_reported(bench: Bench) -> None:
     bench.kernel.fail_next(PF, "qat/cfg_services", errno.EIO, times=2)
     message = failed(bench.services(), ErrorCode.KERNEL, errno.EIO)
     assert message.count("Input/output error") == 2
-    assert bench.shows("qat/state") == "up", "it goes on to the next step of the undo"
+    assert bench.shows("qat/state") == "up", "the undo continues with its next step"
 
 
 def on_vfio(bench: Bench, vf: str) -> str:
@@ -180,21 +184,21 @@ def test_nothing_is_written_while_any_vf_is_open(bench: Bench, vf: str) -> None:
     pm_idle = SetPmIdle(id=1, address=at(PF), on=False)
     with bench.kernel.open_vfio(vf):
         for reply in (bench.services(), bench.vfs(0), bench.ask(pm_idle)):
-            assert failed(reply, ErrorCode.BUSY).startswith(f"{vf}, a VF of {PF}, is held open")
+            assert failed(reply, ErrorCode.BUSY).startswith(f"{vf}, a VF of {PF}, is in use")
         assert bench.writes.seen == []
-        assert changed(bench.ask(SetAutoReset(id=1, address=at(PF), on=True))) == ("off", "on"), "takes nothing away"
+        assert changed(bench.ask(SetAutoReset(id=1, address=at(PF), on=True))) == ("off", "on"), "removes no VFs"
     assert changed(bench.services()) == ("dc", "asym;sym")
 
 
-def test_a_vf_that_is_half_taken_away_counts_as_open(bench: Bench) -> None:
-    """As an orphan of a killed helper leaves it, which waits in the kernel: no driver link any more, but enabled."""
+def test_a_vf_whose_unbind_is_blocked_counts_as_open(bench: Bench) -> None:
+    """As a child of a killed helper leaves it, blocked in the kernel: no driver link, but enabled."""
     bench.kernel.unbind(VF)
     (bench.kernel.sysfs_root / attribute(VF, "enable")).write_text("1\n")
     failed(bench.services(), ErrorCode.BUSY)
     assert bench.writes.seen == []
 
 
-def test_vfs_that_somebody_bound_elsewhere_are_not_taken_away(bench: Bench) -> None:
+def test_vfs_on_a_foreign_driver_are_not_removed(bench: Bench) -> None:
     bench.kernel.add_driver("somebody")
     bench.kernel.unbind(VF2)
     bench.kernel.set_driver_override(VF2, "somebody")
@@ -222,7 +226,7 @@ def test_the_number_of_vfs_is_within_what_the_device_can_have(bench: Bench) -> N
 
 
 @pytest.mark.parametrize(("most", "denied"), [(0, True), (1, True), (2, False)])
-def test_a_policy_bounds_the_vfs_that_there_would_be_not_those_asked_for(bench: Bench, most: int, denied: bool) -> None:
+def test_max_vfs_limits_the_resulting_vfs_not_the_requested_ones(bench: Bench, most: int, denied: bool) -> None:
     assert changed(bench.vfs(0)) == ("2", "0")
     bench.node = msgspec.structs.replace(bench.node, policy=msgspec.structs.replace(bench.node.policy, max_vfs=most))
     bench.writes.seen.clear()
@@ -231,7 +235,7 @@ def test_a_policy_bounds_the_vfs_that_there_would_be_not_those_asked_for(bench: 
         assert bench.writes.seen == []
     else:
         assert changed(bench.vfs(1)) == ("0", "2")
-    assert changed(bench.vfs(0))[1] == "0", "to remove them is always allowed"
+    assert changed(bench.vfs(0))[1] == "0", "removing them is always allowed"
 
 
 def test_vfs_without_an_iommu() -> None:
@@ -296,7 +300,7 @@ def test_a_pf_without_its_driver_is_left_alone(bench: Bench) -> None:
     assert "No such file" in failed(bench.vfs(2, "0000:ff:00.0"), ErrorCode.VANISHED)
 
 
-def test_a_pf_that_goes_away_meanwhile(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pf_that_is_removed_during_the_operation(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     real = bench.writes.write
 
     def write(descriptor: int, data: bytes) -> int:
@@ -307,10 +311,10 @@ def test_a_pf_that_goes_away_meanwhile(bench: Bench, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench.writes, "write", write)
     reply = bench.services()
     assert isinstance(reply, Failure)
-    assert (reply.code, reply.message) == (ErrorCode.VANISHED, f"{PF} went away meanwhile")
+    assert (reply.code, reply.message) == (ErrorCode.VANISHED, f"{PF} was removed during the operation")
 
 
-def test_a_write_that_the_kernel_forgets_is_no_success(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_without_effect_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.writes, "write", lambda descriptor, data: len(data))
     assert "shows 'dc' after" in failed(bench.services(), ErrorCode.KERNEL)
     assert "shows 'off' after" in failed(bench.ask(SetAutoReset(id=1, address=at(PF), on=True)), ErrorCode.KERNEL)

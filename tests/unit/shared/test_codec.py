@@ -1,4 +1,4 @@
-"""The message decoder: whatever bytes come, it gives a message or ProtocolError, and never anything else."""
+"""The message decoder: any bytes give a message or ProtocolError, never anything else."""
 
 import msgspec
 import pytest
@@ -101,14 +101,14 @@ PACKETS = {
 
 
 @pytest.mark.parametrize("packet", PACKETS.values(), ids=PACKETS)
-def test_what_is_no_message_is_refused(packet: bytes) -> None:
+def test_packets_that_are_not_messages_are_refused(packet: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode_request(packet)
     with pytest.raises(ProtocolError):
         decode_reply(packet)
 
 
-def test_a_message_that_fits_no_packet_is_not_sent() -> None:
+def test_a_message_too_long_for_a_packet_is_not_sent() -> None:
     with pytest.raises(ProtocolError, match="65536 are allowed"):
         encode(DeviceConfig(id=1, audit=HEAD, text="x" * MAX_MESSAGE))
 
@@ -147,6 +147,6 @@ def test_a_directory_is_one_of_two_words(directory: object) -> None:
         decode_request(packet)
 
 
-def test_without_a_word_the_directory_is_that_of_device_plugins() -> None:
+def test_the_default_directory_is_that_of_device_plugins() -> None:
     request = decode_request(msgspec.msgpack.encode({"op": "PrepareSocketDirectory", "id": 1}))
     assert request == PrepareSocketDirectory(id=1, directory=SocketDirectory.DEVICE_PLUGINS)

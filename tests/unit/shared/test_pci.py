@@ -1,4 +1,4 @@
-"""PCI addresses: what sysfs writes is read and written back the same, everything else is refused."""
+"""PCI addresses: sysfs' format is parsed and printed unchanged; anything else is refused."""
 
 import contextlib
 
@@ -15,12 +15,12 @@ addresses = st.builds(
 
 
 @given(addresses)
-def test_text_and_address_are_each_others_inverse(address: PciAddress) -> None:
+def test_parsing_and_printing_are_inverse(address: PciAddress) -> None:
     assert PciAddress.parse(str(address)) == address
 
 
 @given(addresses)
-def test_a_message_carries_it(address: PciAddress) -> None:
+def test_an_address_survives_a_message(address: PciAddress) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(address), type=PciAddress) == address
 
 

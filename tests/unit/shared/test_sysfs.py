@@ -1,4 +1,4 @@
-"""The sysfs readers, on trees as the kernel makes them and on trees as it never would."""
+"""The sysfs readers, on trees like the kernel's and on malformed ones."""
 
 import os
 from pathlib import Path
@@ -32,7 +32,7 @@ def read(tree: SysfsTree, name: str, device: str = VF) -> str:
         return opened.read(name)
 
 
-def test_what_is_there_is_read(tree: SysfsTree) -> None:
+def test_attributes_are_read(tree: SysfsTree) -> None:
     with open_device(tree.root, address(VF)) as device:
         assert device.read("vendor") == "0x8086"
         assert device.read_int("device", 16) == 0x4941
@@ -104,7 +104,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tree: SysfsTree) -> None:
         os.close(writer)
 
 
-def test_links_that_lead_nowhere_or_are_none(tree: SysfsTree) -> None:
+def test_dangling_links_and_files_in_place_of_links(tree: SysfsTree) -> None:
     tree.link(PF, "virtfn1", "../0000:6b:00.2")
     tree.link(PF, "virtfn10", "somewhere else")
     tree.write(PF, "virtfn2", "a file\n")
@@ -139,7 +139,7 @@ def test_a_device_link_that_loops_is_malformed(tree: SysfsTree) -> None:
         pass
 
 
-def test_a_device_that_goes_away_meanwhile_is_missing(tree: SysfsTree) -> None:
+def test_a_device_removed_while_open_is_missing(tree: SysfsTree) -> None:
     with open_device(tree.root, address(VF)) as device:
         tree.remove(VF)
         with pytest.raises(MissingError):
@@ -147,13 +147,13 @@ def test_a_device_that_goes_away_meanwhile_is_missing(tree: SysfsTree) -> None:
         assert device.link("driver") is None
 
 
-def test_names_that_are_no_address_are_left_out(tree: SysfsTree) -> None:
+def test_names_that_are_not_addresses_are_skipped(tree: SysfsTree) -> None:
     (tree.root / "bus/pci/devices/not an address").mkdir()
     assert pci_addresses(tree.root) == [address(PF), address(VF)]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("x"), lambda path: path.mkdir()])
-def test_what_is_no_sysfs_tree_is_said_so(tmp_path: Path, make: "object") -> None:
+def test_a_directory_that_is_not_sysfs_is_reported(tmp_path: Path, make: "object") -> None:
     root = tmp_path / "root"
     assert callable(make)
     make(root)

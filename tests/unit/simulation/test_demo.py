@@ -1,4 +1,4 @@
-"""The demo's decisions that need no node: what has become of each VF, which lines of the audit log belong together."""
+"""The demo's decisions that need no node: the outcome for each VF, and which lines of the audit log belong together."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from qat_server.helper_client.client import HelperState
 from qat_server.observability.status import Status, VfStatus
 from qat_shared.pci import PciAddress
 from qat_simulation.demo.audit import _lines, examples
-from qat_simulation.demo.groups import Groups, groups_of
+from qat_simulation.demo.vf_outcomes import VfOutcomes, outcomes
 from qat_simulation.kernel.kernel import DeviceState
 from qat_simulation.node.description import LoneVf, Node, Pf
 
@@ -34,33 +34,44 @@ def devices(pf_driver: str | None = "4xxx") -> dict[PciAddress, DeviceState]:
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
-        (status(told(VF), told(VF2, reason="PF is down")), Groups(served=(VF, VF2))),
-        (status(told(VF)), Groups(served=(VF,), undecided=(VF2,))),
-        (status(told(VF), told(VF2, listed=False)), Groups(served=(VF,), undecided=(VF2,))),
-        (status(told(VF), told(VF2, "4xxxvf", False)), Groups(served=(VF,), undecided=(VF2,))),
-        (status(told(VF), told(VF2, "", False, "refused")), Groups(served=(VF,), failed={VF2: "refused"})),
-        (status(told(VF), told(VF2, "pci-stub", False, "left alone")), Groups(served=(VF,), foreign={VF2: "pci-stub"})),
-        (status(told(VF), cut=(VF2,)), Groups(served=(VF,), cut=(VF2,))),
+        (status(told(VF), told(VF2, reason="PF is down")), VfOutcomes(served=(VF, VF2))),
+        (status(told(VF)), VfOutcomes(served=(VF,), pending=(VF2,))),
+        (status(told(VF), told(VF2, listed=False)), VfOutcomes(served=(VF,), pending=(VF2,))),
+        (status(told(VF), told(VF2, "4xxxvf", False)), VfOutcomes(served=(VF,), pending=(VF2,))),
+        (status(told(VF), told(VF2, "", False, "refused")), VfOutcomes(served=(VF,), failed={VF2: "refused"})),
+        (
+            status(told(VF), told(VF2, "pci-stub", False, "left alone")),
+            VfOutcomes(served=(VF,), other_driver={VF2: "pci-stub"}),
+        ),
+        (status(told(VF), cut=(VF2,)), VfOutcomes(served=(VF,), over_limit=(VF2,))),
     ],
-    ids=["served, well or not", "not told of yet", "without a name yet", "not bound yet", "failed", "foreign", "cut"],
+    ids=[
+        "served, healthy or not",
+        "not in the status yet",
+        "not listed yet",
+        "not bound yet",
+        "failed",
+        "on another driver",
+        "over the limit",
+    ],
 )
-def test_each_vf_is_in_one_group(seen: Status, expected: Groups) -> None:
-    groups = groups_of(seen, NODE, devices())
+def test_each_vf_is_in_one_group(seen: Status, expected: VfOutcomes) -> None:
+    groups = outcomes(seen, NODE, devices())
     assert groups == expected
     assert groups.total == 2
 
 
-def test_a_pf_without_its_driver_is_not_looked_at_unless_there_is_none_with_it() -> None:
+def test_vfs_of_a_pf_without_its_driver_are_ignored_unless_no_pf_has_it() -> None:
     both = Node(pfs=NODE.pfs, vfs=(LoneVf(address=ALONE),))
     alone = {PciAddress.parse(ALONE): DeviceState("4xxxvf", None, None, 9, False)}
-    with_pf = groups_of(status(told(VF), told(VF2)), both, devices() | alone)
-    assert with_pf.unseen == (ALONE,)
-    without = groups_of(status(), both, devices(pf_driver=None) | alone)
-    assert without.undecided == (VF, VF2, ALONE)
+    with_pf = outcomes(status(told(VF), told(VF2)), both, devices() | alone)
+    assert with_pf.ignored == (ALONE,)
+    without = outcomes(status(), both, devices(pf_driver=None) | alone)
+    assert without.pending == (VF, VF2, ALONE)
 
 
-def test_a_reason_is_said_once() -> None:
-    groups = Groups(failed={VF: f"{VF} was refused", VF2: f"{VF2} was refused", ALONE: "it is busy"})
+def test_a_reason_is_reported_once() -> None:
+    groups = VfOutcomes(failed={VF: f"{VF} was refused", VF2: f"{VF2} was refused", ALONE: "it is busy"})
     assert groups.failures() == [f"2 VFs ({VF} .. {VF2}): the VF was refused", f"{ALONE}: it is busy"]
 
 
@@ -68,14 +79,14 @@ def record(sequence: int, event: str, operation: str = "", asked: int = 0) -> di
     return {"sequence": sequence, "event": event, "operation": operation, "asked": asked}
 
 
-def test_one_line_is_no_lines() -> None:
+def test_one_line_is_counted_in_the_singular() -> None:
     assert [_lines("the helper's start", number) for number in (1, 2)] == [
         "1 more line of the helper's start",
         "2 more lines of the helper's start",
     ]
 
 
-def test_an_end_is_shown_with_its_own_beginning_and_all_in_order() -> None:
+def test_an_operation_is_shown_with_its_own_result_in_the_log_s_order() -> None:
     log = [
         record(1, "start"),
         record(2, "asked", "BindDriver"),

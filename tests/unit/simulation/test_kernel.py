@@ -1,4 +1,4 @@
-"""What the emulated kernel's tree shows, and what binding does with and without an IOMMU. No process is involved."""
+"""The emulated kernel's tree, and binding with and without an IOMMU. No process is involved."""
 
 import os
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def test_igb_uio_gives_each_device_a_number(kernel: Kernel) -> None:
     assert os.listdir(kernel.sysfs_root / "class/uio") == ["uio1"]
 
 
-def test_down_and_up_leaves_no_trace_of_vfs(kernel: Kernel) -> None:
+def test_down_removes_all_files_of_vfs(kernel: Kernel) -> None:
     groups = kernel.sysfs_root / "kernel/iommu_groups"
     before = sorted(os.listdir(groups))
     kernel.set_state(PF, "down")
@@ -82,7 +82,7 @@ def test_heartbeat_and_dev_cfg(kernel: Kernel) -> None:
     assert "ServicesEnabled = dc\n" in read(kernel, f"kernel/debug/qat_c6xx_{OLD}/dev_cfg")
 
 
-def test_pf_driver_takes_its_attributes_along(kernel: Kernel) -> None:
+def test_attributes_of_the_pf_driver_are_removed_with_it(kernel: Kernel) -> None:
     kernel.unbind(PF)
     assert not (kernel.sysfs_root / attribute(PF, "qat")).exists()
     assert not (kernel.sysfs_root / f"kernel/debug/qat_4xxx_{PF}").exists()
@@ -92,7 +92,7 @@ def test_pf_driver_takes_its_attributes_along(kernel: Kernel) -> None:
     assert read(kernel, attribute(PF, "sriov_numvfs")) == "0\n"
 
 
-def test_removed_pf_comes_back_by_rescan_and_an_unplugged_one_does_not(kernel: Kernel) -> None:
+def test_rescan_finds_a_removed_pf_but_no_unplugged_one(kernel: Kernel) -> None:
     kernel.remove(PF)
     assert not (kernel.sysfs_root / attribute(PF, "")).exists()
     kernel.rescan()
@@ -116,12 +116,12 @@ def test_removed_vf_leaves_a_dangling_link_until_sriov_ends(kernel: Kernel) -> N
     assert link.exists()
 
 
-def test_foreign_device_is_there(kernel: Kernel) -> None:
+def test_another_device_is_in_the_tree(kernel: Kernel) -> None:
     assert kernel.driver(FOREIGN) == "ice"
     assert read(kernel, attribute(FOREIGN, "class")) == "0x020000\n"
 
 
-def test_drivers_come_and_go(kernel: Kernel) -> None:
+def test_drivers_are_loaded_and_unloaded(kernel: Kernel) -> None:
     kernel.remove_driver("4xxxvf")
     assert kernel.driver(VF) is None
     assert not (kernel.sysfs_root / "bus/pci/drivers/4xxxvf").exists()
@@ -141,7 +141,7 @@ def test_snapshot(kernel: Kernel) -> None:
 # IOMMU
 
 
-def test_without_iommu_vfs_are_refused_and_vfio_takes_nothing() -> None:
+def test_without_iommu_vfs_are_refused_and_vfio_accepts_no_device() -> None:
     with emulated(Node(pfs=(Pf(address=PF, total_vfs=2),), iommu=False)) as kernel:
         assert os.listdir(kernel.sysfs_root / "kernel/iommu_groups") == []
         kernel.write(*TO_VFIO)
@@ -155,7 +155,7 @@ def test_without_iommu_vfs_are_refused_and_vfio_takes_nothing() -> None:
             kernel.set_numvfs(PF, 2)
 
 
-def test_noiommu_groups_have_a_name_and_live_as_long_as_the_binding() -> None:
+def test_noiommu_groups_have_a_name_and_exist_as_long_as_the_binding() -> None:
     vf = "0000:00:05.0"
     with emulated(Node(vfs=(LoneVf(address=vf, driver="vfio-pci"),), iommu=False, noiommu=True)) as kernel:
         group = kernel.sysfs_root / attribute(vf, "iommu_group")
@@ -179,7 +179,7 @@ def test_vf_driver_of_the_description(wanted: str | None, driver: str | None) ->
 @pytest.mark.parametrize(
     ("device", "off", "taken"), [("37c8", True, True), ("37c8", False, False), ("4940", False, True)]
 )
-def test_vfio_pci_denies_old_devices_unless_told_not_to(device: str, off: bool, taken: bool) -> None:
+def test_vfio_pci_rejects_old_devices_unless_the_denylist_is_disabled(device: str, off: bool, taken: bool) -> None:
     with emulated(Node(pfs=(Pf(address=PF, device=device, total_vfs=1),), disable_denylist=off)) as kernel:
         assert read(kernel, "module/vfio_pci/parameters/disable_denylist") == f"{'NY'[off]}\n"
         vf = next(str(address) for address, state in kernel.snapshot().items() if state.pf)

@@ -1,4 +1,4 @@
-"""Node descriptions: what can be said, what is refused, and the addresses that come of it."""
+"""Node descriptions: valid and invalid ones, the addresses of VFs, and the services of each generation."""
 
 import re
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Bad(NamedTuple):
 
 
 BAD = [
-    Bad("no JSON", "{", "the node description is not usable: it is no JSON: Input data was truncated"),
+    Bad("no JSON", "{", "the node description is not usable: it is not JSON: Input data was truncated"),
     Bad(
         "no such state",
         '{"pfs": [{"address": "0000:6b:00.0", "state": "sideways"}]}',
@@ -57,9 +57,11 @@ BAD = [
     Bad(
         "unknown service",
         '{"pfs": [{"address": "0000:6b:00.0", "services": "rsa"}]}',
-        "services: 'rsa' cannot be on 4940",
+        "services: 4940 does not accept 'rsa'",
     ),
-    Bad("too many services", '{"pfs": [{"address": "0000:6b:00.0", "services": "sym;asym;dc"}]}', "cannot be on 4940"),
+    Bad(
+        "too many services", '{"pfs": [{"address": "0000:6b:00.0", "services": "sym;asym;dc"}]}', "4940 does not accept"
+    ),
     Bad("two on one address", '{"pfs": [{"address": "0000:6b:00.0"}, {"address": "0000:6b:00.0"}]}', "is taken by PF"),
     Bad(
         "a PF where a VF is",
@@ -70,12 +72,12 @@ BAD = [
     Bad(
         "vfio-pci without IOMMU",
         '{"iommu": false, "pfs": [{"address": "0000:6b:00.0", "vf_driver": "vfio-pci"}]}',
-        "vf_driver: vfio-pci takes no device on a node without IOMMU",
+        "vf_driver: vfio-pci rejects all devices on a node without IOMMU",
     ),
     Bad(
         "unknown driver of VFs",
         '{"pfs": [{"address": "0000:6b:00.0", "vf_driver": "foo"}]}',
-        "PF 0000:6b:00.0: vf_driver: 'foo' is none of 4xxxvf, vfio-pci, igb_uio; others are named in drivers first",
+        "PF 0000:6b:00.0: vf_driver: 'foo' is none of 4xxxvf, vfio-pci, igb_uio; list other drivers in drivers",
     ),
     Bad(
         "unknown driver of a VF alone",
@@ -85,20 +87,20 @@ BAD = [
     Bad(
         "denied by vfio-pci",
         '{"disable_denylist": false, "pfs": [{"address": "0000:6b:00.0", "device": "37c8", "vf_driver": "vfio-pci"}]}',
-        "vf_driver: vfio-pci does not take c6xxvf's devices; set disable_denylist",
+        "vf_driver: vfio-pci rejects c6xxvf's devices; set disable_denylist",
     ),
     Bad("driver is a path", '{"pfs": [{"address": "0000:6b:00.0", "vf_driver": "../x"}]}', "$.pfs[0].vf_driver"),
 ]
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
-def test_bad_description_is_refused_with_one_sentence(case: Bad) -> None:
+def test_invalid_description_is_rejected_with_one_sentence(case: Bad) -> None:
     with pytest.raises(NodeError, match=re.escape(case.sentence)) as caught:
         parse_node(case.text.encode("utf-8", "surrogateescape"))
     assert "\n" not in str(caught.value)
 
 
-def test_demo_node_survives_json() -> None:
+def test_demo_node_is_the_same_after_json() -> None:
     assert parse_node(msgspec.json.encode(demo_node())) == demo_node()
 
 
@@ -114,7 +116,7 @@ def test_vf_addresses_are_those_of_the_hardware(device: str, addresses: list[str
     assert [str(pf.vf_address(number)) for number in (0, 1, 6, 7, 15)] == addresses
 
 
-def test_vf_addresses_go_on_into_the_next_bus() -> None:
+def test_vf_addresses_continue_on_the_next_bus() -> None:
     pf = Pf(address="0000:6b:1f.7", vf_offset=2, vf_stride=4)
     assert [str(pf.vf_address(number)) for number in (0, 1, 2)] == ["0000:6c:00.1", "0000:6c:00.5", "0000:6c:01.1"]
 

@@ -1,4 +1,4 @@
-"""The store functions, by attribute: what is written, which errno comes back, what it did. No process is involved."""
+"""The store functions, by attribute: the data written, the errno, the effect. No process is involved."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ def kernel() -> Iterator[Kernel]:
 
 
 class Case(NamedTuple):
-    """`first` are writes that succeed, then comes `data` to `path`; `shows` is what a file holds afterwards."""
+    """`first` are writes that succeed, before `data` to `path`; `shows` is a file and its text afterwards."""
 
     name: str
     path: str
@@ -63,16 +63,16 @@ CASES = [
     Case("unbind", f"{DRV}/4xxxvf/unbind", f"{VF}\n", driver=(VF, None)),
     Case("unbind twice", f"{DRV}/4xxxvf/unbind", VF, errno.ENODEV, first=(OFF,)),
     Case("unbind another driver's", f"{DRV}/vfio-pci/unbind", VF, errno.ENODEV, driver=(VF, "4xxxvf")),
-    Case("unbind what is not there", f"{DRV}/4xxxvf/unbind", "0000:00:00.0", errno.ENODEV),
+    Case("unbind a missing device", f"{DRV}/4xxxvf/unbind", "0000:00:00.0", errno.ENODEV),
     Case("unbind nonsense", f"{DRV}/4xxxvf/unbind", "x/../y", errno.ENODEV),
     Case("unbind shows in enable", f"{DRV}/4xxxvf/unbind", VF, shows=(attribute(VF, "enable"), "0\n")),
     # bind
     Case("bind", f"{DRV}/4xxxvf/bind", VF, driver=(VF, "4xxxvf"), first=(OFF,)),
-    Case("bind what is bound", f"{DRV}/4xxxvf/bind", VF, errno.EBUSY, driver=(VF, "4xxxvf")),
+    Case("bind a bound device", f"{DRV}/4xxxvf/bind", VF, errno.EBUSY, driver=(VF, "4xxxvf")),
     Case("bind without id or override", f"{DRV}/vfio-pci/bind", VF, errno.ENODEV, driver=(VF, None), first=(OFF,)),
     Case("bind by override", f"{DRV}/vfio-pci/bind", VF, driver=(VF, "vfio-pci"), first=(OFF, TO_VFIO)),
     Case("bind against the override", f"{DRV}/4xxxvf/bind", VF, errno.ENODEV, driver=(VF, None), first=(OFF, TO_VFIO)),
-    Case("bind what is not there", f"{DRV}/4xxxvf/bind", "0000:00:00.0", errno.ENODEV),
+    Case("bind a missing device", f"{DRV}/4xxxvf/bind", "0000:00:00.0", errno.ENODEV),
     # drivers_probe
     Case("probe takes the kernel's driver", "bus/pci/drivers_probe", VF, driver=(VF, "4xxxvf"), first=(OFF,)),
     Case("probe takes the override", "bus/pci/drivers_probe", f"{VF}\n", driver=(VF, "vfio-pci"), first=(OFF, TO_VFIO)),
@@ -84,18 +84,18 @@ CASES = [
         first=(OFF, (OVERRIDE, "uio_hv_generic")),
     ),
     Case("probe of a bound device does nothing", "bus/pci/drivers_probe", VF, driver=(VF, "4xxxvf"), first=(TO_VFIO,)),
-    Case("probe what is not there", "bus/pci/drivers_probe", "0000:00:00.0", errno.ENODEV),
+    Case("probe a missing device", "bus/pci/drivers_probe", "0000:00:00.0", errno.ENODEV),
     # new_id
-    Case("new_id takes what is free", f"{DRV}/vfio-pci/new_id", "8086 4941", driver=(VF, "vfio-pci"), first=(OFF,)),
-    Case("new_id leaves what is bound", f"{DRV}/vfio-pci/new_id", "8086 4941", driver=(VF, "4xxxvf")),
+    Case("new_id takes free devices", f"{DRV}/vfio-pci/new_id", "8086 4941", driver=(VF, "vfio-pci"), first=(OFF,)),
+    Case("new_id leaves bound devices", f"{DRV}/vfio-pci/new_id", "8086 4941", driver=(VF, "4xxxvf")),
     Case("new_id of a known id", f"{DRV}/4xxxvf/new_id", "8086 4941", errno.EEXIST),
     Case("new_id nonsense", f"{DRV}/vfio-pci/new_id", "8086", errno.EINVAL),
     Case("remove_id of none", f"{DRV}/vfio-pci/remove_id", "8086 4941", errno.ENODEV),
     # sriov_numvfs
     Case("VFs off", NUMVFS, "0\n", shows=(attribute(PF, "sriov_numvfs"), "0\n")),
-    Case("the number there is", NUMVFS, "4"),
+    Case("the present number", NUMVFS, "4"),
     Case("another number", NUMVFS, "2", errno.EBUSY, (attribute(PF, "sriov_numvfs"), "4\n")),
-    Case("more than there can be", NUMVFS, "5", errno.ERANGE),
+    Case("more than sriov_totalvfs", NUMVFS, "5", errno.ERANGE),
     Case("no number", NUMVFS, "all", errno.EINVAL),
     Case("a negative number", NUMVFS, "-1", errno.EINVAL),
     Case("any number enables all", NUMVFS, "1", shows=(attribute(PF, "sriov_numvfs"), "4\n"), first=(NONE,)),
@@ -150,8 +150,8 @@ CASES = [
     Case("debugfs", f"kernel/debug/qat_4xxx_{PF}/heartbeat/status", "0", errno.EINVAL),
     Case("uevent nonsense", real(VF, "uevent"), "boom", errno.EINVAL),
     Case("uevent", real(VF, "uevent"), "change\n"),
-    Case("a VF cannot be removed by itself", real(VF, "remove"), "1", errno.ENOENT),
-    Case("nor be looked for", real(VF, "rescan"), "1", errno.ENOENT),
+    Case("a VF has no remove", real(VF, "remove"), "1", errno.ENOENT),
+    Case("a VF has no rescan", real(VF, "rescan"), "1", errno.ENOENT),
 ]
 
 
@@ -173,21 +173,21 @@ def test_store(kernel: Kernel, case: Case) -> None:
         assert (os.path.basename(os.readlink(link)) if link.is_symlink() else None) == driver
 
 
-def test_a_page_is_taken_of_a_longer_write(kernel: Kernel) -> None:
+def test_one_page_of_a_longer_write_is_accepted(kernel: Kernel) -> None:
     assert kernel.write("bus/pci/drivers_autoprobe", "1" * 5000) == 4096
 
 
 @pytest.mark.parametrize(("text", "value"), [("16\n", 16), ("0x10", 16), ("020", 16), ("+16", 16), ("0", 0)])
-def test_numbers_are_read_as_the_kernel_does(text: str, value: int) -> None:
+def test_numbers_are_parsed_as_in_the_kernel(text: str, value: int) -> None:
     assert unsigned(text, 0xFFFF) == value
 
 
 @pytest.mark.parametrize("text", ["", "\n", "-1", " 1", "1 ", "1\n\n", "0x", "08", "65536", "one"])
-def test_no_numbers(text: str) -> None:
+def test_invalid_numbers(text: str) -> None:
     with pytest.raises(OSError, match="Invalid"):
         unsigned(text, 0xFFFF)
 
 
 @pytest.mark.parametrize(("text", "value"), [("on\n", True), ("Y", True), ("1", True), ("off", False), ("n", False)])
-def test_booleans_are_read_as_the_kernel_does(text: str, value: bool) -> None:
+def test_booleans_are_parsed_as_in_the_kernel(text: str, value: bool) -> None:
     assert boolean(text) is value

@@ -1,4 +1,4 @@
-"""The tree on disk: modes, relative links, replaced as a whole."""
+"""The tree on disk: modes, relative links, atomic replacement."""
 
 import os
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_emptied_file_is_restored(tree: Tree) -> None:
     assert not (tree.root / "not there").exists()
 
 
-def test_nothing_is_left_aside(tree: Tree) -> None:
+def test_nothing_is_left_in_the_staging_directory(tree: Tree) -> None:
     tree.make_directory("a", [("b/c", "1", 0o444)])
     tree.put("d", "1")
     tree.link("e", "a")

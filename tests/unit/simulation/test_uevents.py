@@ -1,4 +1,4 @@
-"""The uevent socket: the kernel's format, every client gets everything, one that does not read is dropped."""
+"""The uevent socket: the kernel's format, every client gets everything, a client that does not read is dropped."""
 
 import shutil
 import socket
@@ -11,7 +11,7 @@ import pytest
 from qat_server.devices.uevents import Uevent, parse
 from qat_shared.pci import PciAddress
 from qat_simulation.kernel.uevents import Broadcaster, packet
-from support.emulated_kernel import wait_until
+from support.conditions import wait_until
 
 FIELDS = ["DRIVER=vfio-pci", "PCI_CLASS=B4000", "PCI_ID=8086:4941", "PCI_SLOT_NAME=0000:6b:00.1"]
 
@@ -51,7 +51,7 @@ def test_each_client_gets_each_packet_once_in_order(broadcaster: Broadcaster) ->
             assert [sock.recv(9999).partition(b"@")[0] for _ in range(2)] == [b"unbind", b"bind"]
 
 
-def test_client_that_does_not_read_is_dropped_and_holds_up_nobody(broadcaster: Broadcaster) -> None:
+def test_client_that_does_not_read_is_dropped_and_blocks_no_other(broadcaster: Broadcaster) -> None:
     with client(broadcaster) as lazy, client(broadcaster) as keen:
         sent = 0
         while not broadcaster.overruns:
@@ -66,7 +66,7 @@ def test_client_that_does_not_read_is_dropped_and_holds_up_nobody(broadcaster: B
         assert keen.recv(9999).startswith(b"bind@")
 
 
-def test_client_that_left_is_forgotten(broadcaster: Broadcaster) -> None:
+def test_client_that_disconnected_is_dropped(broadcaster: Broadcaster) -> None:
     client(broadcaster).close()
     broadcaster.send("bind", "/devices/x", "pci", FIELDS)
     assert broadcaster._clients == []

@@ -1,4 +1,4 @@
-"""What waits in the emulated kernel, for whom, and what faults make of a write. No process is involved."""
+"""Operations that wait in the emulated kernel, and the effect of faults on writes. No process is involved."""
 
 import errno
 import time
@@ -8,7 +8,8 @@ import pytest
 
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.node.description import Node, Pf
-from support.emulated_kernel import PF, VF, VF2, attribute, background, emulated, read, real, wait_until
+from support.conditions import wait_until
+from support.emulated_kernel import PF, VF, VF2, attribute, background, emulated, read, real
 from support.mixed_node import DRV, MIXED, NUMVFS, OFF, OVERRIDE, STATE, TO_VFIO
 
 
@@ -28,7 +29,7 @@ def vfio() -> Iterator[Kernel]:
         yield made
 
 
-def test_enable_says_whether_a_vfio_device_is_open(vfio: Kernel) -> None:
+def test_enable_shows_whether_a_vfio_device_is_open(vfio: Kernel) -> None:
     assert in_use(vfio) == "0\nsuspended\n"
     handle = vfio.open_vfio(VF)
     assert in_use(vfio) == "1\nactive\n"
@@ -60,10 +61,10 @@ def test_only_vfio_devices_can_be_opened(kernel: Kernel) -> None:
 def test_release_waits_until_the_device_is_closed(vfio: Kernel, path: str, data: str) -> None:
     handle = vfio.open_vfio(VF)
     writer = background(lambda: vfio.write(path, data))
-    wait_until(lambda: vfio.driver(VF) is None)  # the link goes at once
+    wait_until(lambda: vfio.driver(VF) is None)  # the link is removed at once
     assert read(vfio, attribute(VF, "enable")) == "1\n"
-    vfio.unbind(VF2)  # nobody else is held up
-    vfio.probe(VF)  # bound still, in a way: nothing happens
+    vfio.unbind(VF2)  # no other operation is blocked
+    vfio.probe(VF)  # it still counts as bound: nothing happens
     other = background(lambda: vfio.write(OVERRIDE, "x"))  # needs the device's lock
     assert writer.is_alive()
     assert other.is_alive()
@@ -73,7 +74,7 @@ def test_release_waits_until_the_device_is_closed(vfio: Kernel, path: str, data:
         assert not thread.is_alive()
 
 
-def test_writes_that_wait_end_with_the_kernel() -> None:
+def test_waiting_writes_end_with_the_kernel() -> None:
     with emulated(Node(pfs=(Pf(address=PF, total_vfs=1, vf_driver="vfio-pci"),))) as kernel:
         kernel.open_vfio(VF)
         errors: list[int | None] = []
@@ -93,7 +94,7 @@ def test_writes_that_wait_end_with_the_kernel() -> None:
 # Faults
 
 
-def test_next_write_fails_and_does_nothing(kernel: Kernel) -> None:
+def test_next_write_fails_and_changes_nothing(kernel: Kernel) -> None:
     kernel.fail_next(VF, "driver_override", errno.ENOMEM, times=2)
     for _ in range(2):
         with pytest.raises(OSError, match="Cannot allocate memory"):
@@ -102,7 +103,7 @@ def test_next_write_fails_and_does_nothing(kernel: Kernel) -> None:
     kernel.write(*TO_VFIO)
 
 
-def test_faults_know_the_device_of_bus_wide_files(kernel: Kernel) -> None:
+def test_faults_match_the_device_written_to_bus_wide_files(kernel: Kernel) -> None:
     kernel.fail_next(VF, "unbind", errno.EIO)
     kernel.fail_next(None, "state", errno.EBUSY)
     kernel.write(f"{DRV}/4xxxvf/unbind", VF2)
@@ -112,7 +113,7 @@ def test_faults_know_the_device_of_bus_wide_files(kernel: Kernel) -> None:
         kernel.write(STATE, "down")
 
 
-def test_driver_that_will_not_take_the_device(kernel: Kernel) -> None:
+def test_driver_that_does_not_accept_the_device(kernel: Kernel) -> None:
     kernel.unbind(VF)
     kernel.fail_next(VF, "probe", errno.EIO, times=2)
     kernel.write("bus/pci/drivers_probe", VF)
@@ -123,7 +124,7 @@ def test_driver_that_will_not_take_the_device(kernel: Kernel) -> None:
     assert kernel.driver(VF) == "4xxxvf"
 
 
-def test_hanging_write_holds_up_nobody_else(kernel: Kernel) -> None:
+def test_hanging_write_blocks_no_other(kernel: Kernel) -> None:
     kernel.hang("unbind", VF)
     writer = background(lambda: kernel.write(*OFF))
     kernel.write(f"{DRV}/4xxxvf/unbind", VF2)
@@ -134,7 +135,7 @@ def test_hanging_write_holds_up_nobody_else(kernel: Kernel) -> None:
     assert kernel.driver(VF) is None
 
 
-def test_slow_write_takes_its_time(kernel: Kernel) -> None:
+def test_delayed_write(kernel: Kernel) -> None:
     kernel.delay("unbind", 0.05)
     began = time.monotonic()
     kernel.write(*OFF)

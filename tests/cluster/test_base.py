@@ -121,7 +121,7 @@ def test_metrics_status_and_doctor(node: KubeletNode) -> None:
         node.execute("qat-plugin", "server", "qat-plugin", "doctor"),
         node.guest.run(f"{PYTHON} -m qat_server.main doctor", check=False),
     ):
-        assert "4 VFs on vfio-pci" in doctor
+        assert "4 VFs bound to vfio-pci" in doctor
         assert "AppArmor is on" in doctor
 
 

@@ -50,7 +50,7 @@ def test_doctor_status_and_metrics(cluster: Cluster) -> None:
     cluster.apply(workload("one", {CY: 1}))
     holder = cluster.client("one")["environment"]["QAT0"]
     doctor, status = map(cluster.run, look_commands())
-    assert "8 VFs on vfio-pci" in doctor
+    assert "8 VFs bound to vfio-pci" in doctor
     assert "✗" not in doctor
     assert "ready" in status.splitlines()[0]
     (line,) = [line for line in status.splitlines() if "default/one/main" in line]

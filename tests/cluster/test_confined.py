@@ -56,7 +56,7 @@ def test_hardened_runs_under_the_projects_own_profiles(installed: Installation, 
     # The profiles leave out nothing that they need.
     assert node.guest.run("dmesg | grep 'apparmor=\"DENIED\"' | grep 'profile=\"qat-'", check=False) == ""
     status = node.execute("qat-plugin", "server", "qat-plugin", "status")
-    assert "sandbox of the server: whole" in status
+    assert "server sandbox: complete" in status
     assert "ready" in status.splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""doctor on the simulated node: it finds nothing wrong with a good one, and what is wrong with one that is not."""
+"""doctor on the simulated node: no finding on a good node, and the faults of a bad one."""
 
 import asyncio
 import errno
@@ -10,7 +10,7 @@ from qat_simulation.running_node import RunningNode, command, running_node
 
 
 async def findings_of(node: RunningNode) -> tuple[int, list[dict[str, str]]]:
-    """Its exit status, and what is not good."""
+    """The exit status, and the findings that are not ok."""
     done = await asyncio.to_thread(
         subprocess.run,
         [
@@ -30,7 +30,7 @@ async def findings_of(node: RunningNode) -> tuple[int, list[dict[str, str]]]:
 
 
 async def doctor(node: RunningNode) -> tuple[int, dict[str, str]]:
-    """Its exit status, and level by text of what is not good."""
+    """The exit status, and the level by text of the findings that are not ok."""
     status, findings = await findings_of(node)
     # Of this machine's own /proc and /dev, not of the simulated node's.
     not_ours = ("security module", "kubelet")
@@ -44,10 +44,10 @@ async def doctor(node: RunningNode) -> tuple[int, dict[str, str]]:
 async def test_nothing_is_wrong_once_both_run_and_much_is_before() -> None:
     node = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=2),))
     async with running_node(node) as running:
-        status, said = await doctor(running)
+        status, levels = await doctor(running)
         assert status == 1
-        assert said["2 VFs on 4xxxvf, not on vfio-pci"] == "note"
-        assert [text for text, level in said.items() if level == "problem"] == [
+        assert levels["2 VFs bound to 4xxxvf; expected vfio-pci"] == "note"
+        assert [text for text, level in levels.items() if level == "problem"] == [
             f"cannot reach the helper at {running.helper_socket}: No such file or directory: "
             "is qat-helper running? (--helper-socket)"
         ]
@@ -69,12 +69,12 @@ async def test_a_node_that_cannot_work() -> None:
         drivers=(),
     )
     async with running_node(node) as running:
-        status, said = await doctor(running)
-        problems = [text for text, level in said.items() if level == "problem"]
+        status, levels = await doctor(running)
+        problems = [text for text, level in levels.items() if level == "problem"]
         assert status == 1
         for text in (
-            "0000:70:00.0 is on no driver, not on 4xxx",
-            "0000:6b:00.0 has no VFs, of 2 that it can have",
+            "0000:70:00.0 is not bound to a driver; expected 4xxx",
+            "0000:6b:00.0 has 0 of 2 VFs enabled",
             "the IOMMU is off: /sys/kernel/iommu_groups is empty",
             "vfio-pci is not loaded",
         ):
@@ -91,11 +91,11 @@ async def test_a_bind_that_apparmor_may_have_refused_is_told_with_what_to_set() 
         running.start_helper()
         running.start_server()
         await running.until_status("it was refused", lambda status: any("denied" in vf.reason for vf in status.vfs))
-        (said,) = [line for line in running.log("server").splitlines() if "VF not bound" in line]
+        (logged,) = [line for line in running.log("server").splitlines() if "VF not bound" in line]
         status, findings = await findings_of(running)
         assert status == 1
         (finding,) = [finding for finding in findings if "AppArmor" in finding["text"]]
         assert finding["level"] == "problem"
-        assert finding["text"].endswith("refused (Permission denied) to bind 0000:6b:00.1")
-        for text in (finding["advice"], said):
+        assert finding["text"].endswith("not permitted to bind 0000:6b:00.1 (Permission denied)")
+        for text in (finding["advice"], logged):
             assert "appArmorProfile {type: Unconfined}" in text

@@ -302,4 +302,4 @@ async def test_status_is_told_on_a_local_socket_without_any_address() -> None:
         await node.stop_server()
         refused = await asyncio.to_thread(subprocess.run, asked, capture_output=True, text=True, check=False)
         assert (refused.returncode, refused.stdout) == (1, "")
-        assert "no server to ask" in refused.stderr
+        assert "cannot reach the server" in refused.stderr

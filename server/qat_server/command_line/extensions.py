@@ -1,6 +1,6 @@
-"""What other distributions add to the command line, found by entry points: commands, and nodes that are not real.
+"""Extensions of the command line by other distributions, found by entry points: commands, and simulated nodes.
 
-qat-plugin-simulation adds both. The server neither needs nor imports it: only a command looks for entry points.
+qat-plugin-simulation adds both. The server neither needs nor imports it: only commands search for entry points.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from typing import Final
 from qat_server.command_line.flags import FlagError
 
 COMMANDS: Final = "qat_plugin.commands"
-"""The group of the commands: each is a function whose parameters have typer's annotations."""
+"""The entry point group of commands: functions whose parameters have typer's annotations."""
 
 NODE_DESCRIPTIONS: Final = "qat_plugin.node_descriptions"
-"""The group of the functions that make a sysfs tree of the node that a file describes (`described_node`)."""
+"""The entry point group of functions that create the sysfs tree of a described node (`described_node`)."""
 
 _SIMULATION: Final = (
     "needs the distribution qat-plugin-simulation, which is not installed here:"
@@ -29,16 +29,16 @@ def commands() -> dict[str, Callable[..., None]]:
 
 
 def check_installed(name: str) -> None:
-    """Raise FlagError for a command that is known but whose distribution is not installed."""
+    """Raise FlagError for a known command whose distribution is not installed."""
     if name == "demo":
         raise FlagError(f"demo {_SIMULATION}")
 
 
 def described_node(path: Path) -> AbstractContextManager[Path]:
-    """The sysfs root of the node that a file describes, to be entered.
+    """A context manager for the sysfs root of the node that a file describes.
 
-    Raises OSError for a file that cannot be read, ValueError for a wrong description, and FlagError where no installed
-    distribution makes such nodes.
+    Raises OSError if the file cannot be read, ValueError if the description is invalid, and FlagError if no installed
+    distribution creates such nodes.
     """
     for each in entry_points(group=NODE_DESCRIPTIONS):
         node: AbstractContextManager[Path] = each.load()(path)

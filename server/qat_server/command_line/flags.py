@@ -1,9 +1,10 @@
-"""The server's flags (one table) and Go-style command lines (-name value, -name=value, --name value, --name=value).
+"""The table of the server's flags, and the parser of Go-style command lines.
 
-The command line is read here, not by typer: users come from a program that uses Go's flag package, whose rules differ
-from getopt's (one dash before a long name; a value may begin with a dash; a boolean takes a value after "=" only;
-reading stops at the first argument that is no flag). Pure: arguments in, names and texts out; settings.py knows what
-the texts mean.
+This module parses command lines, not typer: users come from a program that uses Go's flag package, whose rules differ
+from getopt's. A long name may follow one dash (-name value, -name=value, --name value, --name=value), a value may begin
+with a dash, a boolean takes a value only after "=", and parsing stops at the first argument that is not a flag.
+
+Pure: arguments in, names and texts out. settings.py gives the texts their meaning.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,16 +14,17 @@ from msgspec import Struct
 
 from qat_server.parsing.values import boolean
 
+PROGRAM: Final = "qat-plugin"
 ENVIRONMENT_PREFIX: Final = "QAT_PLUGIN_"
-_NODE_NAME: Final = "NODE_NAME"  # as manifests call it that set it by the downward API
+_NODE_NAME: Final = "NODE_NAME"  # the usual name in manifests that set it through the downward API
 
 
 class FlagError(Exception):
-    """The command line cannot be read: one sentence."""
+    """The command line is invalid: one sentence."""
 
 
 class Flag(Struct, frozen=True):
-    """One flag. `metavar` is "" for a boolean. `effect` is False when it is accepted for klog's sake only."""
+    """One flag. `metavar` is "" for a boolean. `klog`: it is one of klog's. `effect`: False if it is only accepted."""
 
     name: str
     default: str
@@ -33,17 +35,17 @@ class Flag(Struct, frozen=True):
 
     @property
     def boolean(self) -> bool:
-        """Whether the name alone means true."""
+        """Whether the flag without a value means true."""
         return not self.metavar
 
     @property
     def variable(self) -> str:
-        """The environment variable that stands for the flag; the flag wins."""
+        """The environment variable of the flag. The flag takes precedence."""
         return ENVIRONMENT_PREFIX + self.name.replace("-", "_").upper()
 
 
 class CommandLine(Struct, frozen=True):
-    """Flag names with their texts (the last of each wins), and the arguments from the first one that is no flag."""
+    """Flag names with their texts (the last of each), and the arguments from the first one that is not a flag."""
 
     values: dict[str, str]
     rest: tuple[str, ...]
@@ -51,54 +53,84 @@ class CommandLine(Struct, frozen=True):
 
 SERVER_FLAGS: Final = (
     Flag("dpdk-driver", "vfio-pci", "DRIVER", "driver to bind VFs to: vfio-pci or igb_uio"),
-    Flag("kernel-vf-drivers", "4xxxvf,420xxvf", "LIST", "kernel VF drivers whose devices are served, with commas"),
-    Flag("max-num-devices", "64", "N", "how many VFs are served at most: the first in address order"),
-    Flag("allocation-policy", "", "POLICY", "balanced or packed; without it the first free VFs in address order"),
-    Flag("mode", "dpdk", "MODE", "dpdk (kernel comes with a later version)"),
-    Flag("sysfs-root", "/sys", "DIR", "where sysfs is"),
+    Flag("kernel-vf-drivers", "4xxxvf,420xxvf", "LIST", "comma-separated kernel VF drivers whose devices are served"),
+    Flag("max-num-devices", "64", "N", "maximum number of VFs to serve; the first in address order are served"),
+    Flag("allocation-policy", "", "POLICY", "balanced or packed; if unset, the first free VFs in address order"),
+    Flag("mode", "dpdk", "MODE", "dpdk (kernel is planned for a later version)"),
+    Flag("sysfs-root", "/sys", "DIR", "sysfs mount point"),
     Flag("kubelet-dir", "/var/lib/kubelet", "DIR", "the kubelet's --root-dir"),
-    Flag("helper-socket", "/run/qat-plugin/helper.sock", "PATH", "where qat-helper listens"),
-    Flag("registration", "kubelet-socket", "WAY", "how to register: kubelet-socket or plugin-watcher"),
-    Flag("metrics-address", "", "HOST:PORT", "serve /healthz, /readyz, /metrics and /status there; off without it"),
-    Flag("provisioning-config", "", "DIR", "provision PFs as qat.conf and qat.toml there say; off without it"),
-    Flag("node-name", "", "NAME", "name in qat-NAME.conf, which wins over qat.conf (environment: NODE_NAME too)"),
-    Flag("drain-for-reconfiguration", "false", "", "give no VF of a PF to new pods while it waits to be provisioned"),
-    Flag("health-interval", "5s", "DURATION", "time between heartbeat queries of a PF; 0 for none"),
-    Flag("resync-interval", "1m", "DURATION", "time between looks at everything, beside uevents"),
-    Flag("uevents", "netlink", "SOURCE", "where uevents come from: netlink, or unix:PATH on a simulated node"),
-    Flag("require-sandbox", "false", "", "do not start when any part of the sandbox is missing"),
-    Flag("allow-root", "false", "", "run as root all the same: nothing here needs it"),
-    Flag("log-format", "text", "FORMAT", "text (as klog) or json"),
-    Flag("v", "0", "N", "verbosity: 0 to 4 detail, 5 and more debugging", klog=True),
-    Flag("vmodule", "", "LIST", "verbosity for some source files: discovery=4,sim*=2", klog=True),
+    Flag("helper-socket", "/run/qat-plugin/helper.sock", "PATH", "socket that qat-helper listens on"),
+    Flag("registration", "kubelet-socket", "METHOD", "registration with the kubelet: kubelet-socket or plugin-watcher"),
+    Flag(
+        "metrics-address",
+        "",
+        "HOST:PORT",
+        "serve /healthz, /readyz, /metrics and /status at this address; off if unset",
+    ),
+    Flag(
+        "provisioning-config",
+        "",
+        "DIR",
+        "provision PFs according to qat.conf and qat.toml in this directory; off if unset",
+    ),
+    Flag("node-name", "", "NAME", "node name; qat-NAME.conf takes precedence over qat.conf (also set by NODE_NAME)"),
+    Flag(
+        "drain-for-reconfiguration",
+        "false",
+        "",
+        "withhold a PF's VFs from new pods while the PF waits to be provisioned",
+    ),
+    Flag("health-interval", "5s", "DURATION", "time between heartbeat queries of a PF; 0 turns them off"),
+    Flag("resync-interval", "1m", "DURATION", "time between full resyncs, in addition to uevents"),
+    Flag("uevents", "netlink", "SOURCE", "source of uevents: netlink, or unix:PATH on a simulated node"),
+    Flag("require-sandbox", "false", "", "do not start if any part of the sandbox is missing"),
+    Flag("allow-root", "false", "", "run even as root, which the server does not need"),
+    Flag("log-format", "text", "FORMAT", "text (klog's format) or json"),
+    Flag("v", "0", "N", "verbosity: up to 4 for more detail, 5 and above for debugging", klog=True),
+    Flag("vmodule", "", "LIST", "verbosity of single source files, for example discovery=4,sim*=2", klog=True),
     Flag("logtostderr", "true", "", "log to standard error instead of files", klog=True),
     Flag("alsologtostderr", "false", "", "log to standard error as well as to files", klog=True),
-    Flag("stderrthreshold", "ERROR", "SEVERITY", "beside files, what is this severe goes to standard error", klog=True),
-    Flag("alsologtostderrthreshold", "INFO", "SEVERITY", "the same with --alsologtostderr", klog=True),
+    Flag(
+        "stderrthreshold",
+        "ERROR",
+        "SEVERITY",
+        "when logging to files, also write messages of at least this severity to standard error",
+        klog=True,
+    ),
+    Flag(
+        "alsologtostderrthreshold",
+        "INFO",
+        "SEVERITY",
+        "least severity that --alsologtostderr also writes to standard error",
+        klog=True,
+    ),
     Flag(
         "legacy_stderr_threshold_behavior",
         "true",
         "",
-        "if false, --stderrthreshold counts with --logtostderr too",
+        "if false, --stderrthreshold also applies to --logtostderr",
         klog=True,
     ),
-    Flag("log_dir", "", "DIR", "write log files there (with --logtostderr=false)", klog=True),
-    Flag("log_file", "", "PATH", "write this log file (with --logtostderr=false)", klog=True),
-    Flag("log_file_max_size", "1800", "MIB", "size at which --log_file is begun anew, 0 for none", klog=True),
-    Flag("one_output", "false", "", "write a line to the file of its own severity only", klog=True),
-    Flag("add_dir_header", "false", "", "show the source file's directory", klog=True),
-    Flag("skip_headers", "false", "", "leave out severity, time and source file", klog=True),
-    Flag("skip_log_headers", "false", "", "leave out the first lines of log files", klog=True),
-    Flag("log_backtrace_at", "", "FILE:N", "accepted, without effect", klog=True, effect=False),
+    Flag("log_dir", "", "DIR", "write log files to this directory (with --logtostderr=false)", klog=True),
+    Flag("log_file", "", "PATH", "write to this log file (with --logtostderr=false)", klog=True),
+    Flag("log_file_max_size", "1800", "MIB", "size at which --log_file is rotated; 0 turns rotation off", klog=True),
+    Flag("one_output", "false", "", "write each line only to the file of its own severity", klog=True),
+    Flag("add_dir_header", "false", "", "include the source file's directory in each line", klog=True),
+    Flag("skip_headers", "false", "", "omit severity, time and source file from each line", klog=True),
+    Flag("skip_log_headers", "false", "", "omit the header lines of log files", klog=True),
+    Flag("log_backtrace_at", "", "FILE:N", "accepted for compatibility, without effect", klog=True, effect=False),
 )
-HELP: Final = Flag("help", "false", "", "show this help")
-SWITCHES: Final = (HELP, Flag("h", "false", "", "as --help"), Flag("version", "false", "", "show the version"))
+SWITCHES: Final = (
+    Flag("help", "false", "", "show this help"),
+    Flag("h", "false", "", "show this help"),
+    Flag("version", "false", "", "show the version"),
+)
 
 
 def read(arguments: Sequence[str], flags: Iterable[Flag]) -> CommandLine:
-    """Read the flags at the front of a command line, as Go's flag.Parse does. Raises FlagError.
+    """Parse the flags at the front of a command line, as Go's flag.Parse does. Raises FlagError.
 
-    `_` and `-` in a name are the same, so that --log-dir is --log_dir.
+    `_` and `-` in a name are equivalent: --log-dir is --log_dir.
     """
     known = {_canonical(flag.name): flag for flag in flags}
     values: dict[str, str] = {}
@@ -130,21 +162,21 @@ def read(arguments: Sequence[str], flags: Iterable[Flag]) -> CommandLine:
 
 
 def plain(arguments: Sequence[str], flags: Iterable[Flag]) -> list[str]:
-    """The same command line as getopt-like parsers read it: --name=value, --name for a boolean that is true."""
+    """The command line in the form of getopt-like parsers: --name=value, or --name for a boolean that is true."""
     table = tuple(flags)
     booleans = {flag.name for flag in table if flag.boolean}
     line = read(arguments, table)
-    written = []
+    words = []
     for name, value in line.values.items():
         if name not in booleans:
-            written.append(f"--{name}={value}")
+            words.append(f"--{name}={value}")
         elif is_true(name, value):
-            written.append(f"--{name}")
-    return [*written, *line.rest]
+            words.append(f"--{name}")
+    return [*words, *line.rest]
 
 
 def is_true(name: str, value: str) -> bool:
-    """A switch's text. Raises FlagError."""
+    """The value of a switch. Raises FlagError."""
     try:
         return boolean(value)
     except ValueError as error:
@@ -152,7 +184,7 @@ def is_true(name: str, value: str) -> bool:
 
 
 def from_environment(environment: Mapping[str, str], flags: Iterable[Flag] = SERVER_FLAGS) -> dict[str, str]:
-    """The flags that environment variables give (QAT_PLUGIN_DPDK_DRIVER=igb_uio); an empty one counts as not given."""
+    """The flags set by environment variables (QAT_PLUGIN_DPDK_DRIVER=igb_uio). Empty variables are ignored."""
     given = {flag.name: environment[flag.variable] for flag in flags if environment.get(flag.variable)}
     if environment.get(_NODE_NAME):
         given.setdefault("node-name", environment[_NODE_NAME])
@@ -164,12 +196,12 @@ def _canonical(name: str) -> str:
 
 
 def _unknown(written: str, name: str, flags: Iterable[Flag]) -> str:
-    from difflib import get_close_matches  # noqa: PLC0415 - for a mistyped command line only
+    from difflib import get_close_matches  # noqa: PLC0415 - only for a mistyped command line
 
     names = [flag.name for flag in flags]
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     if not near:  # -v4, -logtostderr0
         near = sorted((known for known in names if name.startswith(known)), key=len)[-1:]
     dashes = written[: len(written) - len(written.lstrip("-"))]
-    hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all"
+    hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all flags"
     return f"unknown flag {written}: {hint}"

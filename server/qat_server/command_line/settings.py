@@ -1,6 +1,6 @@
-"""The server's settings: flag texts in, one checked and frozen Settings out, or a SettingsError with one sentence.
+"""The server's settings: flag texts in, validated and frozen Settings out, or a SettingsError with one sentence.
 
-`parse` is pure. The one check that looks at the machine, whether --sysfs-root is a sysfs tree, is `check_sysfs_root`.
+`parse` is pure. Only `check_sysfs_root` reads the machine: it checks that --sysfs-root is a sysfs tree.
 """
 
 import os
@@ -24,7 +24,7 @@ from qat_shared.sysfs import SysfsError, pci_directory
 
 _T = TypeVar("_T")
 
-_SHORTEST_INTERVAL: Final = 0.01  # seconds: a shorter one would be a busy loop
+_MIN_INTERVAL: Final = 0.01  # seconds: a shorter one would be a busy loop
 _VARIABLES: Final = {flag.name: flag.variable for flag in SERVER_FLAGS}
 _DEFAULTS: Final = {flag.name: flag.default for flag in SERVER_FLAGS}
 _WITHOUT_EFFECT: Final = tuple(flag.name for flag in SERVER_FLAGS if not flag.effect)
@@ -41,17 +41,17 @@ _FILES_ONLY: Final = (
 
 
 class Mode(StrEnum):
-    """Who is to use the VFs."""
+    """The users of the VFs."""
 
     DPDK = "dpdk"
 
 
 class SettingsError(Exception):
-    """A flag has a text that makes no sense: one sentence that names the flag."""
+    """The text of a flag is invalid: one sentence that names the flag or its environment variable."""
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """What the server was told. Intervals in seconds; 0 is off, and so are addresses and directories that are None."""
+    """The value of each flag. Intervals are in seconds. 0 (interval) and None (address, directory) mean off."""
 
     dpdk_driver: DpdkDriver
     kernel_vf_drivers: tuple[str, ...]
@@ -75,16 +75,15 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     @property
     def socket_directory(self) -> Path:
-        """Where the endpoints' sockets are: the only directory of the kubelet that the server writes to."""
+        """The directory of the endpoints' sockets, the only directory of the kubelet that the server writes to."""
         return socket_directory(self.kubelet_dir, self.registration)
 
 
 def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
-    """The settings from flag names and their texts; what is not given has its default. Raises SettingsError.
+    """The settings from texts by flag name. Raises SettingsError.
 
-    What `given` does not have is taken from `environment`: the texts of the flags' variables.
-
-    Names that are no flag of SERVER_FLAGS are a defect of the caller (KeyError).
+    `given` (the command line) takes precedence over `environment` (the texts of the flags' variables), which takes
+    precedence over the defaults. Names that are not in SERVER_FLAGS are a defect of the caller (KeyError).
     """
     given, environment = given or {}, environment or {}
     texts = _DEFAULTS | dict(environment) | dict(given)
@@ -95,8 +94,8 @@ def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str]
         try:
             return parser(texts[name])
         except ValueError as error:
-            by_variable = name in environment and name not in given
-            raise SettingsError(f"{_VARIABLES[name] if by_variable else f'--{name}'}: {error}") from None
+            source = _VARIABLES[name] if name in environment and name not in given else f"--{name}"
+            raise SettingsError(f"{source}: {error}") from None
 
     settings = Settings(
         dpdk_driver=read("dpdk-driver", _dpdk_driver),
@@ -112,10 +111,8 @@ def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str]
         provisioning_config=read("provisioning-config", lambda text: Path(text) if text else None),
         node_name=read("node-name", lambda text: text or None),
         drain=read("drain-for-reconfiguration", values.boolean),
-        health_interval=read(
-            "health-interval", lambda text: values.duration(text, _SHORTEST_INTERVAL, zero_is_off=True)
-        ),
-        resync_interval=read("resync-interval", lambda text: values.duration(text, _SHORTEST_INTERVAL)),
+        health_interval=read("health-interval", lambda text: values.duration(text, _MIN_INTERVAL, zero_is_off=True)),
+        resync_interval=read("resync-interval", lambda text: values.duration(text, _MIN_INTERVAL)),
         uevents=read("uevents", _uevents),
         require_sandbox=read("require-sandbox", values.boolean),
         allow_root=read("allow-root", values.boolean),
@@ -126,7 +123,7 @@ def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str]
 
 
 def check_sysfs_root(root: Path) -> None:
-    """Raises SettingsError when `root` is not a readable sysfs tree with a PCI bus."""
+    """Raise SettingsError if `root` is not a readable sysfs tree with a PCI bus."""
     try:
         pci_directory(root)
     except SysfsError as error:
@@ -147,12 +144,12 @@ def _dpdk_driver(text: str) -> DpdkDriver:
 
 def _mode(text: str) -> Mode:
     if text == "kernel":
-        raise ValueError("'kernel' comes with a later version; this one has dpdk")
+        raise ValueError("'kernel' is planned for a later version; this version supports dpdk")
     return Mode(_one_of(text, tuple(mode.value for mode in Mode), "mode"))
 
 
 def _registration(text: str) -> Registration:
-    return Registration(_one_of(text, tuple(way.value for way in Registration), "way to register"))
+    return Registration(_one_of(text, tuple(way.value for way in Registration), "registration method"))
 
 
 def _uevents(text: str) -> str:
@@ -165,7 +162,7 @@ def _uevents(text: str) -> str:
 
 def _path(text: str) -> Path:
     if not text:
-        raise ValueError("a path is needed")
+        raise ValueError("a path is required")
     return Path(text)
 
 
@@ -179,7 +176,7 @@ def _check_length(socket: Path) -> None:
     length = len(os.fsencode(socket))
     if length > SUN_PATH_LIMIT:
         raise ValueError(
-            f"the socket path {socket} is {length} bytes long, the system allows {SUN_PATH_LIMIT}:"
+            f"the socket path {socket} is {length} bytes long, but the system allows {SUN_PATH_LIMIT}:"
             " choose a shorter directory"
         )
 

@@ -1,5 +1,5 @@
-"""What the server shows of itself: readiness, /status and metrics, and the HTTP server that answers with them.
+"""The server's readiness, /status and metrics, and the HTTP server for them.
 
-All of them are functions of one immutable State, which the composition fills from what the other rooms report.
-Nothing here changes a device or the kubelet's view.
+Readiness, status and most metrics are functions of one immutable State, which the composition root collects from the
+other rooms; the other metrics come from the Counters. Nothing in this room changes a device or what the kubelet sees.
 """

@@ -1,14 +1,14 @@
-"""A very small HTTP/1.1 server for probes, Prometheus and `qat-plugin status`: GET and HEAD of a few fixed paths.
+"""A minimal HTTP/1.1 server for probes, Prometheus and `qat-plugin status`: GET and HEAD of a few fixed paths.
 
-h11 is the protocol; this file does the input and output, and bounds what a client can cost:
+h11 implements the protocol; this module does the I/O and limits the resources that a client can use:
 
-    request head     8 KiB, within 5 s of its first byte (the first of a connection: of connecting)
-    connections      16; a new one takes the place of the one that has been waiting for a request the longest
-    kept alive       75 s between requests
-    request body     never read: the connection is closed after the answer
-    slow reader      the answer must be taken within 5 s
+    request head     8 KiB, within 5 s of its first byte (for the first request: 5 s of connecting)
+    connections      16; a new one replaces the one that has been waiting longest for a request
+    keep-alive       75 s between requests
+    request body     never read: the connection is closed after the response
+    slow reader      must read the response within 5 s
 
-While nobody is connected nothing runs: no timer, no task but the one that waits for the end.
+Without connections there are no timers, and the only task is the one that waits for cancellation.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ JSON: Final = "application/json"
 
 
 class Response(Struct, frozen=True):
-    """An answer: status code, body, and its content type."""
+    """A response: status code, body, and the body's content type."""
 
     status: int
     body: bytes
@@ -45,11 +45,11 @@ class Response(Struct, frozen=True):
 
 
 Handler = Callable[[], Response | Awaitable[Response]]
-"""Makes the answer of one path. Called in the loop: what takes long is to be awaited."""
+"""Makes the response for one path. It is called in the event loop, so slow work must be awaited."""
 
 
 class Limits(Struct, frozen=True):
-    """What a client may cost; seconds and numbers. Tests shorten them."""
+    """Limits for clients, in numbers and seconds. Tests shorten them."""
 
     connections: int = MAX_CONNECTIONS
     head_seconds: float = HEAD_SECONDS
@@ -58,7 +58,7 @@ class Limits(Struct, frozen=True):
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen on every address of `host`, "" for all addresses. Raises OSError and leaves none open."""
+    """Sockets that listen on every address of `host`, "" for all addresses. Raises OSError, leaving none open."""
     if not host:
         if socket.has_dualstack_ipv6():
             return [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)]
@@ -70,7 +70,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             try:
                 sockets.append(opened.enter_context(socket.create_server(place, family=family)))
             except OSError as error:
-                # localhost may stand for ::1 on a node without IPv6.
+                # localhost may resolve to ::1 on a node without IPv6.
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
                 absent = error
@@ -88,7 +88,7 @@ def _resolved(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[st
 async def serve(
     sockets: Sequence[socket.socket], handlers: Mapping[str, Handler], limits: Limits | None = None
 ) -> None:
-    """Answer on the sockets until cancelled; then they, and all connections, are closed."""
+    """Serve on `sockets` until cancelled, then close them and all connections."""
     async with asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as servers:
         endpoint = _Endpoint(handlers, limits or Limits(), group)
         for sock in sockets:
@@ -105,10 +105,10 @@ class _Endpoint:
         self._limits = limits
         self._group = group
         self._open: set[asyncio.StreamWriter] = set()
-        self._waiting: dict[asyncio.StreamWriter, None] = {}  # for a request, the longest first
+        self._waiting: dict[asyncio.StreamWriter, None] = {}  # for a request; longest wait first
 
     def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Take a connection, or refuse it when all places are taken by requests at work."""
+        """Accept a connection, or drop it if every connection has a request in progress."""
         if len(self._open) >= self._limits.connections:
             victim = next(iter(self._waiting), writer)
             self._forget(victim)
@@ -133,7 +133,7 @@ class _Endpoint:
                 if not isinstance(event, h11.Request):
                     return
                 response, extra = await self._answer(event)
-                # A body is not waited for: the answer is the last.
+                # The body is not read, so the connection ends with this response.
                 if any(name in (b"content-length", b"transfer-encoding") for name, _ in event.headers):
                     extra.append(_CLOSE)
                 await self._send(conn, writer, response, extra, head_only=event.method == b"HEAD")
@@ -141,15 +141,15 @@ class _Endpoint:
                     return
                 conn.next_event()  # the end of the request
                 conn.start_next_cycle()
-                # What follows may have begun already, in the same packet.
+                # The next request may have started in the same packet.
                 seconds = self._limits.head_seconds if conn.trailing_data[0] else self._limits.idle_seconds
         except h11.RemoteProtocolError as error:
             with contextlib.suppress(h11.LocalProtocolError, OSError, TimeoutError):
                 bad = Response(error.error_status_hint, f"{error}\n".encode("ascii", "backslashreplace"))
                 await self._send(conn, writer, bad, [_CLOSE])
         except (OSError, TimeoutError):
-            pass  # the client went away, or took too long
-        except Exception:  # the outermost edge of a connection, which must not end the process that serves devices
+            pass  # the client disconnected or was too slow
+        except Exception:  # the outermost edge of a connection: a defect must not end the process that serves devices
             log.exception("connection failed")
         finally:
             self._forget(writer)
@@ -173,17 +173,17 @@ class _Endpoint:
         path = request.target.partition(b"?")[0].decode("ascii", "replace")
         handler = self._handlers.get(path)
         if request.http_version not in (b"1.0", b"1.1"):
-            return Response(505, b"HTTP/1.1 is spoken here\n"), [_CLOSE]
+            return Response(505, b"only HTTP/1.0 and HTTP/1.1 are supported\n"), [_CLOSE]
         if handler is None:
-            return Response(404, f"not found; there are {', '.join(sorted(self._handlers))}\n".encode()), []
+            return Response(404, f"not found; the paths are {', '.join(sorted(self._handlers))}\n".encode()), []
         if request.method not in (b"GET", b"HEAD"):
-            return Response(405, b"only GET and HEAD are answered\n"), [("Allow", "GET, HEAD")]
+            return Response(405, b"only GET and HEAD are supported\n"), [("Allow", "GET, HEAD")]
         try:
             made = handler()
             return (made if isinstance(made, Response) else await made), []
-        except Exception:  # a defect in one answer must not end the process that serves devices
+        except Exception:  # a defect in one handler must not end the process that serves devices
             log.exception("request failed", path=path)
-            return Response(500, b"internal error, see the log\n"), []
+            return Response(500, b"internal error; see the log\n"), []
 
     async def _send(
         self,
@@ -209,15 +209,21 @@ class _Endpoint:
             await writer.drain()
 
     async def _close(self, writer: asyncio.StreamWriter) -> None:
-        """Close, giving what is still to be sent a little time, and never longer."""
+        """Close the connection; unsent data has `answer_seconds` to be sent.
+
+        It is not aborted once closed: asyncio's transport, unlike uvloop's, raises AttributeError then.
+        """
         try:
             writer.close()
             async with asyncio.timeout(self._limits.answer_seconds):
                 await writer.wait_closed()
-        except (OSError, TimeoutError):
-            pass
-        finally:
+        except TimeoutError:
             writer.transport.abort()
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
+        except OSError:
+            pass  # the connection is lost already
 
 
 def _name(sock: socket.socket) -> str:

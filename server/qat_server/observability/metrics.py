@@ -1,6 +1,6 @@
-"""Prometheus metrics (qat_plugin_*), made when asked for out of the State and the Counters; nothing is kept here.
+"""Prometheus metrics (qat_plugin_*), made from the State and the Counters at each scrape. This module keeps no state.
 
-Importing this imports prometheus_client: do it only when --metrics-address is given.
+It imports prometheus_client, so import it only if --metrics-address is set.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 
 
 def registry(state: Callable[[], State], counters: Counters) -> CollectorRegistry:
-    """A registry of our own: the plugin's metrics and the process's (process_*). `state` is called at each scrape."""
+    """A registry of the plugin's and the process's (process_*) metrics. `state` is called at each scrape."""
     made = CollectorRegistry(auto_describe=False)
     made.register(PluginCollector(state, counters))
     ProcessCollector(registry=made)
@@ -44,19 +44,19 @@ class PluginCollector(Collector):
         self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
-        """Make all families."""
+        """Make all metric families."""
         state = self._state()
-        yield _gauge("build_info", "Always 1; the version is the label.", ("version",), {(VERSION,): 1})
-        yield _gauge("ready", "Whether /readyz says so.", (), {(): not not_ready(state)})
+        yield _gauge("build_info", "Constant 1; the label is the version.", ("version",), {(VERSION,): 1})
+        yield _gauge("ready", "1 if /readyz returns 200.", (), {(): not not_ready(state)})
         yield from _device_metrics(state)
         yield from _provisioning_metrics(state)
         yield from _kubelet_metrics(state)
         yield from _helper_metrics(state)
         yield from _sandbox_metrics(state)
-        yield _counter("uevents", "Kernel uevents that concerned PCI devices or drivers.", (), {(): state.uevents})
+        yield _counter("uevents", "Kernel uevents of PCI devices or drivers.", (), {(): state.uevents})
         yield _counter(
             "uevent_overruns",
-            "Times the kernel dropped uevents; each leads to a resync.",
+            "Times the kernel dropped uevents; each causes a resync.",
             (),
             {(): state.uevent_overruns},
         )
@@ -70,22 +70,32 @@ def _device_metrics(state: State) -> Iterator[Metric]:
         devices[name, "healthy"] = devices[name, "unhealthy"] = 0
         for device in listed:
             devices[name, "healthy" if device.healthy else "unhealthy"] += 1
-    yield _gauge("devices", "Devices that the kubelet is told of.", ("resource", "health"), devices)
+    yield _gauge("devices", "Devices listed to the kubelet.", ("resource", "health"), devices)
 
     use = {True: "in_use", False: "idle", None: "unknown"}
     yield _gauge(
         "vfs",
-        "VFs found, by driver and by whether a process holds them open.",
+        "VFs by driver and by whether a process has them open.",
         ("driver", "use"),
         Counter((vf.driver or "none", use[vf.in_use]) for vf in inventory.vfs),
     )
-    yield _gauge("vfs_cut", "VFs beyond --max-num-devices, left alone.", (), {(): len(inventory.cut)})
-    yield _gauge("vfs_foreign", "VFs that somebody bound to another driver, left alone.", (), {(): len(state.foreign)})
+    yield _gauge("vfs_cut", "VFs in excess of --max-num-devices, which are not served.", (), {(): len(inventory.cut)})
+    yield _gauge(
+        "vfs_foreign",
+        "VFs that were bound to another driver outside the plugin, which are not served.",
+        (),
+        {(): len(state.foreign)},
+    )
     yield _gauge("vfs_failed", "VFs that could not be bound.", (), {(): len(state.failures)})
-    yield _gauge("problems", "What could not be read or used, see /status.", (), {(): len(inventory.problems)})
+    yield _gauge(
+        "problems",
+        "Devices or attributes that could not be read or used; /status lists them.",
+        (),
+        {(): len(inventory.problems)},
+    )
     yield _gauge(
         "pf_info",
-        "Always 1; what a PF is like stands in the labels.",
+        "Constant 1; labels describe the PF.",
         ("pf", "driver", "numa_node", "state", "services"),
         {
             (
@@ -101,13 +111,13 @@ def _device_metrics(state: State) -> Iterator[Metric]:
     yield _gauge("pf_vfs", "VFs enabled on a PF.", ("pf",), {(str(pf.address),): len(pf.vfs) for pf in inventory.pfs})
     yield _gauge(
         "pf_up",
-        "Whether qat/state is up; PFs without that file are left out.",
+        "1 if qat/state is up; PFs without that file are omitted.",
         ("pf",),
         {(str(pf.address),): pf.state == "up" for pf in inventory.pfs if pf.state is not None},
     )
     yield _gauge(
         "pf_heartbeat",
-        "Whether a PF answered its last heartbeat query; PFs never asked are left out.",
+        "1 if a PF answered its last heartbeat query; PFs that were never queried are omitted.",
         ("pf",),
         {(str(address),): alive for address, alive in state.heartbeats.items()},
     )
@@ -116,7 +126,7 @@ def _device_metrics(state: State) -> Iterator[Metric]:
 def _provisioning_metrics(state: State) -> Iterator[Metric]:
     yield _gauge(
         "provisioning_pfs",
-        "PFs by how far they are on the way to what the provisioning configuration wants.",
+        "PFs by provisioning stage.",
         ("stage",),
         {(stage,): sum(each.stage == stage for each in state.provisioning.values()) for stage in Stage}
         if state.provisioning
@@ -124,13 +134,13 @@ def _provisioning_metrics(state: State) -> Iterator[Metric]:
     )
     yield _gauge(
         "provisioning_held",
-        "Always 1; who holds VFs of a PF that waits to be provisioned (a pod's container, or a process).",
+        "Constant 1; the holder (a pod's container, or a process) uses VFs of a PF that waits to be provisioned.",
         ("pf", "holder"),
         {(str(pf), holder): 1 for pf, each in state.provisioning.items() for holder in each.held_by},
     )
     yield _gauge(
         "provisioning_configuration_error",
-        "Whether the provisioning configuration is not usable as it is now.",
+        "1 if the current provisioning configuration is invalid.",
         (),
         {(): bool(state.provisioning_error)},
     )
@@ -140,7 +150,7 @@ def _kubelet_metrics(state: State) -> Iterator[Metric]:
     endpoints = state.endpoints
     yield _gauge(
         "registered",
-        "Whether a resource is registered with the kubelet.",
+        "1 if the resource is registered with the kubelet.",
         ("resource",),
         {(name,): endpoint.registered for name, endpoint in endpoints.items()},
     )
@@ -154,9 +164,12 @@ def _kubelet_metrics(state: State) -> Iterator[Metric]:
 
 def _helper_metrics(state: State) -> Iterator[Metric]:
     helper = state.helper
-    yield _gauge("helper_up", "Whether the helper is connected.", (), {(): helper.connected})
+    yield _gauge("helper_up", "1 if the helper is connected.", (), {(): helper.connected})
     yield _gauge(
-        "audit_head_sequence", "Number of the last line of the helper's audit log.", (), {(): helper.audit_sequence}
+        "audit_head_sequence",
+        "Sequence number of the last line of the helper's audit log.",
+        (),
+        {(): helper.audit_sequence},
     )
 
 
@@ -164,7 +177,7 @@ def _sandbox_metrics(state: State) -> Iterator[Metric]:
     layers = {"helper": state.helper.sandbox, "server": state.sandbox}
     yield _gauge(
         "sandbox",
-        "Whether a layer of a process's sandbox is whole; /status says what is missing.",
+        "1 if this layer of the process's sandbox is complete; /status lists the missing parts.",
         ("process", "layer"),
         {(process, layer): not lack for process, found in layers.items() for layer, lack in found.items()},
     )
@@ -173,25 +186,31 @@ def _sandbox_metrics(state: State) -> Iterator[Metric]:
 def _counted(counters: Counters) -> Iterator[Metric]:
     yield _counter("helper_requests", "Requests to the helper.", ("operation", "outcome"), counters.helper_requests)
     yield _counter(
-        "audit_breaks", "Times the helper's audit log did not continue where it was.", (), {(): counters.audit_breaks}
+        "audit_breaks",
+        "Times the helper's audit log did not continue from its last known line.",
+        (),
+        {(): counters.audit_breaks},
     )
-    yield _counter("bind_attempts", "VFs tried to bind.", ("driver",), _labelled(counters.bind_attempts))
-    yield _counter("bind_failures", "VFs that could not be bound.", ("driver", "outcome"), counters.bind_failures)
+    yield _counter("bind_attempts", "Attempts to bind a VF.", ("driver",), _labelled(counters.bind_attempts))
+    yield _counter("bind_failures", "Failed attempts to bind a VF.", ("driver", "outcome"), counters.bind_failures)
     yield _histogram("bind_seconds", "Time to bind a VF through the helper.", counters.bind_seconds)
     yield _counter(
-        "allocations", "Containers that devices were asked for.", ("resource", "outcome"), counters.allocations
+        "allocations",
+        "Containers for which the kubelet requested devices.",
+        ("resource", "outcome"),
+        counters.allocations,
     )
     yield _counter(
-        "allocated_devices", "Devices given to containers.", ("resource",), _labelled(counters.allocated_devices)
+        "allocated_devices", "Devices allocated to containers.", ("resource",), _labelled(counters.allocated_devices)
     )
     yield _counter(
         "preferred_allocations",
-        "Preferences that the kubelet asked for.",
+        "Preferred allocations requested by the kubelet.",
         ("resource", "outcome"),
         counters.preferred_allocations,
     )
-    yield _counter("resyncs", "Looks at everything.", (), {(): counters.resyncs})
-    yield _histogram("rescan_seconds", "Time of a look at the devices in sysfs.", counters.rescan_seconds)
+    yield _counter("resyncs", "Full resyncs.", (), {(): counters.resyncs})
+    yield _histogram("rescan_seconds", "Time to read the devices from sysfs.", counters.rescan_seconds)
 
 
 def _labelled(counts: Mapping[str, int]) -> dict[tuple[str, ...], int]:

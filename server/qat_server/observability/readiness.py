@@ -1,7 +1,8 @@
-"""Whether the server does all of its work: the reasons why not, now (`not_ready`) and for its start (`missing`).
+"""Readiness: the reasons why the server is not ready (`not_ready`) or has not completed its start (`missing`).
 
-The start waits for what a moment can bring: devices that are being probed, provisioned, bound or asked for their
-services. It does not wait for the kubelet, which may be waiting for this start, nor for an operator.
+The start waits for conditions that resolve quickly without anyone's help: devices that are being probed, provisioned,
+bound or queried for their services. It waits neither for the kubelet, which may be waiting for this start, nor for an
+operator.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,39 +13,39 @@ from qat_shared import NAMESPACE
 
 
 class Unfinished(Protocol):
-    """A part of the server that knows what it has still to do."""
+    """A component of the server with work that its start may wait for."""
 
     def missing(self) -> Iterable[str]:
-        """A sentence for each unfinished thing that a moment can bring."""
+        """A sentence for each unfinished piece of work that the start waits for."""
 
 
 def not_ready(state: State) -> tuple[str, ...]:
-    """The reasons why the server does not do all of its work; none when it does."""
+    """The reasons why the server does not do all of its work; empty if it is ready."""
     reasons = list(_obstacles(state))
     if state.holders_unknown and not state.waits_for:
         reasons.append(f"the devices that pods hold are not known yet: {state.holders_unknown}")
     reasons += [f"PF {address} is being provisioned" for address in state.changing]
     reasons += [
-        f"{NAMESPACE}/{name} is not registered with the kubelet: {endpoint.error or 'registration is under way'}"
+        f"{NAMESPACE}/{name} is not registered with the kubelet: {endpoint.error or 'registration is in progress'}"
         for name, endpoint in state.endpoints.items()
         if not endpoint.registered
     ]
     return tuple(reasons)
 
 
-def missing(state: State, parts: Iterable[Unfinished]) -> tuple[str, ...]:
-    """The reasons why the start is not complete."""
+def missing(state: State, components: Iterable[Unfinished]) -> tuple[str, ...]:
+    """The reasons why the start is not complete; empty if it is."""
     reasons = list(_obstacles(state))
     reasons += [f"{problem.address or 'PCI bus'}: {problem.text}" for problem in state.inventory.problems]
-    for part in parts:
-        reasons += part.missing()
+    for component in components:
+        reasons += component.missing()
     return tuple(reasons)
 
 
 def _obstacles(state: State) -> Iterator[str]:
     if state.waits_for:
         yield state.waits_for
-    # A directory that waits for the helper has given this reason already.
+    # A socket directory that waits for the helper gives the same reason in `waits_for`.
     if not state.helper.connected and state.helper.error not in state.waits_for:
         yield state.helper.error
     if not state.configured:

@@ -1,6 +1,6 @@
-"""One moment of the server, as every room reports it.
+"""A snapshot of the server, collected from all rooms.
 
-Readiness, /status and the metrics are functions of a `State`, so nothing is counted or judged twice.
+Readiness, /status and the metrics are functions of one `State`, so they cannot disagree.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,13 @@ from qat_shared.pci import PciAddress
 
 
 class State(Struct, frozen=True, kw_only=True):
-    """One moment. Addresses are those of VFs, but in `unhealthy`, `heartbeats`, `provisioning` and `changing` of PFs.
+    """A snapshot. `unhealthy`, `heartbeats`, `provisioning` and `changing` have addresses of PFs, the others of VFs.
 
-    `waits_for`: why the server does not serve yet, "" when it does. `names`: resource of each VF. `foreign`: driver to
-    which somebody else bound a VF. `failures`: why a VF could not be bound. `held`: the pod that holds a VF.
-    `holders_unknown`: why it is not known what pods hold, "" when it is. `changing`: PFs that are being provisioned.
-    `configured`: a provisioning configuration is in force, or none is wanted. `sandbox`: missing part of each layer.
+    `waits_for`: why the server does not serve yet, "" if it does. `names`: the resource of each VF. `unhealthy`: why a
+    PF is unhealthy. `heartbeats`: whether a PF answered its last query. `foreign`: the driver that a VF was bound to
+    outside the plugin. `failures`: why a VF could not be bound. `held`: the pod that holds a VF. `holders_unknown`: why
+    it is not known which devices pods hold, "" if it is known. `changing`: PFs that are being provisioned.
+    `configured`: a provisioning configuration is in force, or none is required. `sandbox`: missing part of each layer.
     """
 
     inventory: Inventory

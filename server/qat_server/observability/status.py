@@ -1,4 +1,4 @@
-"""The format of /status, written by the server and read by `qat-plugin status` and `doctor`."""
+"""The format of /status, which the server encodes and `qat-plugin status` and `doctor` decode."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -9,11 +9,11 @@ from msgspec import Struct
 from qat_server.helper_client.client import HelperState
 
 STATUS_SOCKET: Final = ".status.sock"
-"""The name of the local status socket, in the directory of the endpoints' sockets."""
+"""The name of the local status socket in the directory of the endpoints' sockets."""
 
 
 class PfStatus(Struct, frozen=True):
-    """One PF; `vfs` counts those enabled, `reason` says why it is not healthy."""
+    """One PF. `vfs`: the number of enabled VFs. `reason`: why it is unhealthy, "" if it is healthy."""
 
     address: str
     device: str
@@ -27,7 +27,7 @@ class PfStatus(Struct, frozen=True):
 
 
 class VfStatus(Struct, frozen=True):
-    """One VF; `resource` is "" when it is not listed, `reason` why it is not healthy or not listed."""
+    """One VF. `resource`: its resource's name, "" if unknown. `reason`: why it is unhealthy or not listed."""
 
     address: str
     device: str
@@ -42,7 +42,7 @@ class VfStatus(Struct, frozen=True):
 
 
 class ResourceStatus(Struct, frozen=True):
-    """One resource (without its namespace) as the kubelet is told of it."""
+    """One resource as listed to the kubelet; `name` is without the namespace."""
 
     name: str
     capacity: int
@@ -53,7 +53,7 @@ class ResourceStatus(Struct, frozen=True):
 
 
 class ProvisioningStatus(Struct, frozen=True):
-    """How far one PF is: `stage` is done, working, waiting, busy, failed or impossible; `held_by` who is waited for."""
+    """One PF's progress. `stage`: done, working, waiting, busy, failed or impossible. `held_by`: holders of its VFs."""
 
     pf: str
     stage: str
@@ -86,5 +86,5 @@ def encode(status: Status) -> bytes:
 
 
 def decode(text: bytes) -> Status:
-    """Read /status, also that of a version with more fields. Raises msgspec.MsgspecError or UnicodeDecodeError."""
+    """Decode /status, ignoring fields of later versions. Raises msgspec.MsgspecError or UnicodeDecodeError."""
     return msgspec.json.decode(text, type=Status)

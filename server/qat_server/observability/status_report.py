@@ -1,4 +1,4 @@
-"""The `Status` that /status shows, made of a `State`. Pure."""
+"""The conversion of a `State` to the `Status` that /status shows. Pure."""
 
 from qat_server.kubelet.endpoint import EndpointState
 from qat_server.observability.readiness import not_ready
@@ -8,7 +8,7 @@ from qat_shared import VERSION
 
 
 def status_from(state: State) -> Status:
-    """The status of one moment; each list is in the order of addresses or names."""
+    """The status for a snapshot; lists are sorted by address or name."""
     reasons = not_ready(state)
     return Status(
         version=VERSION,
@@ -53,7 +53,7 @@ def _vfs(state: State) -> tuple[VfStatus, ...]:
     listed = {device.address: (name, device) for name, devices in state.listing.items() for device in devices}
     known = {vf.address: vf for vf in state.inventory.vfs}
     statuses = []
-    for address in sorted({*listed, *known}):  # a listed VF may have vanished
+    for address in sorted({*listed, *known}):  # a listed VF may have disappeared
         name, device = listed.get(address, (state.names.get(address, ""), None))
         vf = known.get(address)
         pf = vf.pf if vf else device.pf if device else None

@@ -1,6 +1,6 @@
-"""The server's answers to probes, Prometheus and `qat-plugin status`.
+"""The handlers for probes, Prometheus and `qat-plugin status`.
 
-/healthz, /readyz, /metrics and /status on --metrics-address; only /status on the local socket.
+--metrics-address has /healthz, /readyz, /metrics and /status; the local socket has only /status.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from qat_server.observability.status_report import status_from
 
 
 class StatusServer:
-    """`inventory` returns the newest inventory; `state` returns the State of this moment, with the inventory given."""
+    """Serves snapshots: `inventory` returns the newest inventory, `state` the current State for a given inventory."""
 
     def __init__(
         self,
@@ -34,21 +34,21 @@ class StatusServer:
         self._counters = counters
 
     async def serve(self, sockets: Sequence[socket]) -> None:
-        """Serve every path on listening sockets, until cancelled."""
+        """Serve all paths on listening sockets until cancelled."""
         await http_server.serve(sockets, self._handlers())
 
     async def serve_locally(self, directory: Path) -> None:
-        """Serve /status alone on a socket in `directory`, with or without --metrics-address, until cancelled."""
+        """Serve only /status on a socket in `directory` until cancelled, with or without --metrics-address."""
         with status_socket.listening(directory) as local:
             await http_server.serve([local], {"/status": self._status})
 
     def _handlers(self) -> dict[str, Handler]:
-        from qat_server.observability import metrics  # noqa: PLC0415 - prometheus_client only where metrics are wanted
+        from qat_server.observability import metrics  # noqa: PLC0415 - prometheus_client, only with --metrics-address
 
         scraped = self._inventory()
         registry = metrics.registry(lambda: self._state(scraped), self._counters)
 
-        async def answer() -> Response:
+        async def scrape() -> Response:
             nonlocal scraped
             scraped = await self._open_vfs.refreshed(self._inventory())
             return Response(200, metrics.text(registry), metrics.CONTENT_TYPE)
@@ -56,7 +56,7 @@ class StatusServer:
         return {
             "/healthz": lambda: Response(200, b"ok\n"),
             "/readyz": self._readyz,
-            "/metrics": answer,
+            "/metrics": scrape,
             "/status": self._status,
         }
 

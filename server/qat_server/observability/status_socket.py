@@ -1,7 +1,7 @@
-"""The local socket on which a running server tells its status: beside its endpoints, where it may write.
+"""The local status socket of a running server, next to its endpoints' sockets, where the server may create files.
 
-The name begins with a dot: the kubelet's plugin watcher passes over such names, and its device manager looks at no
-subdirectory. The directory is root's and the server's group's, so nobody else can ask.
+Its name begins with a dot because the kubelet's plugin watcher ignores such names; its device manager does not read
+subdirectories. Only root and the server's group have access to the directory, so nobody else can connect.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _MODE: Final = 0o660
 
 @contextlib.contextmanager
 def listening(directory: Path) -> Iterator[socket.socket]:
-    """A socket that listens at `directory`/STATUS_SOCKET, in place of one that was left there. Raises OSError."""
+    """A socket that listens at `directory`/STATUS_SOCKET and replaces a stale one. Raises OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         with private_name(directory) as private:
             listener.bind(private)

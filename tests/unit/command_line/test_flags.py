@@ -70,7 +70,7 @@ ERRORS = {
         "unknown flag --max-devices: did you mean --max-num-devices?",
     ),
     "a value that sticks to its flag": (["-v4"], "unknown flag -v4: did you mean -v?"),
-    "far": (["--zzz"], "unknown flag --zzz: --help lists all"),
+    "far": (["--zzz"], "unknown flag --zzz: --help lists all flags"),
     "no value, two dashes": (["--dpdk-driver"], "flag --dpdk-driver needs a value (DRIVER)"),
     "no value": (["-dpdk-driver"], "flag -dpdk-driver needs a value (DRIVER)"),
     "three dashes": (["---v"], "bad flag syntax: '---v'"),
@@ -79,7 +79,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), ERRORS.values(), ids=ERRORS.keys())
-def test_what_cannot_be_read_says_so(arguments: list[str], sentence: str) -> None:
+def test_errors(arguments: list[str], sentence: str) -> None:
     with pytest.raises(FlagError) as caught:
         read(arguments, SERVER_FLAGS)
 
@@ -90,8 +90,8 @@ DEMO = (Flag("keep", "false", "", ""), Flag("node", "", "FILE", ""))
 PLAIN = {
     "spaces become equals": (["-node", "a b"], ["--node=a b"]),
     "a true boolean stays": (["-keep"], ["--keep"]),
-    "a false one goes": (["-keep", "-keep=false"], []),
-    "what is left is left": (["-keep", "more", "-x"], ["--keep", "more", "-x"]),
+    "a false boolean is dropped": (["-keep", "-keep=false"], []),
+    "the rest is unchanged": (["-keep", "more", "-x"], ["--keep", "more", "-x"]),
 }
 
 

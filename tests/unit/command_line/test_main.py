@@ -1,12 +1,8 @@
-"""The command: exit statuses, one sentence for each error, what a run of the server loads."""
+"""The entry point: exit statuses, one sentence for each error, and the modules that a running server loads."""
 
-import json
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
 
@@ -14,18 +10,12 @@ import pytest
 
 from qat_server import main
 from qat_server.command_line.settings import Settings
-from qat_server.devices.inventory import Inventory
-from qat_server.observability.state import State
-from qat_server.observability.status import encode
-from qat_server.observability.status_report import status_from
 from qat_shared import VERSION
-
-STATUS = encode(status_from(State(inventory=Inventory(pfs=(), vfs=(), cut=(), problems=()))))
 
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
-    """Stands in for the run loop; the settings that it was given. Logging is left alone."""
+    """Replaces the run loop; the settings of each call. Logging is not configured."""
     got: list[Settings] = []
     process = ModuleType("qat_server.process")
 
@@ -62,21 +52,12 @@ def test_server_runs_without_a_command(
 
 REFUSED = {
     "unknown flag": (["-dpdk-drivr=x"], "unknown flag -dpdk-drivr: did you mean -dpdk-driver?"),
-    "unknown command": (["serve"], "unknown command 'serve'; there are config, demo, doctor, provision, status"),
-    "server's flag before a command": (["-v=3", "demo"], "-v is the server's: it has no meaning before 'demo'"),
+    "server's flag before a command": (["-v=3", "demo"], "-v is a flag of the server: it has no meaning before 'demo'"),
     "boolean's value after a space": (["-logtostderr", "false"], "takes its value after =, as in -logtostderr=false"),
     "bad setting": (["-max-num-devices", "0"], "--max-num-devices: 0 is too small, the minimum is 1"),
     "no sysfs": (["-sysfs-root", "/proc"], "--sysfs-root: /proc: bus/pci/devices: not a readable sysfs tree"),
     "switch": (["-version=maybe"], "--version: 'maybe' is not true or false"),
-    "unknown flag of a command": (["demo", "-kep"], "unknown flag -kep: did you mean -keep?"),
-    "too many arguments": (["demo", "now"], "unexpected argument 'now'"),
-    "demo's policy": (["demo", "-policy", "random"], "--policy: unknown policy 'random'; known are balanced, packed"),
-    "too many arguments of all": (["demo", "now", "then"], "unexpected argument 'now'"),
-    "no value of a command's flag": (["demo", "--node"], "flag --node needs a value (FILE)"),
-    "demo's node is a directory": (["demo", "--node", "/tmp"], "--node: '/tmp' is a directory; a file with"),
     "unknown mode": (["-mode=foo"], "--mode: unknown mode 'foo'; the only one is dpdk"),
-    "demo's node": (["demo", "--node=/nonexistent.json"], "--node: there is no file '/nonexistent.json'"),
-    "status of a bad address": (["status", "-metrics-address", "x"], "--metrics-address: 'x' is not an address"),
 }
 
 
@@ -122,98 +103,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"qat-plugin {VERSION}\n"
 
 
-@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["-help"], ["-v=3", "-h"]], ids=" ".join)
-def test_help_names_every_flag_and_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.run(arguments, {}) == 0
-
-    shown = capsys.readouterr().out
-    for part in ("--dpdk-driver DRIVER", "--log_backtrace_at", "--version", "QAT_PLUGIN_", "demo", "status"):
-        assert part in shown
-
-
-@pytest.mark.parametrize("arguments", [["demo", "-h"], ["demo", "--help"], ["-h", "demo"]], ids=" ".join)
-def test_help_of_a_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.run(arguments, {}) == 0
-    assert "--node FILE" in capsys.readouterr().out
-
-
-def test_demo_is_given_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    node = tmp_path / "node.json"
-    node.touch()
-    got: list[tuple[object, ...]] = []
-    sequence = ModuleType("qat_simulation.demo.sequence")
-
-    def run(*arguments: object) -> int:
-        got.append(arguments)
-        return 1
-
-    sequence.__dict__["run"] = run
-    monkeypatch.setitem(sys.modules, "qat_simulation.demo.sequence", sequence)
-    monkeypatch.setattr("qat_simulation.demo.sequence", sequence, raising=False)
-
-    assert main.run(["demo"], {}) == 1
-    assert main.run(["demo", "-keep", "-policy", "packed", "-node", str(node)], {}) == 1
-    assert got == [(None, "balanced", False), (node, "packed", True)]
-
-
-@pytest.fixture
-def status_server() -> Iterator[tuple[str, list[bytes]]]:
-    """Its address, and a list whose last item is what it answers."""
-    bodies = [STATUS]
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/status" else 404)
-            self.end_headers()
-            self.wfile.write(bodies[-1])
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as in the base class
-            return
-
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"127.0.0.1:{server.server_port}", bodies
-        server.shutdown()
-        thread.join()
-
-
-def test_status(status_server: tuple[str, list[bytes]], capsys: pytest.CaptureFixture[str]) -> None:
-    address, _ = status_server
-
-    assert main.run(["status", "-metrics-address", address], {}) == 0
-    assert f"qat-plugin {VERSION}: ready" in capsys.readouterr().out
-
-
-def test_status_as_json(status_server: tuple[str, list[bytes]], capsysbinary: pytest.CaptureFixture[bytes]) -> None:
-    assert main.run(["status", "-metrics-address", status_server[0], "-json"], {}) == 0
-    assert json.loads(capsysbinary.readouterr().out)["version"] == VERSION
-
-
-def test_status_that_is_none(status_server: tuple[str, list[bytes]], capsys: pytest.CaptureFixture[str]) -> None:
-    address, bodies = status_server
-    bodies.append(b"<html>")
-
-    assert main.run(["status", "-metrics-address", address], {}) == 1
-    assert "the answer is not a status of qat-plugin" in capsys.readouterr().err
-
-
-def test_status_out_of_reach(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.run(["status", "--metrics-address=127.0.0.1:1"], {}) == 1
-
-    assert capsys.readouterr().err == (
-        "qat-plugin: no status at http://127.0.0.1:1/status (Connection refused):"
-        " is the server running with --metrics-address 127.0.0.1:1?\n"
-    )
-
-
 def test_server_does_not_load_what_only_commands_need() -> None:
     """20 MiB: typer brings pydantic along as soon as it converts a value."""
     code = (
         "import sys\n"
-        "from qat_server import main\nfrom qat_server.logs import handler\n"
+        "from qat_server.command_line import settings\nfrom qat_server.logs import handler\n"
         "from qat_server.observability import http_server, metrics\n"
-        "handler.configure(main.settings_from(['-v', '1'], {}).logging)\n"
+        "handler.configure(settings.parse({'v': '1'}).logging)\n"
         "print([name for name in ('typer', 'rich', 'pydantic', 'click') if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,14 +1,14 @@
-"""Settings: what each flag's text means, and one sentence for each that means nothing."""
+"""Settings: the value of each flag's text, and one sentence for each invalid text."""
 
 from pathlib import Path
 
 import pytest
 
-from qat_server.command_line.settings import SettingsError, check_sysfs_root, parse
+from qat_server.command_line.flags import SERVER_FLAGS, from_environment, read
+from qat_server.command_line.settings import Settings, SettingsError, check_sysfs_root, parse
 from qat_server.kubelet.allocation import AllocationPolicy
 from qat_server.kubelet.registration.directories import longest_socket
 from qat_server.kubelet.registration.plugin_watcher import socket_name
-from qat_server.main import settings_from
 from qat_server.parsing.values import HostPort
 from qat_shared.messages import DpdkDriver, SocketDirectory
 
@@ -78,23 +78,23 @@ BAD = {
     "policy none": ("allocation-policy", "none", "unknown policy 'none'"),
     "zero devices": ("max-num-devices", "0", "0 is too small, the minimum is 1"),
     "no number": ("max-num-devices", "many", "'many' is not a whole number"),
-    "kernel mode": ("mode", "kernel", "comes with a later version"),
+    "kernel mode": ("mode", "kernel", "is planned for a later version"),
     "unknown mode": ("mode", "turbo", "unknown mode 'turbo'; the only one is dpdk"),
     "unknown registration": (
         "registration",
         "post",
-        "unknown way to register 'post'; known are kubelet-socket, plugin-watcher",
+        "unknown registration method 'post'; known are kubelet-socket, plugin-watcher",
     ),
     "no port": ("metrics-address", "localhost", "not an address such as 127.0.0.1:9090"),
     "no duration": ("health-interval", "soon", "is not a duration such as 5s"),
     "too short": ("health-interval", "1ms", "too short, the minimum is 0.01s, or 0 for off"),
     "resync off": ("resync-interval", "0", "too short, the minimum is 0.01s"),
-    "kubelet directory too long": ("kubelet-dir", "/" + "k" * 80, "bytes long, the system allows 107"),
-    "too long in bytes only": ("kubelet-dir", "/" + "é" * 35, "bytes long, the system allows 107"),
-    "helper socket too long": ("helper-socket", "/" + "h" * 107, "is 108 bytes long, the system allows 107"),
-    "helper socket empty": ("helper-socket", "", "a path is needed"),
+    "kubelet directory too long": ("kubelet-dir", "/" + "k" * 80, "bytes long, but the system allows 107"),
+    "too long in bytes only": ("kubelet-dir", "/" + "é" * 35, "bytes long, but the system allows 107"),
+    "helper socket too long": ("helper-socket", "/" + "h" * 107, "is 108 bytes long, but the system allows 107"),
+    "helper socket empty": ("helper-socket", "", "a path is required"),
     "uevents from nowhere": ("uevents", "udev", "is neither netlink nor unix:PATH"),
-    "uevents without a path": ("uevents", "unix:", "a path is needed"),
+    "uevents without a path": ("uevents", "unix:", "a path is required"),
     "uevents too long": ("uevents", "unix:/" + "u" * 107, "bytes long"),
     "log format": ("log-format", "xml", "unknown format 'xml'; known are text, json"),
     "verbosity": ("v", "loud", "'loud' is not a whole number"),
@@ -126,6 +126,10 @@ def test_unknown_name_is_a_defect() -> None:
         parse({"colour": "red"})
 
 
+def settings_from(arguments: list[str], environment: dict[str, str]) -> Settings:
+    return parse(read(arguments, SERVER_FLAGS).values, from_environment(environment))
+
+
 def test_flag_wins_over_environment_over_default() -> None:
     environment = {"QAT_PLUGIN_MAX_NUM_DEVICES": "8", "QAT_PLUGIN_ALLOCATION_POLICY": "packed", "QAT_PLUGIN_V": ""}
 
@@ -136,10 +140,10 @@ def test_flag_wins_over_environment_over_default() -> None:
     assert settings.logging.verbosity == 0
 
 
-def test_a_bad_text_is_named_after_where_it_was_given() -> None:
-    with pytest.raises(SettingsError, match=r"^QAT_PLUGIN_MODE: 'kernel' comes with a later version"):
+def test_an_error_names_the_flag_or_the_variable() -> None:
+    with pytest.raises(SettingsError, match=r"^QAT_PLUGIN_MODE: 'kernel' is planned for a later version"):
         settings_from([], {"QAT_PLUGIN_MODE": "kernel"})
-    with pytest.raises(SettingsError, match=r"^--mode: 'kernel' comes with a later version"):
+    with pytest.raises(SettingsError, match=r"^--mode: 'kernel' is planned for a later version"):
         settings_from(["-mode=kernel"], {"QAT_PLUGIN_MODE": "dpdk"})
 
 
@@ -164,7 +168,7 @@ def test_sysfs_root(tmp_path: Path) -> None:
     check_sysfs_root(tmp_path)
 
 
-def test_what_is_no_sysfs_root(tmp_path: Path) -> None:
+def test_invalid_sysfs_roots(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     for root in (tmp_path, tmp_path / "missing", file):

@@ -1,4 +1,4 @@
-"""Tables fit the terminal that there is."""
+"""Tables fit the width of the terminal."""
 
 import io
 
@@ -37,9 +37,9 @@ def test_long_cells_are_folded() -> None:
 def test_a_narrow_terminal_has_paragraphs_with_every_word(width: int, soft_wrap: bool) -> None:
     lines = shown(width, soft_wrap=soft_wrap)
     assert all(len(line) <= width for line in lines)
-    said = " ".join(" ".join(lines).split())
-    assert "VF 0000:6b:00.1 driver vfio-pci, health ok VF 0000:6b:00.2 driver 4xxxvf, NUMA 0, health the kernel" in said
-    assert said.endswith("refused it [for] now")
+    text = " ".join(" ".join(lines).split())
+    assert "VF 0000:6b:00.1 driver vfio-pci, health ok VF 0000:6b:00.2 driver 4xxxvf, NUMA 0, health the kernel" in text
+    assert text.endswith("refused it [for] now")
 
 
 def test_no_control_characters() -> None:

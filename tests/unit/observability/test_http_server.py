@@ -1,4 +1,4 @@
-"""The HTTP endpoint, over real sockets: what is answered, what is refused, and what a hostile client can cost."""
+"""The HTTP server over real sockets: answers, refusals, and the limits for hostile clients."""
 
 import asyncio
 import contextlib
@@ -22,13 +22,16 @@ HANDLERS: dict[str, Handler] = {
     "/readyz": lambda: Response(503, b"no helper\nno device\n"),
     "/status": lambda: Response(200, b"{}", JSON),
     "/large": lambda: Response(200, b"x" * 8_000_000),
+    "/medium": lambda: Response(200, b"x" * 60_000),
     "/broken": broken,
 }
 
 
 @asynccontextmanager
-async def endpoint(limits: Limits | None = None) -> AsyncIterator[int]:
+async def endpoint(limits: Limits | None = None, send_buffer: int | None = None) -> AsyncIterator[int]:
     (sock,) = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
     port: int = sock.getsockname()[1]
     task = asyncio.create_task(serve([sock], HANDLERS, limits))
     try:
@@ -63,7 +66,7 @@ ANSWERS: dict[str, tuple[bytes, int, bytes | None]] = {
     "query": (request("/healthz?verbose=1"), 200, b"ok\n"),
     "HTTP/1.0": (b"GET /healthz HTTP/1.0\r\n\r\n", 200, b"ok\n"),
     "HEAD": (request("/healthz", "HEAD"), 200, b""),
-    "HEAD of what is not there": (request("/nothing", "HEAD"), 404, b""),
+    "HEAD of an unknown path": (request("/nothing", "HEAD"), 404, b""),
     "not found": (request("/nothing"), 404, None),
     "not found, no text": (request("/%ff%00"), 404, None),
     "path that climbs": (request("/../../etc/passwd"), 404, None),
@@ -72,7 +75,7 @@ ANSWERS: dict[str, tuple[bytes, int, bytes | None]] = {
     "POST without the body it promised": (request("/healthz", "POST", "Content-Length: 3000000"), 405, None),
     "GET with a body": (request("/healthz", "GET", "Content-Length: 3") + b"abc", 200, b"ok\n"),
     "DELETE": (request("/status", "DELETE"), 405, None),
-    "defect": (request("/broken"), 500, b"internal error, see the log\n"),
+    "defect": (request("/broken"), 500, b"internal error; see the log\n"),
     "no HTTP": (b"hello\r\n\r\n", 400, None),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None),
     "no Host": (b"GET /healthz HTTP/1.1\r\n\r\n", 400, None),
@@ -146,6 +149,14 @@ async def test_large_answer_arrives_whole() -> None:
         answer = await exchange(port, request("/large"))
 
     assert len(answer.partition(b"\r\n\r\n")[2]) == 8_000_000
+
+
+async def test_answer_still_being_sent_at_the_close_arrives_whole() -> None:
+    """It is below asyncio's high-water mark, so that drain() returns at once, but above the socket's buffer."""
+    async with endpoint(send_buffer=4096) as port:
+        for _ in range(3):
+            answer = await exchange(port, request("/medium"))
+            assert len(answer.partition(b"\r\n\r\n")[2]) == 60_000
 
 
 SILENT: dict[str, bytes] = {

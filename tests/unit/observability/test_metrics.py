@@ -1,8 +1,4 @@
-"""Metrics: the text that Prometheus gets of one moment and of what was counted."""
-
-import importlib.util
-from pathlib import Path
-from types import ModuleType
+"""Metrics: the text that Prometheus scrapes for a State and Counters."""
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,16 +8,7 @@ from qat_server.instrumentation.counters import Counters, Histogram
 from qat_server.observability.metrics import registry, text
 from qat_server.observability.state import State
 from qat_shared import VERSION
-
-
-def _status_tests() -> ModuleType:
-    """The moment of test_status.py (tests are no package)."""
-    spec = importlib.util.spec_from_file_location("status_moment", Path(__file__).with_name("test_status.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from support.server_state import full_state
 
 
 def counted() -> Counters:
@@ -97,7 +84,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def samples() -> dict[str, float]:
-    return scraped(_status_tests().moment(), counted())
+    return scraped(full_state(), counted())
 
 
 @pytest.mark.parametrize("name", EXPECTED)

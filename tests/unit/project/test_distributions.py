@@ -110,7 +110,7 @@ def test_the_server_imports_without_the_simulation(without_simulation: Path) -> 
         (["demo"], "qat-plugin: demo needs the distribution qat-plugin-simulation, which is not installed here"),
         (["demo", "-keep"], "qat-plugin: demo needs the distribution qat-plugin-simulation"),
         (["config", "check", "FOLDER", "--node", "n.json"], "qat-plugin: --node needs the distribution qat-plugin-sim"),
-        (["serve"], "qat-plugin: unknown command 'serve'; there are config, doctor, provision, status\n"),
+        (["serve"], "qat-plugin: unknown command 'serve'; the commands are config, doctor, provision, status\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -132,7 +132,8 @@ def test_a_starting_server_looks_for_no_entry_points() -> None:
     code = (
         "import sys\n"
         "from qat_server import main, process\n"
-        "main.settings_from([], {})\n"
+        "from qat_server.command_line import settings\n"
+        "settings.parse()\n"
         "print([name for name in sys.modules if name.endswith('.extensions') or 'qat_simulation' in name])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""`qat-plugin status` on a terminal: tables of a Status. What came from elsewhere is shown as text, never as markup."""
+"""The screen of `qat-plugin status`: a Status as tables. Received texts are shown as text, never as markup."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -8,7 +8,7 @@ from rich.text import Text
 from qat_server.command_line import tables
 from qat_server.command_line.tables import plain
 from qat_server.devices.inventory import no_vfs_hint
-from qat_server.observability.status import Status, VfStatus
+from qat_server.observability.status import Status
 from qat_shared.confinement import missing
 
 _Row = tuple[str, ...]
@@ -17,23 +17,22 @@ _USE = {True: "in use", False: "idle", None: "?"}
 
 
 def show(status: Status, console: Console) -> None:
-    """Print one screen."""
+    """Print all of the status."""
     _line(console, f"qat-plugin {status.version}: ", "ready" if status.ready else "not ready", good=status.ready)
     for reason in status.not_ready:
         console.print(_text(f"  {reason}"))
     if status.cut:
         served = sum(vf.listed for vf in status.vfs)
         total = len(status.vfs) + len(status.cut)
-        console.print(
-            _text(
-                f"{served} of {total} VFs served: {len(status.cut)} are beyond --max-num-devices, {status.cut[0]} first"
-            )
-        )
+        excess = f"{len(status.cut)} exceed --max-num-devices, starting with {status.cut[0]}"
+        console.print(_text(f"{served} of {total} VFs served: {excess}"))
     elif not status.vfs:
         console.print(_text(f"no QAT VFs found: {no_vfs_hint(len(status.pfs))}"))
     helper = status.helper
     if helper.connected:
-        detail = f"connected, version {helper.version}, audit log at {helper.audit_sequence} ({helper.audit_hash[:12]})"
+        detail = (
+            f"connected, version {helper.version}, audit log at line {helper.audit_sequence} ({helper.audit_hash[:12]})"
+        )
     else:
         detail = f"not connected: {helper.error}" if helper.error else "not connected"
     _line(console, "helper: ", detail, good=helper.connected)
@@ -41,8 +40,8 @@ def show(status: Status, console: Console) -> None:
         _line(console, "audit: ", helper.audit_broken, good=False)
     for process, state in (("server", status.sandbox), ("helper", helper.sandbox)):
         if state:
-            lacks = missing(state)
-            _line(console, f"sandbox of the {process}: ", lacks or "whole", good=not lacks)
+            lacking = missing(state)
+            _line(console, f"{process} sandbox: ", lacking or "complete", good=not lacking)
     _show(console, "resources", ("resource", "capacity", "allocatable", "registered", "last error"), _resources(status))
     _show(
         console,
@@ -69,13 +68,9 @@ def show(status: Status, console: Console) -> None:
         console.print(_text(f"problem: {problem}"))
 
 
-def _health(vf: VfStatus) -> str:
-    return vf.reason or ("ok" if vf.listed else "not listed")
-
-
 def _resources(status: Status) -> Iterator[_Row]:
     for each in status.resources:
-        yield each.name, str(each.capacity), str(each.allocatable), _yes(each.registered), each.error
+        yield each.name, str(each.capacity), str(each.allocatable), "yes" if each.registered else "no", each.error
 
 
 def _pfs(status: Status) -> Iterator[_Row]:
@@ -103,7 +98,7 @@ def _vfs(status: Status) -> Iterator[_Row]:
             vf.resource if vf.listed else f"({vf.resource or '-'})",
             _USE[vf.in_use],
             vf.pod or "-",
-            _health(vf),
+            vf.reason or ("ok" if vf.listed else "not listed"),
         )
 
 
@@ -124,7 +119,3 @@ def _text(text: str, style: str = "") -> Text:
 
 def _number(number: int | None) -> str:
     return "-" if number is None else str(number)
-
-
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"

@@ -1,6 +1,6 @@
-"""What doctor looks at: one reading of the node, with nothing concluded from it. Only reads; judging is checks.py's.
+"""The state of the node as doctor reads it. This module only reads; checks.py draws the conclusions.
 
-What cannot be read is absent (None, empty), since doctor runs as whoever calls it, in a pod or on the node.
+Values that cannot be read are None or empty, since doctor runs as its caller's user, in a pod or on the node.
 """
 
 import os
@@ -21,8 +21,8 @@ from qat_shared.sysfs import PciDevice, SysfsError, open_device
 _DRIVERS: Final = PF_DRIVERS | VF_DRIVERS | frozenset(DPDK_DRIVERS)
 
 
-class Function(Struct, frozen=True):
-    """A QAT PF or VF by its id, whatever it is bound to. `num_vfs`, `total_vfs`: of a PF, as SR-IOV has them."""
+class QatFunction(Struct, frozen=True):
+    """A PF or VF with a QAT device ID, on any driver. `num_vfs`, `total_vfs`: sriov_numvfs, sriov_totalvfs of a PF."""
 
     address: PciAddress
     device_id: int
@@ -37,28 +37,30 @@ class Function(Struct, frozen=True):
         return self.device_id in PHYSICAL
 
 
-DEAD: Final = "its firmware does not answer"
-"""In place of a reason why a heartbeat cannot be read: it was, and says this."""
+NO_HEARTBEAT: Final = "its firmware does not answer"
+"""The reason when a heartbeat was read and the firmware is dead. All other reasons mean that it could not be read."""
 
 
-class Helper(Struct, frozen=True):
-    """The helper as this process meets it. `error` is "" when it answers; heartbeats: PF to "" or to why not."""
+class HelperAnswer(Struct, frozen=True):
+    """The helper's answers to doctor. `error` is "" if it answers. `heartbeats`: PF to "", or why there is none."""
 
-    error: str = "not asked"
+    error: str = "not queried"
     version: str = ""
     operations: tuple[str, ...] = ()
     heartbeats: dict[PciAddress, str] = {}
 
 
-class Facts(Struct, frozen=True, kw_only=True):
-    """One reading. `groups`: IOMMU group to its devices. `modules`: parameter files of vfio's modules, by path.
+class NodeObservations(Struct, frozen=True, kw_only=True):
+    """One reading of the node, and the answers of helper and server.
 
-    `kubelet_roots`: the --root-dir of each kubelet that can be seen running. `plugin_directory`: what the kubelet's
-    directory for sockets is to us ("", "missing", "closed": not for us to look into, or "open"). `refused`: VFs that a
-    running server says could not be bound, since the kernel did not permit the helper's write.
+    `problems`: why devices could not be read. `drivers`: the loaded PCI drivers among those that QAT devices use.
+    `groups`: IOMMU group to the names of its devices. `kernel`: major and minor version. `command_line`: the kernel's.
+    `denylist_disabled`, `noiommu`: parameters of vfio's modules. `kubelet_roots`: the --root-dir of each visible
+    kubelet. `plugin_directory`: access to the server's socket directory: "open" (writable), "closed" (not writable),
+    "missing" or "" (unknown). `refused`: VFs whose bind the kernel did not permit, as a running server reports.
     """
 
-    functions: tuple[Function, ...] = ()
+    functions: tuple[QatFunction, ...] = ()
     problems: tuple[str, ...] = ()
     drivers: frozenset[str] = frozenset()
     groups: dict[int, tuple[str, ...]] = {}
@@ -71,12 +73,12 @@ class Facts(Struct, frozen=True, kw_only=True):
     selinux_enforcing: bool | None = None
     kubelet_roots: tuple[str, ...] = ()
     plugin_directory: str = ""
-    helper: Helper = Helper()
+    helper: HelperAnswer = HelperAnswer()
     refused: tuple[str, ...] = ()
 
 
-def read_facts(sysfs: Path, proc: Path, dev: Path, plugin_directory: Path, helper: Helper) -> Facts:
-    """Look at the node. Raises SysfsError when `sysfs` has no PCI bus."""
+def observe_node(sysfs: Path, proc: Path, dev: Path, plugin_directory: Path) -> NodeObservations:
+    """Read the node; `helper` and `refused` keep their defaults. Raises SysfsError if `sysfs` has no PCI bus."""
     functions, problems = [], []
     for address in pci_addresses(sysfs):
         try:
@@ -85,7 +87,7 @@ def read_facts(sysfs: Path, proc: Path, dev: Path, plugin_directory: Path, helpe
                     functions.append(function)
         except (SysfsError, OSError) as error:
             problems.append(str(error))
-    return Facts(
+    return NodeObservations(
         functions=tuple(functions),
         problems=tuple(problems),
         drivers=frozenset(_names(sysfs / "bus/pci/drivers")) & _DRIVERS,
@@ -102,17 +104,16 @@ def read_facts(sysfs: Path, proc: Path, dev: Path, plugin_directory: Path, helpe
         apparmor=read_apparmor(sysfs, proc),
         selinux_enforcing=_switch(sysfs / "fs/selinux/enforce"),
         kubelet_roots=tuple(sorted(set(_kubelet_roots(proc)))),
-        plugin_directory=_state(plugin_directory),
-        helper=helper,
+        plugin_directory=_access(plugin_directory),
     )
 
 
-def _function(device: PciDevice) -> Function | None:
+def _function(device: PciDevice) -> QatFunction | None:
     number = device.read_int("device", 16)
     if device.read_int("vendor", 16) != VENDOR_INTEL or (number not in PHYSICAL and number not in VIRTUAL):
         return None
     group = device.link("iommu_group")
-    return Function(
+    return QatFunction(
         address=device.address,
         device_id=number,
         driver=device.link("driver"),
@@ -123,7 +124,7 @@ def _function(device: PciDevice) -> Function | None:
 
 
 def _kubelet_roots(proc: Path) -> Iterator[str]:
-    """Of the processes that are called kubelet and can be seen; /var/lib/kubelet is the kubelet's default."""
+    """The --root-dir of each visible process named kubelet; /var/lib/kubelet is the kubelet's default."""
     for name in _names(proc):
         if not name.isdecimal() or read_text(proc / name / "comm") != "kubelet":
             continue
@@ -137,7 +138,7 @@ def _kubelet_roots(proc: Path) -> Iterator[str]:
         yield root
 
 
-def _state(directory: Path) -> str:
+def _access(directory: Path) -> str:
     try:
         directory.stat()
     except PermissionError:

@@ -167,7 +167,7 @@ class Server:
             listing=self.reconciler.listing,
             names=self.reconciler.names,
             unhealthy=self.health.unhealthy(),
-            heartbeats=self.health.alive,
+            heartbeats=self.health.heartbeats,
             endpoints=self.endpoints.states,
             helper=self.helper.state,
             foreign=self.reconciler.foreign,

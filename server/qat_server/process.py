@@ -14,15 +14,15 @@ from qat_server.command_line.settings import Settings, SettingsError
 from qat_server.composition import Server
 from qat_server.host import sandbox
 from qat_server.host.service_manager import ServiceManager
-from qat_server.host.startup import PATIENCE, Startup
+from qat_server.host.startup import START_TIMEOUT, Startup
 from qat_server.observability import http_server
 from qat_shared import VERSION
 
 log = logs.get(__name__)
 
 
-def run(settings: Settings, patience: float = PATIENCE) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status. `patience`: seconds that the start may take (startup.py).
+def run(settings: Settings, start_timeout: float = START_TIMEOUT) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status. `start_timeout`: seconds (startup.py).
 
     Raises SettingsError.
     """
@@ -33,7 +33,7 @@ def run(settings: Settings, patience: float = PATIENCE) -> int:
         sockets = [] if address is None else http_server.listen(address.host, address.port)
         manager = ServiceManager.from_environment(os.environ)
         server = Server(settings, _enter_sandbox(settings), sockets)
-        uvloop.run(_serve(server, manager, patience))
+        uvloop.run(_serve(server, manager, start_timeout))
     except* OSError as group:
         failed = list(_leaves(group))
     for error in failed:
@@ -56,9 +56,9 @@ def _enter_sandbox(settings: Settings) -> dict[str, str]:
         raise SettingsError(f"--require-sandbox: {error}") from None
 
 
-async def _serve(server: Server, manager: ServiceManager | None, patience: float) -> None:
+async def _serve(server: Server, manager: ServiceManager | None, start_timeout: float) -> None:
     loop = asyncio.get_running_loop()
-    running = server.run_loop.run() if manager is None else _notifying(server, manager, patience)
+    running = server.run_loop.run() if manager is None else _notifying(server, manager, start_timeout)
     task = asyncio.ensure_future(running)
 
     def stop() -> None:
@@ -87,9 +87,9 @@ async def _serve(server: Server, manager: ServiceManager | None, patience: float
             manager.close()
 
 
-async def _notifying(server: Server, manager: ServiceManager, patience: float) -> None:
+async def _notifying(server: Server, manager: ServiceManager, start_timeout: float) -> None:
     """Serve, and notify the service manager of the start. Raises what `RunLoop.run` raises, in a group."""
-    startup = Startup(manager, server.missing, lambda: server.reconciler.listing, patience)
+    startup = Startup(manager, server.missing, lambda: server.reconciler.listing, start_timeout)
     server.run_loop.on_reconciled = startup.check
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(startup.run())

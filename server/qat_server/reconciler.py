@@ -75,7 +75,7 @@ class Reconciler:
     async def reconcile(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> None:
         """Read the devices in `changed` again (None for all), and start the work on them in tasks of `work`."""
         if changed is None or changed:
-            self.binder.discovery_begins()
+            self.binder.discovery_started()
             try:
                 await self.inventory.refresh(changed)
             except SysfsError as error:
@@ -97,7 +97,7 @@ class Reconciler:
             self.listing,
             inventory,
             self._offered(inventory),
-            dict.fromkeys(self.binder.unsettled, "it is being bound")
+            dict.fromkeys(self.binder.pending, "it is being bound")
             | self.health.unhealthy()
             | self.provisioner.withheld,
             self.driver,
@@ -115,7 +115,7 @@ class Reconciler:
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
             self.conditions.report("VF left alone: somebody bound it to another driver", address=address, driver=driver)
-        wanted = self.provisioner.may_be_bound(inventory, (*plan.bind, *self.binder.late))
+        wanted = self.provisioner.may_be_bound(inventory, (*plan.bind, *self.binder.timed_out))
         self.binder.reconcile(wanted, work)
 
     def _holders(self) -> dict[PciAddress, str] | None:
@@ -123,9 +123,9 @@ class Reconciler:
 
     def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
         """The names, without new VFs that are being bound or whose PF has not answered its first heartbeat yet."""
-        pending, unsettled = self.health.pending(), self.binder.unsettled
-        if not pending and not unsettled:
+        pending_pfs, pending_vfs = self.health.pending(), self.binder.pending
+        if not pending_pfs and not pending_vfs:
             return self.names
         listed = {device.address for devices in self.listing.values() for device in devices}
-        unknown = {vf.address for vf in inventory.vfs if vf.pf in pending or vf.address in unsettled} - listed
+        unknown = {vf.address for vf in inventory.vfs if vf.pf in pending_pfs or vf.address in pending_vfs} - listed
         return {address: name for address, name in self.names.items() if address not in unknown}

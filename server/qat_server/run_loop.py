@@ -46,7 +46,7 @@ class RunLoop:
                 tasks.create_task(task())
             with contextlib.suppress(TimeoutError):  # a helper that accepts and does not answer
                 async with asyncio.timeout(_HELPER_PATIENCE):
-                    await self.helper.tried.wait()
+                    await self.helper.first_attempt_ended.wait()
             while True:
                 await self.directory.prepare()
                 async with self.directory.locked():

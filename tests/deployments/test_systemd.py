@@ -18,7 +18,7 @@ from deployments.pods import pod_node
 from deployments.rendered import DEPLOYMENTS
 from qat_helper.main import _parse as helper_options
 from qat_server.command_line import settings
-from qat_server.host.startup import PATIENCE
+from qat_server.host.startup import START_TIMEOUT
 from qat_simulation.node.description import demo_node
 
 UNITS: Final = DEPLOYMENTS / "systemd"
@@ -116,7 +116,7 @@ def test_the_kubelet_waits_for_the_servers_start_and_never_for_ever() -> None:
     assert (server["Type"], server["NotifyAccess"]) == (["notify"], ["main"])
     (limit,) = server["TimeoutStartSec"]
     # Until its loop runs, a server loads its libraries: a second, and many on a busy machine that boots.
-    assert int(limit.removesuffix("s")) >= PATIENCE + 30
+    assert int(limit.removesuffix("s")) >= START_TIMEOUT + 30
     assert server["Restart"] == ["on-failure"]
     # Nothing that the server waits for may wait for the kubelet.
     for unit in ("qat-helper.service", "qat-helper.socket", "qat-plugin.service"):

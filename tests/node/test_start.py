@@ -55,13 +55,13 @@ class Booted:
         self.node = node
         self.supervisor = supervisor
 
-    def start_server(self, monkeypatch: pytest.MonkeyPatch, patience: float = NEVER) -> None:
-        """As systemd does, with another patience."""
+    def start_server(self, monkeypatch: pytest.MonkeyPatch, start_timeout: float = NEVER) -> None:
+        """As systemd does, with another timeout for the start."""
         program, *options = self.node.server_command()
         assert Path(program).name == "qat-plugin"
         within = (
             "import functools\nfrom qat_server import main, process\n"
-            f"process.run = functools.partial(process.run, patience={patience})\nmain.main()"
+            f"process.run = functools.partial(process.run, start_timeout={start_timeout})\nmain.main()"
         )
         monkeypatch.setattr(self.node, "server_command", lambda: [sys.executable, "-c", within, *options])
         with monkeypatch.context() as environment:

@@ -61,7 +61,7 @@ def full_state() -> State:
         foreign={VFS[2]: "qat_other"},
         failures={VFS[3]: "the kernel refused"},
         held={VFS[1]: "default/pod/main"},
-        waits_for="another server works here",
+        waits_for="another server is running",
         uevents=9,
         uevent_overruns=1,
     )

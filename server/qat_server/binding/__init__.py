@@ -1,5 +1,6 @@
-"""Binding VFs to the wanted driver: which to bind (a pure plan), and the operations in progress.
+"""Binds VFs to the wanted driver: a pure plan of which VFs to bind, and the operations in progress.
 
-One operation for one VF at a time, a bounded number in all, each through the helper. A failure is that VF's own and is
-tried again with backoff. A VF that somebody else bound to another driver is left alone.
+Each operation goes through the helper: one at a time for each VF, and a bounded number in all. A failure affects only
+its VF and is retried with backoff. A VF that was bound to another driver by somebody else is left alone. The reconciler
+calls the plan and the binder; `apparmor` is also used by the doctor.
 """

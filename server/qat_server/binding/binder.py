@@ -1,7 +1,4 @@
-"""Binding operations under way: which VFs are being bound, which failed and when they are tried again.
-
-One operation for one VF at a time, a bounded number in all; each failure is that VF's own, with backoff.
-"""
+"""The binding operations in progress, their failures, and the time of each retry."""
 
 import asyncio
 import time
@@ -19,11 +16,15 @@ from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
 
-_AT_ONCE: Final = 16
+_MAX_CONCURRENT: Final = 16
 
 
 class Binder:
-    """Binds what it is told is wanted. `on_change` is called with each VF whose binding ended."""
+    """Binds VFs through the helper. `on_change` is called with each VF whose operation ended, or None for a retry.
+
+    `failures` has the last error by VF. `timed_out` are the VFs whose operation took longer than the helper waits and
+    may still be in progress: they have to be bound again, whichever driver they seem to have.
+    """
 
     def __init__(
         self,
@@ -40,48 +41,52 @@ class Binder:
         self._on_change = on_change
         self._sysfs_root = sysfs_root
         self._clock = clock
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
         self._running: set[PciAddress] = set()
-        self._ended: set[PciAddress] = set()
+        self._ended_since_discovery: set[PciAddress] = set()
         self._backoff = Backoff()
         self._wake_up = WakeUp(lambda: on_change(None), clock)
         self._wanted: set[PciAddress] = set()
         self._denied: set[PciAddress] = set()
         self.failures: dict[PciAddress, str] = {}
-        self.late: set[PciAddress] = set()
-        """Whose binding has outlasted the helper's patience and may still be under way: to be asked for again, wherever
-        they seem to be bound."""
+        self.timed_out: set[PciAddress] = set()
 
-    def discovery_begins(self) -> None:
-        """What ends from now on, the inventory that is being made may not know yet."""
-        self._ended.clear()
+    def discovery_started(self) -> None:
+        """Note that the next inventory may not show the result of operations that end from now on."""
+        self._ended_since_discovery.clear()
 
     @property
-    def unsettled(self) -> Set[PciAddress]:
-        """Those whose driver, as the inventory has it, means nothing yet: their binding is under way, or had not ended
-        when discovery began. (The kernel shows a driver's link before it asks the driver, which may then refuse.)"""
-        return self._running | self._ended | self.late
+    def pending(self) -> Set[PciAddress]:
+        """The VFs whose driver in the inventory cannot be relied on yet.
+
+        Their operation is in progress, or had not ended when discovery began. (The kernel shows the link to a driver
+        before it calls the driver, which may then refuse the device.)
+        """
+        return self._running | self._ended_since_discovery | self.timed_out
 
     def reconcile(self, addresses: Iterable[PciAddress], work: asyncio.TaskGroup) -> None:
-        """Bind these VFs, in tasks of `work`, as far as they are due; forget the failures of all other settled VFs."""
+        """Start to bind those of these VFs that are due, in tasks of `work`.
+
+        Forget the failures of all other VFs that are not pending.
+        """
         wanted = self._wanted = set(addresses)
-        kept = wanted | self.unsettled
+        kept = wanted | self.pending
         self._denied &= kept
         self._backoff = self._backoff.keep(kept)
         self.failures = {address: why for address, why in self.failures.items() if address in kept}
         if not self._helper.connected:
-            return  # a look is asked for when it is back
+            return  # a new connection leads to a reconcile
         now = self._clock()
-        for address in sorted(wanted - self._running - self._ended):
+        for address in sorted(wanted - self._running - self._ended_since_discovery):
             if self._backoff.due(address, now):
                 self._running.add(address)
                 work.create_task(self._bind(address))
         self._wake_up.at(self._backoff.next_due(now))
 
     def missing(self) -> list[str]:
-        """The VFs that are to be bound yet, in words: without those that the helper's policy keeps from it."""
-        unbound = sorted((self._wanted | self.unsettled) - self._denied)
-        return [f"VF {address} is not bound: {self.failures.get(address, 'under way')}" for address in unbound]
+        """One sentence for each VF that is not bound yet, except those that the helper's policy denies."""
+        unbound = sorted((self._wanted | self.pending) - self._denied)
+        return [f"VF {address} is not bound: {self.failures.get(address, 'in progress')}" for address in unbound]
 
     async def _bind(self, address: PciAddress) -> None:
         try:
@@ -96,22 +101,22 @@ class Binder:
                 except HelperError as error:
                     outcome = error.code
                     self._failed(address, error)
-                except Exception as error:  # a defect must not end what the others are served by
-                    log.exception("binding failed", address=address)
+                except Exception as error:  # a defect must not end the task group, which serves the other VFs
+                    log.exception("binding failed because of a defect", address=address)
                     outcome = ErrorCode.INTERNAL
                     self._failed(address, HelperError(ErrorCode.INTERNAL, f"a defect of this server: {error!r}"))
                 else:
                     outcome = "ok"
                     self._backoff = self._backoff.without(address)
                     self.failures.pop(address, None)
-                    self.late.discard(address)
+                    self.timed_out.discard(address)
                     log.info("VF bound", address=address, driver=bound.driver)
                 finally:
                     if outcome:  # not cancelled
                         self._counters.bind(self._driver, self._clock() - began, outcome)
         finally:
             self._running.discard(address)
-            self._ended.add(address)  # a look at it follows
+            self._ended_since_discovery.add(address)  # on_change leads to a discovery of it
             self._on_change(address)
 
     def _failed(self, address: PciAddress, error: HelperError) -> None:
@@ -119,9 +124,9 @@ class Binder:
         if error.code is ErrorCode.DENIED:
             self._denied.add(address)
         if error.code is ErrorCode.TIMED_OUT:
-            self.late.add(address)
-        elif error.code is not ErrorCode.BUSY:  # as the helper answers while an earlier operation goes on
-            self.late.discard(address)
+            self.timed_out.add(address)
+        elif error.code is not ErrorCode.BUSY:  # the helper's answer while an earlier operation is in progress
+            self.timed_out.discard(address)
         if self.failures.get(address) != error.message:
             advice = apparmor.read_apparmor(self._sysfs_root).advice(error.errno)
             more = {"advice": advice} if advice else {}

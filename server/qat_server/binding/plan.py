@@ -1,7 +1,4 @@
-"""What is to be done so that the VFs are on the wanted driver, and when to try again what failed.
-
-Pure: an Inventory in, a Plan out; the clock's time is passed in. Who carries it out is binder.py.
-"""
+"""The binding plan: an Inventory in, the VFs to bind out. Pure; binder.py carries it out."""
 
 from msgspec import Struct
 
@@ -12,14 +9,17 @@ from qat_shared.pci import PciAddress
 
 
 class Plan(Struct, frozen=True):
-    """`bind`: VFs to be bound now. `foreign`: VFs that somebody gave to another driver, with its name: left alone."""
+    """`bind`: the VFs to bind. `foreign`: VFs that somebody bound to another driver, with its name; left alone."""
 
     bind: tuple[PciAddress, ...]
     foreign: tuple[tuple[PciAddress, str], ...]
 
 
 def plan(inventory: Inventory, driver: DpdkDriver) -> Plan:
-    """Bind what has no driver or its own kernel VF driver. The other DPDK driver is somebody's choice too: foreign."""
+    """Bind each VF that has no driver or its own kernel VF driver. A VF on any other driver than `driver` is foreign.
+
+    That includes the other DPDK driver: somebody chose it.
+    """
     bind = []
     foreign = []
     for vf in inventory.vfs:

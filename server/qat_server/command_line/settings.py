@@ -100,7 +100,7 @@ def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str]
     settings = Settings(
         dpdk_driver=read("dpdk-driver", _dpdk_driver),
         kernel_vf_drivers=read("kernel-vf-drivers", lambda text: values.names(text, VF_DRIVERS, "kernel VF driver")),
-        max_num_devices=read("max-num-devices", lambda text: values.integer(text, least=1)),
+        max_num_devices=read("max-num-devices", lambda text: values.integer(text, minimum=1)),
         allocation_policy=read("allocation-policy", allocation_policy),
         mode=read("mode", _mode),
         sysfs_root=read("sysfs-root", _path),
@@ -213,7 +213,7 @@ def _logging(read: _Reader, given: frozenset[str]) -> LogSettings:
         legacy_stderr_threshold=legacy,
         directory=read("log_dir", str),
         file=read("log_file", str),
-        file_max_size=read("log_file_max_size", lambda text: values.integer(text, least=0, most=2**40)) * 2**20,
+        file_max_size=read("log_file_max_size", lambda text: values.integer(text, minimum=0, maximum=2**40)) * 2**20,
         one_output=read("one_output", values.boolean),
         directory_in_header=read("add_dir_header", values.boolean),
         headers=not read("skip_headers", values.boolean),

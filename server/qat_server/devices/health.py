@@ -1,8 +1,7 @@
-"""Health of the PFs: the heartbeat (asked through the helper) and qat/state, as one verdict for each PF.
+"""Health of the PFs, from their heartbeat (queried through the helper) and qat/state.
 
-A verdict is "" (healthy, or nothing is known against it) or one sentence. A PF without a heartbeat file (older kernels)
-has none held against it; while the helper is away, the last verdict stands. Each PF is asked by itself, again and
-again: one that hangs holds up no other, and is unhealthy for it.
+A PF without a heartbeat file (older kernels) counts as healthy. While the helper is away, the last result of each PF
+stays. Each PF is queried in a task of its own, so a query that hangs delays no other PF; its own PF becomes unhealthy.
 """
 
 import asyncio
@@ -13,24 +12,29 @@ from typing import Final
 
 from qat_server import logs
 from qat_server.devices.inventory import PhysicalFunction
-from qat_server.helper_client.client import HelperClient, HelperError, HelperSilentError, HelperUnavailableError
+from qat_server.helper_client.client import (
+    HelperClient,
+    HelperError,
+    HelperNotRespondingError,
+    HelperUnavailableError,
+)
 from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
 
-FIRST_ANSWER: Final = 1.0
-"""Seconds that a PF's VFs, when it is new, wait for its first answer before they are offered."""
+FIRST_RESULT_WAIT: Final = 1.0
+"""Seconds for which the VFs of a new PF are withheld while its first query has no result."""
 
 
-def verdict(pf: PhysicalFunction, alive: bool | None, late: bool = False) -> str:
-    """Why a PF's VFs must not be given out, "" when there is no reason. `alive` is None when no heartbeat is known.
+def unhealthy_reason(pf: PhysicalFunction, alive: bool | None, timed_out: bool = False) -> str:
+    """Why a PF's VFs must not be allocated, "" for a healthy PF. `alive` is None when no heartbeat is known.
 
-    `late`: the query itself has not ended, so that the device does not answer at all.
+    `timed_out`: the heartbeat query itself has not ended, so the device does not react at all.
     """
     if pf.state == "down":
         return f"PF {pf.address} is down"
-    if late:
+    if timed_out:
         return f"PF {pf.address} has not answered its heartbeat query"
     if alive is False:
         return f"PF {pf.address} does not answer its heartbeat"
@@ -38,7 +42,10 @@ def verdict(pf: PhysicalFunction, alive: bool | None, late: bool = False) -> str
 
 
 class HealthMonitor:
-    """Asks each of `pfs` for its heartbeat every `interval` seconds (0: never); tells `on_change` of other answers."""
+    """Queries the heartbeat of each of `pfs` every `interval` seconds (0: never).
+
+    `on_change` is called when a result differs from the one before. `heartbeats` has the last result by PF.
+    """
 
     def __init__(
         self,
@@ -53,136 +60,139 @@ class HealthMonitor:
         self._interval = interval
         self._on_change = on_change
         self._clock = clock
-        self._again = asyncio.Event()  # replaced each time: whoever waits for one is woken by it
+        self._query_now = asyncio.Event()  # replaced when set, so that it wakes exactly those that wait for it
         self._updated = asyncio.Event()
-        self._asking: set[PciAddress] = set()
-        self._judged: set[PciAddress] = set()
-        self._since: dict[PciAddress, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self.alive: dict[PciAddress, bool] = {}
-        self._late: set[PciAddress] = set()
-        self._silent: dict[PciAddress, str] = {}
+        self._polled: set[PciAddress] = set()
+        self._queried: set[PciAddress] = set()
+        self._first_seen: dict[PciAddress, float] = {}
+        self._pending_timer: asyncio.TimerHandle | None = None
+        self.heartbeats: dict[PciAddress, bool] = {}
+        self._timed_out: set[PciAddress] = set()
+        self._logged_errors: dict[PciAddress, str] = {}
 
     def unhealthy(self) -> dict[PciAddress, str]:
-        """The PFs that are unhealthy, each with the reason."""
-        verdicts = {pf.address: verdict(pf, self.alive.get(pf.address), pf.address in self._late) for pf in self._pfs()}
-        return {address: reason for address, reason in verdicts.items() if reason}
+        """The reason by unhealthy PF."""
+        reasons = {
+            pf.address: unhealthy_reason(pf, self.heartbeats.get(pf.address), pf.address in self._timed_out)
+            for pf in self._pfs()
+        }
+        return {address: reason for address, reason in reasons.items() if reason}
 
     def update(self) -> None:
-        """Take note that the PFs may have changed."""
+        """Forget PFs that have gone, and begin to query new ones. Call it after each discovery."""
         now, pfs = self._clock(), {pf.address: pf for pf in self._pfs()}
-        self._since = {address: self._since.get(address, now) for address in pfs}
-        self.alive = {address: alive for address, alive in self.alive.items() if address in pfs}
-        # One that was down is new when it is up again.
-        self._judged = {address for address in self._judged if address in pfs and pfs[address].state != "down"}
-        self._late &= pfs.keys()
+        self._first_seen = {address: self._first_seen.get(address, now) for address in pfs}
+        self.heartbeats = {address: alive for address, alive in self.heartbeats.items() if address in pfs}
+        # A PF that was down counts as new when it is up again.
+        self._queried = {address for address in self._queried if address in pfs and pfs[address].state != "down"}
+        self._timed_out &= pfs.keys()
         self._updated.set()
 
     def missing(self) -> list[str]:
-        """A sentence for each PF whose first answer is awaited."""
+        """One sentence for each PF whose first result is pending."""
         return [f"PF {address} has not answered its heartbeat query" for address in sorted(self.pending())]
 
     def pending(self) -> set[PciAddress]:
-        """The PFs whose first answer is to come, for a moment at most; `on_change` is called when that is over."""
+        """The PFs without a first result, each for FIRST_RESULT_WAIT at most. `on_change` is called after that time."""
         if not self._interval:
             return set()
         now = self._clock()
-        waiting = {
+        pending = {
             pf.address
             for pf in self._pfs()
             if pf.state != "down"
-            and pf.address not in self._judged
-            and now < self._since.get(pf.address, now) + FIRST_ANSWER
+            and pf.address not in self._queried
+            and now < self._first_seen.get(pf.address, now) + FIRST_RESULT_WAIT
         }
-        if waiting and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(FIRST_ANSWER, self._waited)
-        return waiting
+        if pending and self._pending_timer is None:
+            self._pending_timer = asyncio.get_running_loop().call_later(FIRST_RESULT_WAIT, self._pending_expired)
+        return pending
 
     def query_all(self) -> None:
-        """Query every PF now: the helper is back."""
-        before, self._again = self._again, asyncio.Event()
+        """Query every PF now, since the helper is back."""
+        before, self._query_now = self._query_now, asyncio.Event()
         before.set()
 
     def set_interval(self, seconds: float) -> None:
-        """Ask so often from now on. What was last answered is forgotten with 0, since nobody looks any more."""
+        """Replace the interval. With 0, past results are dropped, since no query would correct them."""
         if seconds == self._interval:
             return
-        log.info("time between heartbeat queries", seconds=seconds)
+        log.info("heartbeat interval changed", seconds=seconds)
         self._interval = seconds
         if not seconds:
-            self.alive = {}
-            self._late.clear()
+            self.heartbeats = {}
+            self._timed_out.clear()
             self._on_change()
         self._updated.set()
         self.query_all()
 
     async def run(self) -> None:
-        """Until cancelled."""
-        async with asyncio.TaskGroup() as rounds:
+        """Query until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
             while True:
                 if self._interval:
-                    for address in sorted({pf.address for pf in self._pfs()} - self._asking):
-                        self._asking.add(address)
-                        rounds.create_task(self._keep_asking(address))
+                    for address in sorted({pf.address for pf in self._pfs()} - self._polled):
+                        self._polled.add(address)
+                        tasks.create_task(self._poll(address))
                 await self._updated.wait()
                 self._updated.clear()
 
-    async def _keep_asking(self, address: PciAddress) -> None:
+    async def _poll(self, address: PciAddress) -> None:
         try:
-            while self._interval and (pf := self._found(address)):
-                again = self._again
+            while self._interval and (pf := self._pf(address)):
+                query_now = self._query_now
                 if pf.state != "down":  # a device that is down has no firmware to answer
-                    await self.check(address)
+                    await self.query(address)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._interval or None):
-                        await again.wait()
+                        await query_now.wait()
         finally:
-            self._asking.discard(address)
+            self._polled.discard(address)
 
-    async def check(self, address: PciAddress) -> None:
-        """Ask one PF, and tell if the answer makes a difference."""
-        before = (self.alive.get(address), address in self._late, address in self._judged)
+    async def query(self, address: PciAddress) -> None:
+        """Query one PF, and call `on_change` if the result differs from the one before."""
+        before = (self.heartbeats.get(address), address in self._timed_out, address in self._queried)
         try:
-            answer = await self._helper.heartbeat(address)
-        except (HelperUnavailableError, HelperSilentError):
-            pass  # that says nothing about the device
+            heartbeat = await self._helper.heartbeat(address)
+        except (HelperUnavailableError, HelperNotRespondingError):
+            pass  # a failure of the helper, which shows nothing about the device
         except HelperError as error:
-            self._no_answer(address, error)
+            self._failed(address, error)
         else:
-            self._answered(address, answer.alive)
-        self._judged.add(address)
-        if self._found(address) and before != (self.alive.get(address), address in self._late, True):
+            self._answered(address, heartbeat.alive)
+        self._queried.add(address)
+        if self._pf(address) and before != (self.heartbeats.get(address), address in self._timed_out, True):
             self._on_change()
 
     def _answered(self, address: PciAddress, alive: bool) -> None:
-        if not self._interval or self._found(address) is None:
-            return  # it is being changed, or has gone
-        was_late = address in self._late
-        self._late.discard(address)
-        self._silent.pop(address, None)
-        if was_late or self.alive.get(address) != alive:
+        if not self._interval or self._pf(address) is None:
+            return  # queries have been turned off, or the PF is being changed or has gone
+        timed_out_before = address in self._timed_out
+        self._timed_out.discard(address)
+        self._logged_errors.pop(address, None)
+        if timed_out_before or self.heartbeats.get(address) != alive:
             if not alive:
                 log.error("heartbeat lost", pf=str(address))
-            elif was_late or address in self.alive:
+            elif timed_out_before or address in self.heartbeats:
                 log.info("heartbeat back", pf=str(address))
-        self.alive[address] = alive
+        self.heartbeats[address] = alive
 
-    def _no_answer(self, address: PciAddress, error: HelperError) -> None:
-        if error.code == ErrorCode.UNAVAILABLE:  # this driver has none
-            self.alive.pop(address, None)
-            self._late.discard(address)
-        elif error.code == ErrorCode.TIMED_OUT and self._found(address):
-            # As long as that query has not ended, the next ones are answered with busy.
-            self._late.add(address)
-            self.alive[address] = False
-        if self._silent.get(address) != error.message:
-            self._silent[address] = error.message
+    def _failed(self, address: PciAddress, error: HelperError) -> None:
+        if error.code == ErrorCode.UNAVAILABLE:  # this driver has no heartbeat
+            self.heartbeats.pop(address, None)
+            self._timed_out.discard(address)
+        elif error.code == ErrorCode.TIMED_OUT and self._pf(address):
+            # Until that query ends, the helper refuses further ones as busy.
+            self._timed_out.add(address)
+            self.heartbeats[address] = False
+        if self._logged_errors.get(address) != error.message:
+            self._logged_errors[address] = error.message
             write = log.error if error.code == ErrorCode.TIMED_OUT else log.info
-            write("no heartbeat to be read", pf=str(address), why=error.message)
+            write("heartbeat cannot be read", pf=str(address), why=error.message)
 
-    def _found(self, address: PciAddress) -> PhysicalFunction | None:
+    def _pf(self, address: PciAddress) -> PhysicalFunction | None:
         return next((pf for pf in self._pfs() if pf.address == address), None)
 
-    def _waited(self) -> None:
-        self._timer = None
+    def _pending_expired(self) -> None:
+        self._pending_timer = None
         self._on_change()

@@ -1,6 +1,6 @@
-"""What discovery found and what the kubelet is told: immutable snapshots, passed from stage to stage.
+"""The Inventory: an immutable snapshot of the QAT functions that discovery found.
 
-Nobody changes one; each stage makes a new one. The order of functions and devices is always the order of addresses.
+Functions are always in address order.
 """
 
 from msgspec import Struct
@@ -22,7 +22,7 @@ class PhysicalFunction(Struct, frozen=True):
 
 
 class VirtualFunction(Struct, frozen=True):
-    """One VF. `pf` is None inside a VM; `in_use` is the kernel's word on whether a process holds it open.
+    """One VF. `pf` is None inside a VM; `in_use` is whether the kernel reports that a process has the VF open.
 
     `in_use` is known (not None) only on vfio-pci. `uio` is the name under uio/ (uio3) when bound to igb_uio.
     """
@@ -39,14 +39,14 @@ class VirtualFunction(Struct, frozen=True):
 
 
 class Problem(Struct, frozen=True):
-    """Something that discovery could not read or will not touch: one sentence about one device (None: the bus)."""
+    """The reason why discovery could not read, or does not use, one device (None: the bus)."""
 
     address: PciAddress | None
     text: str
 
 
 class Inventory(Struct, frozen=True):
-    """All selected QAT functions of the node. `cut` are the VFs beyond max-num-devices, which are left alone."""
+    """All selected QAT functions of the node. `cut` are the VFs over max-num-devices, which are not used."""
 
     pfs: tuple[PhysicalFunction, ...]
     vfs: tuple[VirtualFunction, ...]
@@ -55,9 +55,9 @@ class Inventory(Struct, frozen=True):
 
 
 def no_vfs_hint(pfs: int) -> str:
-    """What to do on a node without VFs that has so many PFs."""
+    """Advice for a node without VFs; `pfs` is the number of its PFs."""
     if pfs:
         return "enable them on a PF (--provisioning-config, or sriov_numvfs by hand)"
     return (
-        "no PF either: load the PFs' kernel driver, name its VFs' in --kernel-vf-drivers; qat-plugin doctor says more"
+        "no PF either: load the PFs' kernel driver and name its VF driver in --kernel-vf-drivers; see qat-plugin doctor"
     )

@@ -1,4 +1,4 @@
-"""The newest inventory of the node, read from sysfs in a thread; the only holder of it."""
+"""Holds the newest inventory of the node, which it reads from sysfs in a thread."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
 
 class InventoryCache:
-    """`current` is replaced by each `refresh`. Devices that cannot be read are put into `queue` again with backoff."""
+    """Each `refresh` replaces `current`. Devices that cannot be read are put into `queue` again with backoff."""
 
     def __init__(
         self,

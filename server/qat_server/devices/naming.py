@@ -1,7 +1,7 @@
 """The resource name of a VF, from the services that its PF is configured for.
 
 Services are words joined by `;`, as in the kernel's qat/cfg_services (Documentation/ABI/testing/sysfs-driver-qat).
-Their order does not count, neither for the device nor for the name. What cannot be understood is `generic`, never an
+Their order matters neither to the device nor to the name. Services that cannot be parsed give `generic`, never an
 error.
 """
 
@@ -21,31 +21,31 @@ _NAMED_PFS: Final = frozenset(kind.physical for kind in VIRTUAL.values() if kind
 
 
 def resource_name(vf: VirtualFunction, pf: PhysicalFunction | None, config: str | None) -> str:
-    """cy, dc, sym-dc, ... or generic. `config` is the PF's debugfs dev_cfg, None where it is not known."""
+    """cy, dc, sym-dc, ... or generic. `config` is the PF's dev_cfg (debugfs), None when it is not known."""
     kind = VIRTUAL.get(vf.device_id)
     if kind is None or not kind.named_by_services or pf is None:
         return GENERIC
-    if _says_services(pf):
+    if _shows_services(pf):
         return resource_of(pf.services)
     return resource_of(_enabled_services(config)) if config else GENERIC
 
 
 def is_resource_name(name: str) -> bool:
-    """Whether `resource_name` can give it."""
+    """Whether `resource_name` can return this name."""
     return name in (GENERIC, _CRYPTO) or set(name.split("-")) <= set(SERVICES)
 
 
 def needs_config(pf: PhysicalFunction) -> bool:
     """Whether the names of a PF's VFs depend on its dev_cfg, which only the helper can read."""
-    return pf.device_id in _NAMED_PFS and bool(pf.vfs) and not _says_services(pf)
+    return pf.device_id in _NAMED_PFS and bool(pf.vfs) and not _shows_services(pf)
 
 
-def _says_services(pf: PhysicalFunction) -> bool:
+def _shows_services(pf: PhysicalFunction) -> bool:
     return pf.state == "up" and pf.services is not None
 
 
 def resource_of(services: str | None) -> str:
-    """The name for services as in qat/cfg_services, in any order; generic for what cannot be understood."""
+    """The name for services as in qat/cfg_services, in any order; generic for services that cannot be parsed."""
     words = [word.strip() for word in (services or "").split(";")]
     if len(set(words)) != len(words) or not set(words) <= set(SERVICES):
         return GENERIC
@@ -54,18 +54,21 @@ def resource_of(services: str | None) -> str:
 
 
 def _enabled_services(config: str) -> str | None:
-    """[GENERAL] ServicesEnabled of a dev_cfg: `[section]` and `key = value` lines (the kernel's adf_cfg.c)."""
+    """ServicesEnabled in section [GENERAL] of a dev_cfg.
+
+    The text consists of `[section]` and `key = value` lines (the kernel's adf_cfg.c).
+    """
     parser = configparser.RawConfigParser(
         delimiters=("=",),
         comment_prefixes=("#", ";"),
-        inline_comment_prefixes=("#",),  # not `;`, which stands between services
+        inline_comment_prefixes=("#",),  # not `;`, which separates services
         strict=False,
         allow_no_value=True,
         default_section="",
     )
-    parser.optionxform = str  # type: ignore[assignment, method-assign]  # keys are as the kernel spells them
+    parser.optionxform = str  # type: ignore[assignment, method-assign]  # keep the kernel's spelling of keys
     try:
-        # Without the lines' indentation, which would join a line to the value before it.
+        # configparser would join an indented line to the value of the line before.
         parser.read_string("\n".join(line.strip() for line in config.splitlines()))
     except configparser.Error:
         return None

@@ -1,6 +1,7 @@
 """Which VFs are open now, for /status and /metrics: read in a thread, at most once a second.
 
-Opening and closing a device gives no uevent, so it has to be read: one file for each VF, some 50 ms for a thousand.
+Opening or closing a device gives no uevent, so /status and /metrics have to read it: one file for each VF, some 50 ms
+for a thousand.
 """
 
 import asyncio
@@ -11,12 +12,12 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from qat_server.devices.functions import UNREADABLE, in_use
+from qat_server.devices.function_reader import READ_ERRORS, read_in_use
 from qat_server.devices.inventory import Inventory
 from qat_shared.messages import DpdkDriver
 from qat_shared.sysfs import open_device
 
-FRESH: Final = 1.0
+MAX_AGE: Final = 1.0
 """Seconds for which one reading answers every request."""
 
 
@@ -27,17 +28,17 @@ def with_open_vfs(sysfs_root: Path, inventory: Inventory) -> Inventory:
         if vf.driver == DpdkDriver.VFIO_PCI:
             try:
                 with open_device(sysfs_root, vf.address) as device:
-                    open_now = in_use(device)
-            except UNREADABLE:
-                open_now = bool(vf.in_use)
-            vfs.append(vf if open_now == vf.in_use else replace(vf, in_use=open_now))
+                    in_use = read_in_use(device)
+            except READ_ERRORS:
+                in_use = bool(vf.in_use)
+            vfs.append(vf if in_use == vf.in_use else replace(vf, in_use=in_use))
         else:
             vfs.append(vf)
     return replace(inventory, vfs=tuple(vfs))
 
 
 class OpenVfs:
-    """A cache of one reading; requests that come during a reading share its result."""
+    """A cache of one reading. Requests during a reading share its result."""
 
     def __init__(
         self,
@@ -49,14 +50,14 @@ class OpenVfs:
         self._clock = clock
         self._read = read
         self._lock = asyncio.Lock()
-        self._of: Inventory | None = None
-        self._fresh: Inventory | None = None
-        self._at = 0.0
+        self._source: Inventory | None = None
+        self._result: Inventory | None = None
+        self._read_at = 0.0
 
     async def refreshed(self, inventory: Inventory) -> Inventory:
-        """The inventory with `in_use` at most FRESH seconds old."""
+        """The inventory with `in_use` at most MAX_AGE seconds old."""
         async with self._lock:
-            if self._fresh is None or self._of is not inventory or self._clock() >= self._at + FRESH:
-                self._fresh = await asyncio.to_thread(self._read, self._sysfs_root, inventory)
-                self._of, self._at = inventory, self._clock()
-            return self._fresh
+            if self._result is None or self._source is not inventory or self._clock() >= self._read_at + MAX_AGE:
+                self._result = await asyncio.to_thread(self._read, self._sysfs_root, inventory)
+                self._source, self._read_at = inventory, self._clock()
+            return self._result

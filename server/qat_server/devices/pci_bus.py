@@ -1,10 +1,10 @@
-"""The devices on the PCI bus and the drivers that they are bound to: names in sysfs, and the table of QAT drivers.
+"""The devices on the PCI bus and the drivers that they are bound to, from names in sysfs and the table of QAT drivers.
 
-The helper needs none of this: it never searches for devices, its requests name them.
+Only the server searches for devices. The helper works on the devices that its requests name.
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError, open_device, pci_directory
 
 VF_DRIVERS: Final = frozenset(kind.driver for kind in VIRTUAL.values())
-"""Every kernel VF driver of the device table: the values of --kernel-vf-drivers."""
+"""Every kernel VF driver in the device table: the valid values of --kernel-vf-drivers."""
 
 PF_DRIVERS: Final = frozenset(kind.driver for kind in PHYSICAL.values())
 
@@ -24,41 +24,34 @@ def pf_driver_of(vf_driver: str) -> str:
 
 
 def pci_addresses(root: Path) -> list[PciAddress]:
-    """The addresses of all PCI devices of all domains, in address order; names that are no address are left out."""
-    found = []
-    for name in os.listdir(pci_directory(root) / "devices"):
-        try:
-            found.append(PciAddress.parse(name))
-        except ValueError:
-            continue
-    return sorted(found)
+    """The addresses of all PCI devices of all domains, in address order. Raises SysfsError."""
+    try:
+        return _addresses(os.listdir(pci_directory(root) / "devices"))
+    except OSError as error:
+        raise SysfsError(str(root), "bus/pci/devices", os.strerror(error.errno or 0)) from error
 
 
 def driver_addresses(root: Path, driver: str) -> list[PciAddress]:
-    """The addresses of the devices bound to a driver, in order; empty when the driver is not loaded."""
+    """The addresses of the devices bound to a driver, in address order; empty when the driver is not loaded.
+
+    Raises SysfsError, OSError.
+    """
     try:
-        names = os.listdir(pci_directory(root) / "drivers" / driver)
+        return _addresses(os.listdir(pci_directory(root) / "drivers" / driver))
     except FileNotFoundError:
         return []
-    found = []
-    for name in names:
-        try:
-            found.append(PciAddress.parse(name))
-        except ValueError:
-            continue  # bind, unbind, new_id, module, ...
-    return sorted(found)
 
 
 def pfs_without_driver(root: Path, drivers: Collection[str]) -> list[PciAddress]:
-    """The provisionable PFs of these drivers that no driver is bound to; they have VFs once their driver is loaded.
+    """The PFs that could be provisioned if their driver, one of `drivers`, were loaded, in address order.
 
     Empty when the bus cannot be read. A device that cannot be read is left out.
     """
-    found = []
     try:
         addresses = pci_addresses(root)
-    except OSError:
+    except SysfsError:
         return []
+    found = []
     for address in addresses:
         try:
             with open_device(root, address) as device:
@@ -68,5 +61,15 @@ def pfs_without_driver(root: Path, drivers: Collection[str]) -> list[PciAddress]
                 if device.read_int("vendor", 16) == VENDOR_INTEL and device.link("driver") is None:
                     found.append(address)
         except SysfsError:
-            continue  # it is going, or becomes a problem once it has its driver
+            continue  # it is being removed, or becomes a Problem once it has its driver
     return found
+
+
+def _addresses(names: Iterable[str]) -> list[PciAddress]:
+    found = []
+    for name in names:
+        try:
+            found.append(PciAddress.parse(name))
+        except ValueError:
+            continue  # a driver's folder also has bind, unbind, new_id, module, ...
+    return sorted(found)

@@ -1,7 +1,7 @@
 """The resource name of each VF, from its PF's services.
 
-Some PFs do not show their services in sysfs. Their dev_cfg is read through the helper, in tasks of their own, since a
-helper that does not answer must hold up nothing else. Until it is read, the PF's VFs have no name.
+Some PFs do not show their services in sysfs. Their dev_cfg is read through the helper, each in a task of its own, so
+that a slow helper delays nothing else. Until it has been read, the PF's VFs have no name.
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from qat_shared.pci import PciAddress
 log = logs.get(__name__)
 
 _NO_CONFIG: Final = (ErrorCode.UNAVAILABLE, ErrorCode.DENIED)
-"""The driver has no dev_cfg, or policy forbids to read it."""
+"""The driver has no dev_cfg, or the helper's policy forbids reading it."""
 
 
 class ResourceNames:
-    """Reads the dev_cfg that names depend on. `on_change` is called when names may differ, or a read is due again."""
+    """Reads the dev_cfg that names depend on. `on_change` is called when names may differ or a retry is due."""
 
     def __init__(
         self, helper: HelperClient, on_change: Callable[[], None], clock: Callable[[], float] = time.monotonic
@@ -41,7 +41,7 @@ class ResourceNames:
         self._wake_up = WakeUp(on_change, clock)
 
     def reconcile(self, inventory: Inventory, conditions: Conditions, work: asyncio.TaskGroup) -> None:
-        """Read the dev_cfg that names need and that is not known, in tasks of `work`; forget those not needed."""
+        """Start reading each dev_cfg that is needed and not known, in tasks of `work`; forget those not needed."""
         needed = self._needed = {pf.address for pf in inventory.pfs if naming.needs_config(pf)}
         self._configs = {address: text for address, text in self._configs.items() if address in needed}
         self._failures = {address: why for address, why in self._failures.items() if address in needed}
@@ -49,7 +49,7 @@ class ResourceNames:
         for address, why in self._failures.items():
             conditions.report("services not read", address=address, why=why)
         if not self._helper.connected:
-            return  # its return leads to a reconcile
+            return  # a new connection leads to a reconcile
         now = self._clock()
         for address in sorted(needed - self._configs.keys() - self._reading):
             if self._backoff.due(address, now):

@@ -1,8 +1,7 @@
-"""The kernel's uevents, turned into entries of the change queue.
+"""Puts the devices that the kernel's uevents name into the change queue.
 
-Uevents are hints, never facts: each makes the server read sysfs again, so a lost, doubled or forged one does no harm.
-The format of a packet is that of the kernel's lib/kobject_uevent.c: `bind@/devices/...`, then KEY=value strings, each
-ended by NUL.
+A uevent is only a hint: the server then reads sysfs again, so a lost, doubled or forged one does no harm. Packets have
+the format of the kernel's lib/kobject_uevent.c: `bind@/devices/...`, then KEY=value strings, each ended by NUL.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ log = logs.get(__name__)
 _NETLINK_KOBJECT_UEVENT: Final = 15
 _KERNEL_GROUP: Final = 1
 _PACKET_LIMIT: Final = 16 * 1024  # the kernel's own is 2 KiB of environment
-_RECEIVE_BUFFER: Final = 1024 * 1024  # 1024 VFs bound at once are some 3000 packets
+_RECEIVE_BUFFER: Final = 1024 * 1024  # binding 1024 VFs at once gives some 3000 packets
 
 
 class Uevent(Struct, frozen=True):
@@ -35,7 +34,7 @@ class Uevent(Struct, frozen=True):
 
 
 def parse(packet: bytes) -> Uevent | None:
-    """Parse a packet. None for anything but a kernel uevent (udevd's own packets begin with "libudev")."""
+    """Parse a packet; None if it is not a kernel uevent (udevd's own packets begin with "libudev")."""
     head, _, rest = packet.partition(b"\0")
     if b"@" not in head:
         return None
@@ -50,7 +49,10 @@ def parse(packet: bytes) -> Uevent | None:
 
 
 class UeventListener:
-    """Adds the devices that uevents name to `queue`. `source` is "netlink", or "unix:PATH" on a simulated node."""
+    """Puts the devices that uevents name into `queue`. `source` is "netlink", or "unix:PATH" on a simulated node.
+
+    `received` and `overruns` count for the metrics. `error` is why there are no uevents, "" while there are.
+    """
 
     def __init__(self, source: str, queue: ChangeQueue) -> None:
         self._source = source
@@ -60,7 +62,7 @@ class UeventListener:
         self.error = ""
 
     async def run(self) -> None:
-        """Listen until cancelled. A source that cannot be opened is logged once and tried again every two seconds."""
+        """Listen until cancelled. A source that cannot be opened is logged once and retried every two seconds."""
         while True:
             try:
                 sock = await self._open()
@@ -73,7 +75,7 @@ class UeventListener:
                 continue
             self.error = ""
             with contextlib.closing(sock):
-                self._queue.rescan()  # changes from before the socket was open
+                self._queue.rescan()  # there may have been changes before the socket was open
                 await self._listen(sock)
 
     async def _open(self) -> socket.socket:
@@ -111,7 +113,7 @@ class UeventListener:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                if error.errno == errno.ENOBUFS:  # the kernel dropped some, perhaps of QAT devices
+                if error.errno == errno.ENOBUFS:  # the kernel dropped packets, perhaps about QAT devices
                     self.overruns += 1
                     self._queue.rescan()
                     continue
@@ -120,17 +122,17 @@ class UeventListener:
                 if not ended.done():
                     ended.set_result(None)
                 return
-            # Any process with CAP_NET_ADMIN can send on netlink; port 0 is the kernel.
+            # Any process with CAP_NET_ADMIN can send on netlink; the kernel sends from port 0.
             if isinstance(sender, tuple) and sender[0] != 0:
                 continue
-            self._take(parse(packet))
+            self._handle(parse(packet))
 
-    def _take(self, event: Uevent | None) -> None:
+    def _handle(self, event: Uevent | None) -> None:
         if event is None:
             return
         if event.subsystem == "pci" and event.address is not None:
             self.received += 1
             self._queue.rescan(event.address)
-        elif event.subsystem in ("drivers", "module", "uio", "iommu"):  # a driver came or went
+        elif event.subsystem in ("drivers", "module", "uio", "iommu"):  # a driver was added or removed
             self.received += 1
             self._queue.rescan()

@@ -1,8 +1,9 @@
-"""The helper's audit log as its answers show it: whether each head that they bring can follow the one before.
+"""Checks that the helper's audit log continues: whether each head in its answers can follow the head before.
 
-An answer brings the head: number and hash of the log's last line. From that alone, two things can be told: the number
-never goes back, and the same number has the same hash. Whether what lies between two heads is one chain, only the log
-itself tells (qat-helper audit verify --head). What was heard is kept over restarts of the helper, not over our own.
+A head is the number and the hash of the log's last line. Two rules can be checked with heads alone: the number never
+decreases, and the same number always has the same hash. Whether the lines between two heads form one chain can only be
+verified on the log itself (qat-helper audit verify --head). The last head survives restarts of the helper, but not of
+the server.
 """
 
 from typing import Final
@@ -13,27 +14,29 @@ from qat_shared.messages import AuditHead
 
 log = logs.get(__name__)
 
-_SHOWN: Final = 12
+_HASH_SHOWN: Final = 12  # characters
 
 
-class AuditWatch:
-    """The last head that was heard of, and what did not follow."""
+class AuditHeadMonitor:
+    """`head` is the last head, `last_break` the last break of the rules, as a sentence ("" for none).
+
+    `last_break` stays set, since no later answer can repair a break.
+    """
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
         self.head: AuditHead | None = None
-        self.broken = ""
-        """The last break, as a sentence; it stays, since no later answer mends it."""
+        self.last_break = ""
 
-    def heard(self, head: AuditHead) -> None:
-        """An answer brought this head. A break is told once: what follows is compared with the new head."""
+    def update(self, head: AuditHead) -> None:
+        """Check the head of a new answer. A break is reported once: later heads are compared with the new head."""
         last, self.head = self.head, head
         if last is None or head.sequence > last.sequence or head == last:
             return
         how = "went back to" if head.sequence < last.sequence else "has another hash for"
-        self.broken = (
-            f"the helper's audit log {how} line {head.sequence} ({head.hash[:_SHOWN]}) after line {last.sequence} "
-            f"({last.hash[:_SHOWN]}): lines were removed or written anew, or it is another log"
+        self.last_break = (
+            f"the helper's audit log {how} line {head.sequence} ({head.hash[:_HASH_SHOWN]}) after line {last.sequence} "
+            f"({last.hash[:_HASH_SHOWN]}): lines were removed or rewritten, or it is another log"
         )
         self._counters.audit_break()
         log.error(

@@ -10,7 +10,7 @@ from qat_shared.pci import PciAddress
 
 FIRST_DELAY: Final = 0.5
 LONGEST_DELAY: Final = 60.0
-_DOUBLINGS: Final = 7  # 0.5 s doubled so often is over the longest delay
+_DOUBLINGS: Final = 7  # 0.5 s doubled this often is over the longest delay
 
 
 class Failures(Struct, frozen=True):

@@ -1,8 +1,8 @@
-"""The server's side of the helper's socket: typed calls, many in flight, and a connection that is made again when lost.
+"""The client of the helper's socket: typed calls, many in flight, over a connection that is restored when lost.
 
-Theory of operation: `run` (one task) connects, says Hello, then waits for the end of the connection and begins again.
-Calls may come at any time; without a connection they fail at once with HelperUnavailableError, so that nobody waits
-for a helper that is not there.
+Theory of operation: `run` (one task) connects, sends Hello, waits for the end of the connection, and starts again.
+Calls may be made at any time. Without a connection they fail at once with HelperUnavailableError, so that no caller
+waits for a helper that does not run.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ from typing import Final, TypeVar
 from msgspec import Struct
 
 from qat_server import logs
-from qat_server.helper_client.audit_head import AuditWatch
+from qat_server.helper_client.audit_head import AuditHeadMonitor
 from qat_server.helper_client.connection import (
     Connection,
     HelperError,
     HelperUnavailableError,
     close_all,
-    sentence,
+    error_text,
 )
 from qat_server.instrumentation.counters import Counters
 from qat_shared import VERSION
@@ -52,31 +52,31 @@ from qat_shared.messages import (
 )
 from qat_shared.pci import PciAddress
 
-__all__ = ["HelperClient", "HelperError", "HelperSilentError", "HelperUnavailableError"]
+__all__ = ["HelperClient", "HelperError", "HelperNotRespondingError", "HelperUnavailableError"]
 
 log = logs.get(__name__)
 
 CALL_TIMEOUT: Final = 20.0
-"""Seconds for one call: longer than any deadline of the helper's own, so its answer is the one that is heard."""
+"""Seconds for one call. Longer than every deadline in the helper, so that the helper's own answer comes first."""
 RECONNECT_FIRST: Final = 0.05
 RECONNECT_LAST: Final = 1.0
-SETTLED: Final = 1.0
-"""Seconds that a connection has to live for the next attempt to be made at once."""
+STABLE_AFTER: Final = 1.0
+"""A connection that lasted this many seconds resets the reconnect delay."""
 
 _R = TypeVar("_R", bound=AnyReply)
 
 
-class HelperSilentError(HelperError):
-    """There is a connection, and no answer on it: the helper's own matter, not a device's."""
+class HelperNotRespondingError(HelperError):
+    """The connected helper did not answer in time. That is a failure of the helper, not of a device."""
 
     def __init__(self, operation: str) -> None:
         super().__init__(ErrorCode.TIMED_OUT, f"the helper did not answer {operation} in {CALL_TIMEOUT:g} s")
 
 
 class HelperState(Struct, frozen=True):
-    """The helper as last heard of; `audit_*` is its audit log's head, and how that last failed to continue it.
+    """The last known state of the helper. `error` is why it is not connected, `sandbox` the missing part by layer.
 
-    `sandbox`: by layer, what is missing of it.
+    `audit_sequence` and `audit_hash` are the head of its audit log, `audit_broken` is how that last failed to continue.
     """
 
     connected: bool = False
@@ -91,7 +91,8 @@ class HelperState(Struct, frozen=True):
 class HelperClient:
     """One helper at one socket.
 
-    `on_change` are called whenever `connected` may have changed, then `on_connected` when a connection was made.
+    The callbacks in `on_change` are called whenever `connected` may have changed, those in `on_connected` after them
+    when a connection was made. `first_attempt_ended` is set when the first attempt to connect has succeeded or failed.
     """
 
     def __init__(self, path: Path, counters: Counters) -> None:
@@ -102,21 +103,20 @@ class HelperClient:
         self._connection: Connection | None = None
         self.version = ""
         self.error = "the helper is not connected yet"
-        self.tried = asyncio.Event()
-        """Set once the first attempt to connect has ended, however."""
-        self._told = False
-        self.audit = AuditWatch(counters)
+        self.first_attempt_ended = asyncio.Event()
+        self._outage_logged = False
+        self.audit = AuditHeadMonitor(counters)
         self.operations: tuple[str, ...] = ()
         self.sandbox: dict[str, str] = {}
 
     @property
     def connected(self) -> bool:
-        """Whether the helper is there and speaks our protocol."""
+        """Whether there is a connection to a helper with our protocol version."""
         return self._connection is not None
 
     @property
     def state(self) -> HelperState:
-        """The helper as last heard of."""
+        """The last known state of the helper."""
         head = self.audit.head
         return HelperState(
             connected=self.connected,
@@ -124,45 +124,50 @@ class HelperClient:
             error=self.error,
             audit_sequence=head.sequence if head else 0,
             audit_hash=head.hash if head else "",
-            audit_broken=self.audit.broken,
+            audit_broken=self.audit.last_break,
             sandbox=self.sandbox,
         )
 
     async def run(self) -> None:
-        """Keep the connection up until cancelled."""
+        """Keep a connection to the helper until cancelled."""
         delay = RECONNECT_FIRST
         while True:
-            try:
-                connection = await self._connect()
-            except (OSError, HelperError, ProtocolError) as error:
-                differs = isinstance(error, HelperError) and not isinstance(error, HelperUnavailableError)
-                nobody = isinstance(error, FileNotFoundError | ConnectionRefusedError)
-                hint = ": is qat-helper running? (--helper-socket)" if nobody else ""
-                self._lost(f"cannot reach the helper at {self._path}: {sentence(error)}{hint}", say=differs)
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, RECONNECT_LAST)
-                continue
-            began = asyncio.get_running_loop().time()
-            self._connection = connection
-            self.error = ""
-            self._told = False
-            self.tried.set()
-            log.info("helper connected", socket=str(self._path), version=self.version)
-            if lacks := missing(self.sandbox):
-                log.warning("the helper's sandbox is not whole", missing=lacks)
-            for notify in (*self.on_change, *self.on_connected):
-                notify()
-            try:
-                await connection.ended
-            finally:
-                self._connection = None
-                connection.close()
-            self._lost(f"the helper at {self._path} closed the connection")
-            if asyncio.get_running_loop().time() - began > SETTLED:
+            if await self._connect_until_ended() > STABLE_AFTER:
                 delay = RECONNECT_FIRST
-            else:  # it welcomes us and hangs up: not again and again without a pause
+            else:  # no connection, or the helper accepts each one and closes it
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RECONNECT_LAST)
+
+    async def _connect_until_ended(self) -> float:
+        """The seconds for which the connection lasted, 0 if there was none."""
+        try:
+            connection = await self._connect()
+        except (OSError, HelperError, ProtocolError) as error:
+            refused = isinstance(error, HelperError) and not isinstance(error, HelperUnavailableError)
+            not_running = isinstance(error, FileNotFoundError | ConnectionRefusedError)
+            hint = ": is qat-helper running? (--helper-socket)" if not_running else ""
+            self._not_connected(
+                f"cannot reach the helper at {self._path}: {error_text(error)}{hint}", log_again=refused
+            )
+            return 0.0
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self._connection = connection
+        self.error = ""
+        self._outage_logged = False
+        self.first_attempt_ended.set()
+        log.info("helper connected", socket=str(self._path), version=self.version)
+        if lacks := missing(self.sandbox):
+            log.warning("the helper's sandbox is not whole", missing=lacks)
+        for notify in (*self.on_change, *self.on_connected):
+            notify()
+        try:
+            await connection.ended
+        finally:
+            self._connection = None
+            connection.close()
+        self._not_connected(f"the helper at {self._path} closed the connection")
+        return loop.time() - began
 
     async def bind(self, address: PciAddress, driver: DpdkDriver, reason: str) -> Bound:
         """Bind a VF to a DPDK driver. Raises HelperError."""
@@ -179,15 +184,18 @@ class HelperClient:
         )
 
     async def provision(self, make: Callable[[int], AnyRequest]) -> Provisioned:
-        """Carry out an operation on a PF; `make` is given the request's id. Raises HelperError."""
+        """Carry out an operation on a PF; `make` gets the id and returns the request. Raises HelperError."""
         return await self._call(make, Provisioned)
 
     async def prepare_socket_directory(self, directory: SocketDirectory) -> None:
-        """Have the endpoints' directory made and given to the server's group. Raises HelperError."""
+        """Create the endpoints' directory and give it to the server's group. Raises HelperError."""
         await self._call(lambda i: PrepareSocketDirectory(id=i, directory=directory, reason="serve endpoints"), Done)
 
     async def open_kubelet_socket(self, service: KubeletService, wait_ms: int = 0) -> socket.socket:
-        """A stream socket connected to the kubelet, which the caller closes. Raises HelperError."""
+        """A stream socket connected to the kubelet, which the caller must close. Raises HelperError.
+
+        `wait_ms`: milliseconds for which the helper waits for the kubelet.
+        """
         connection = self._require()
         request_id = connection.next_id()
         request = OpenKubeletSocket(
@@ -197,10 +205,12 @@ class HelperClient:
         if isinstance(reply, Connected) and passed is not None:
             try:
                 return socket.socket(fileno=passed)
-            except OSError:  # some other kind of descriptor
+            except OSError:  # another kind of descriptor
                 pass
         close_all(passed)
-        raise HelperError(ErrorCode.INTERNAL, "the helper said that it connected to the kubelet, but passed no socket")
+        raise HelperError(
+            ErrorCode.INTERNAL, "the helper answered that it connected to the kubelet, but passed no socket"
+        )
 
     async def _call(self, make: Callable[[int], AnyRequest], expected: type[_R]) -> _R:
         connection = self._require()
@@ -219,7 +229,7 @@ class HelperClient:
                 reply, passed = await connection.exchange(request)
         except TimeoutError:
             self._counters.helper_request(operation, ErrorCode.TIMED_OUT)
-            raise HelperSilentError(operation) from None
+            raise HelperNotRespondingError(operation) from None
         if isinstance(reply, Failure):
             self._counters.helper_request(operation, reply.code)
             raise HelperError(reply.code, reply.message, reply.errno, reply.rule)
@@ -236,7 +246,7 @@ class HelperClient:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             await loop.sock_connect(sock, os.fspath(self._path))
-            connection = Connection(sock, self.audit.heard)
+            connection = Connection(sock, self.audit.update)
         except BaseException:
             sock.close()
             raise
@@ -245,7 +255,7 @@ class HelperClient:
             reply, _ = await self._exchange(connection, hello)
             if not isinstance(reply, Welcome) or reply.protocol != PROTOCOL:
                 raise HelperError(
-                    ErrorCode.PROTOCOL, "it does not speak our protocol: install the same version of both"
+                    ErrorCode.PROTOCOL, "it has another protocol version: install the same version of both"
                 )
         except BaseException:
             connection.close()
@@ -255,12 +265,12 @@ class HelperClient:
         self.sandbox = reply.sandbox
         return connection
 
-    def _lost(self, error: str, *, say: bool = False) -> None:
-        # One line for an outage, though it mostly has two causes in turn (connection closed, no socket).
-        if not self._told or (say and error != self.error):
+    def _not_connected(self, error: str, *, log_again: bool = False) -> None:
+        # One line for each outage, although most have two causes in turn (connection closed, no socket).
+        if not self._outage_logged or (log_again and error != self.error):
             log.warning("helper not reachable", why=error)
-        self._told = True
+        self._outage_logged = True
         self.error = error
-        self.tried.set()
+        self.first_attempt_ended.set()
         for notify in self.on_change:
             notify()

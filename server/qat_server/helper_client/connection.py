@@ -1,6 +1,7 @@
-"""One connection to the helper: requests go out, and each answer to the caller that waits for its id.
+"""One connection to the helper: it sends requests, and gives each answer to the caller that waits for its id.
 
-A packet is a message (SEQPACKET). What is no answer ends the connection; a descriptor whose caller has gone is closed.
+Each packet is one message (SEQPACKET). A packet that is not a valid answer ends the connection. A descriptor is closed
+when its caller no longer waits.
 """
 
 import asyncio
@@ -20,7 +21,10 @@ _ENDED: Final = "the connection to the helper ended"
 
 
 class HelperError(Exception):
-    """The helper did not do what was asked: `code` says which kind of refusal, `message` what to do."""
+    """The helper did not carry out an operation. `code` is the kind of failure, `message` a sentence for the user.
+
+    `errno` is the kernel's error, 0 for none; `rule` names the policy rule that denied the operation, "" for none.
+    """
 
     def __init__(self, code: ErrorCode, message: str, errno: int = 0, rule: str = "") -> None:
         super().__init__(message)
@@ -38,11 +42,14 @@ class HelperUnavailableError(HelperError):
 
 
 class Connection:
-    """One connected socket and the calls that wait for answers on it. `heard` is given each answer's audit head."""
+    """One connected socket and the calls that wait for an answer. `on_audit_head` is called with each answer's head.
 
-    def __init__(self, sock: socket.socket, heard: Callable[[AuditHead], None]) -> None:
+    `ended` is done once no answer can come any more.
+    """
+
+    def __init__(self, sock: socket.socket, on_audit_head: Callable[[AuditHead], None]) -> None:
         self._sock = sock
-        self._heard = heard
+        self._on_audit_head = on_audit_head
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
         self._sending = asyncio.Lock()
@@ -51,11 +58,14 @@ class Connection:
         self._loop.add_reader(sock, self._readable)
 
     def next_id(self) -> int:
-        """An id that no request before it has had."""
+        """An id that no earlier request on this connection had."""
         return next(self._ids) % 2**32
 
     async def exchange(self, request: AnyRequest) -> tuple[AnyReply, int | None]:
-        """The answer, and a descriptor passed with it, now the caller's. Raises HelperUnavailableError."""
+        """Send a request; return its answer and the descriptor passed with it, which the caller must close.
+
+        Raises HelperUnavailableError.
+        """
         packet = encode(request)
         if self.ended.done():
             raise HelperUnavailableError(_ENDED)
@@ -66,7 +76,7 @@ class Connection:
                 try:
                     await self._loop.sock_sendall(self._sock, packet)
                 except OSError as error:
-                    raise HelperUnavailableError(f"{_ENDED}: {sentence(error)}") from error
+                    raise HelperUnavailableError(f"{_ENDED}: {error_text(error)}") from error
             return await answer
         except BaseException:
             if answer.done() and not answer.cancelled() and answer.exception() is None:
@@ -76,7 +86,7 @@ class Connection:
             self._waiting.pop(request.id, None)
 
     def close(self) -> None:
-        """Close the socket; whoever still waits is told that the connection ended."""
+        """Close the socket. Calls that still wait raise HelperUnavailableError."""
         self._end()
         self._sock.close()
 
@@ -98,11 +108,11 @@ class Connection:
         try:
             reply = decode_reply(packet)
         except ProtocolError as error:
-            log.error("helper sent what is no answer", why=str(error))
+            log.error("invalid answer from the helper", why=str(error))
             close_all(*passed)
             self._end()
             return
-        self._heard(reply.audit)  # here, where answers still have the order in which they were sent
+        self._on_audit_head(reply.audit)  # here, since callers may run in another order than the answers came
         answer = self._waiting.get(reply.id)
         if answer is None or answer.done():
             close_all(*passed)
@@ -111,7 +121,7 @@ class Connection:
         answer.set_result((reply, passed[0] if passed else None))
 
     def _end(self) -> None:
-        # The reader goes at once: a socket at its end would be readable for ever.
+        # The reader is removed at once: a socket at its end stays readable for ever.
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock)
         for answer in self._waiting.values():
@@ -122,14 +132,14 @@ class Connection:
 
 
 def close_all(*descriptors: int | None) -> None:
-    """Close those that there are."""
+    """Close these descriptors; None is skipped."""
     for descriptor in descriptors:
         if descriptor is not None:
             os.close(descriptor)
 
 
-def sentence(error: Exception) -> str:
-    """What it says, without numbers and names of types where there are words."""
+def error_text(error: Exception) -> str:
+    """The error's text without its number; its type only when it has no text."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return str(error) or type(error).__name__

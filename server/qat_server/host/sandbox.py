@@ -1,9 +1,9 @@
-"""What the server leaves itself before it has threads: which files, which system calls.
+"""The sandbox that the server enters before it has threads: the files and system calls that it keeps.
 
     read    <sysfs>/bus/pci, devices, ...; its own code; /proc; the time zone; the provisioning configuration
-    write   the endpoints' directory; the directory of the log files, where any were asked for
+    write   the endpoints' directory; the directory of the log files, if there are any
 
-No socket but Unix ones and the kernel's uevents can be made any more: the metrics listener is opened before.
+Inside, only Unix sockets and the socket for the kernel's uevents can be created. The metrics listener is opened before.
 """
 
 import ctypes
@@ -47,11 +47,11 @@ _LOG_FILES: Final = READ | WRITE_FILE | MAKE_REG | MAKE_SYM | REMOVE_FILE | TRUN
 
 
 class IncompleteSandboxError(Exception):
-    """A layer of the sandbox is missing, and it was required whole; the text names what is missing."""
+    """A layer of the sandbox is missing although all are required; the text names it."""
 
 
 class Access(Struct, frozen=True, kw_only=True):
-    """The directories that the server works with; None where it has none."""
+    """The directories that the server uses; None for one that it does not use."""
 
     sysfs_root: Path
     socket_directory: Path
@@ -61,15 +61,15 @@ class Access(Struct, frozen=True, kw_only=True):
 
 
 def enter(access: Access, *, required: bool) -> dict[str, str]:
-    """Confine this process, which must have one thread. Returns what is missing of each layer, "" for nothing.
+    """Confine this process, which must have one thread. Returns the missing part by layer, "" for a complete one.
 
-    Raises IncompleteSandboxError when anything is missing and the sandbox is `required`.
+    Raises IncompleteSandboxError when any part is missing and the sandbox is `required`.
     """
     try:
-        # Threads end with its help, and glibc would look for it only then.
+        # A thread needs it when it ends. glibc would load it only then, inside the sandbox.
         ctypes.CDLL("libgcc_s.so.1")
     except OSError:
-        log.v(1, "libgcc_s.so.1 is not there")
+        log.v(1, "libgcc_s.so.1 cannot be loaded")
     state = confinement.confine(_rules(access), read_profile(PROFILE))
     lacks = confinement.missing(state)
     if lacks and required:
@@ -86,7 +86,7 @@ def _rules(access: Access) -> Iterator[tuple[Path, int]]:
     yield from ((Path(path), READ) for path in _SYSTEM)
     yield from ((Path(path), READ) for path in _code())
     yield nearest(access.socket_directory), _SOCKETS
-    yield nearest(access.lock_directory), READ  # to lock it: one server works on a node
+    yield nearest(access.lock_directory), READ  # to lock it, so that only one server runs on a node
     if access.configuration is not None:
         yield nearest(access.configuration), READ
     if access.log_directory is not None:
@@ -94,6 +94,6 @@ def _rules(access: Access) -> Iterator[tuple[Path, int]]:
 
 
 def _code() -> set[str]:
-    """Where Python, the libraries and this program are: what is imported late is read late."""
+    """The directories of Python, the libraries and this program, since some modules are imported late."""
     ours = (os.path.dirname(os.path.dirname(package.__file__ or "")) for package in (qat_server, qat_shared))
     return {os.path.realpath(path) for path in (*sys.path, sys.prefix, sys.base_prefix, *ours) if path}

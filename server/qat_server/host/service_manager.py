@@ -1,8 +1,8 @@
-"""What the service manager (systemd) is told of this process: datagrams to the socket that it names in NOTIFY_SOCKET.
+"""Notifies the service manager (systemd) of the start and the end: datagrams to the socket named in NOTIFY_SOCKET.
 
-The protocol is sd_notify(3): lines of NAME=VALUE, one datagram, no answer. The socket is connected before the sandbox,
-in which neither a path outside nor an abstract name can be reached any more, and kept: a connected one may send. Own
-lines rather than a library: those that there are connect when they please, or need libsystemd.
+The protocol is sd_notify(3): lines of NAME=VALUE, one datagram, no answer. The socket is connected before the process
+enters the sandbox, which allows no connection to outside paths or abstract names; a connected socket may still send.
+The existing libraries cannot be used: they connect whenever they send, or need libsystemd.
 """
 
 import asyncio
@@ -15,56 +15,56 @@ from qat_server import logs
 log = logs.get(__name__)
 
 VARIABLE: Final = "NOTIFY_SOCKET"
-_MOST: Final = 1000
-"""Characters of a status. The whole datagram may have 4096 bytes (systemd's NOTIFY_BUFFER_MAX)."""
+_MAX_STATUS: Final = 1000
+"""Characters in a status. The whole datagram may have 4096 bytes (systemd's NOTIFY_BUFFER_MAX)."""
 
 
 class ServiceManager:
-    """One connected socket. What cannot be sent is logged: whoever waits for it has a time-out of his own."""
+    """One connected socket. A notification that cannot be sent is only logged: the manager has its own timeout."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
 
     @classmethod
     def from_environment(cls, environment: MutableMapping[str, str]) -> Self | None:
-        """The one that started this process, None without one. Takes the variable out of the environment."""
-        place = environment.pop(VARIABLE, "")
-        if not place:
+        """Connect to the manager that started this process; None without one. Removes VARIABLE from `environment`."""
+        address = environment.pop(VARIABLE, "")
+        if not address:
             return None
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            sock.connect(f"\0{place[1:]}" if place.startswith("@") else place)
+            sock.connect(f"\0{address[1:]}" if address.startswith("@") else address)
         except OSError as error:
             sock.close()
             log.warning(
-                "service manager cannot be reached: it will end this process when its TimeoutStartSec= is over",
-                socket=place,
+                "service manager cannot be reached: it ends this process after TimeoutStartSec=",
+                socket=address,
                 why=error.strerror or str(error),
             )
             return None
         return cls(sock)
 
     async def ready(self, status: str) -> None:
-        """The start is done; `status` is for people. Waits while the manager is too busy to take it."""
+        """Notify that the start is complete, with a status for people. Waits while the socket's queue is full."""
         try:
             await asyncio.get_running_loop().sock_sendall(self._sock, _packet("READY=1", status))
         except OSError as error:
-            log.warning("service manager cannot be told", why=error.strerror or str(error))
+            log.warning("service manager cannot be notified", why=error.strerror or str(error))
 
     def stopping(self) -> None:
-        """The end has begun. Nothing depends on it: not sent when it would have to wait."""
+        """Notify that the process is stopping. Not sent if the socket's queue is full, since nothing depends on it."""
         try:
             self._sock.send(_packet("STOPPING=1", "stopping"))
         except OSError as error:
-            log.v(1, "service manager cannot be told", why=error.strerror or str(error))
+            log.v(1, "service manager cannot be notified", why=error.strerror or str(error))
 
     def close(self) -> None:
-        """Tell nothing more."""
+        """Close the socket."""
         self._sock.close()
 
 
 def _packet(state: str, status: str) -> bytes:
     line = " ".join(status.split())
-    if len(line) > _MOST:
-        line = f"{line[: _MOST - 3]}..."
+    if len(line) > _MAX_STATUS:
+        line = f"{line[: _MAX_STATUS - 3]}..."
     return f"{state}\nSTATUS={line}\n".encode(errors="replace")

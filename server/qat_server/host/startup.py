@@ -1,7 +1,7 @@
-"""The start as the service manager sees it: done when no device work is missing, or after PATIENCE.
+"""The start as the service manager sees it: complete when no work on devices is missing, or after START_TIMEOUT.
 
-Units that are ordered after this process (the kubelet) wait until then. So the wait is bounded: a device that cannot be
-bound, or an absent helper, must not keep a node from its other work.
+Units that are ordered after this process (the kubelet) wait until then. The wait is bounded, because a device that
+cannot be bound or an absent helper must not keep the node from its other work.
 """
 
 import asyncio
@@ -16,56 +16,56 @@ from qat_shared import NAMESPACE
 
 log = logs.get(__name__)
 
-PATIENCE: Final = 20.0
-"""Seconds after which the start counts as done whatever is missing. The unit's TimeoutStartSec= must be longer."""
-_NAMED: Final = 3
+START_TIMEOUT: Final = 20.0
+"""Seconds after which the start counts as complete in any case. The unit's TimeoutStartSec= must be longer."""
+_MAX_REASONS: Final = 3
 
 
 class Startup:
-    """`missing` returns what the start still waits for; each call of `check` asks it again."""
+    """Reports the start to `manager`. `missing` returns why it is not complete, `listing` the served devices."""
 
     def __init__(
         self,
         manager: ServiceManager,
         missing: Callable[[], Sequence[str]],
         listing: Callable[[], Listing],
-        patience: float = PATIENCE,
+        timeout: float = START_TIMEOUT,
     ) -> None:
         self._manager = manager
         self._missing = missing
         self._listing = listing
-        self._patience = patience
+        self._timeout = timeout
         self._complete = asyncio.Event()
 
     def check(self) -> None:
-        """See whether the start is complete: the devices have been reconciled."""
-        if not self._complete.is_set() and not self._missing_sentence():
+        """Check again whether the start is complete. Call it after each reconcile."""
+        if not self._complete.is_set() and not self._missing_text():
             self._complete.set()
 
     async def run(self) -> None:
-        """Return once the service manager has been told that nothing is missing."""
+        """Return once the service manager has been notified that nothing is missing."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._timeout):
                 await self._complete.wait()
-        if not self._complete.is_set() and (text := self._missing_sentence()):
-            log.warning("start is done, but incomplete", seconds=self._patience, missing=text)
-            await self._manager.ready(f"waited {self._patience:g} s, and went on without: {text}")
+        if not self._complete.is_set() and (text := self._missing_text()):
+            log.warning("start is incomplete after the timeout", seconds=self._timeout, missing=text)
+            await self._manager.ready(f"waited {self._timeout:g} s, and went on without: {text}")
             await self._complete.wait()
         text = _devices(self._listing())
-        log.info("start is done", devices=text)
+        log.info("start is complete", devices=text)
         await self._manager.ready(f"started with {text}")
 
-    def _missing_sentence(self) -> str:
+    def _missing_text(self) -> str:
         try:
-            return _sentence(self._missing())
-        except Exception as error:  # a defect must not keep other units waiting for ever
+            return _joined(self._missing())
+        except Exception as error:  # a defect must not block other units for ever
             log.exception("checking the start failed")
             return f"a defect of this server: {error!r}"
 
 
-def _sentence(missing: Sequence[str]) -> str:
-    more = len(missing) - _NAMED
-    return "; ".join(missing[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
+def _joined(missing: Sequence[str]) -> str:
+    more = len(missing) - _MAX_REASONS
+    return "; ".join(missing[:_MAX_REASONS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _devices(listing: Listing) -> str:

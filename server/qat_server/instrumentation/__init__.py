@@ -1,4 +1,4 @@
-"""What the rooms count, and the conditions that they report: plain numbers and sets, without a metrics library.
+"""Counters and conditions: plain numbers and sets, without a metrics library.
 
-Every room above may count and report. `observability` turns the counters into metrics when somebody scrapes them.
+Every room above may count and report. `observability` turns the counters into metrics on each scrape.
 """

@@ -1,6 +1,6 @@
-"""What has happened so far, as plain numbers of the event loop's thread: adding costs an integer, and no library.
+"""The server's counters, as plain numbers that only the event loop's thread changes, so that counting is cheap.
 
-metrics.py turns them into Prometheus' text when somebody asks.
+observability/metrics.py turns them into Prometheus' text format.
 """
 
 from bisect import bisect_left
@@ -10,7 +10,7 @@ from typing import Final
 
 
 class Histogram:
-    """Durations in seconds, counted by upper bound (the last bucket is without bound)."""
+    """Durations in seconds, counted by upper bound; the last bucket has no bound."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -20,7 +20,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, seconds: float) -> None:
-        """Count one duration."""
+        """Add one duration."""
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total += seconds
 
@@ -41,34 +41,34 @@ class Counters:
         self.rescan_seconds = Histogram((0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0))
 
     def helper_request(self, operation: str, outcome: str = "ok") -> None:
-        """A request to the helper was answered, or failed."""
+        """Count a request to the helper that was answered or failed."""
         self.helper_requests[operation, outcome] += 1
 
     def audit_break(self) -> None:
-        """The head of the helper's audit log did not follow the one before."""
+        """Count a head of the helper's audit log that cannot follow the head before."""
         self.audit_breaks += 1
 
     def bind(self, driver: str, seconds: float, outcome: str = "ok") -> None:
-        """A VF's binding ended after `seconds`."""
+        """Count an attempt to bind a VF, which took `seconds`."""
         self.bind_attempts[driver] += 1
         if outcome != "ok":
             self.bind_failures[driver, outcome] += 1
         self.bind_seconds.observe(seconds)
 
     def allocation(self, resource: str, devices: int, outcome: str = "ok") -> None:
-        """An Allocate for one container was answered."""
+        """Count an answer to Allocate for one container."""
         self.allocations[resource, outcome] += 1
         if outcome == "ok":
             self.allocated_devices[resource] += devices
 
     def preferred_allocation(self, resource: str, outcome: str = "ok") -> None:
-        """A GetPreferredAllocation for one container was answered."""
+        """Count an answer to GetPreferredAllocation for one container."""
         self.preferred_allocations[resource, outcome] += 1
 
     def resync(self) -> None:
-        """A look at everything was made because of the timer, an overrun or a change of the helper."""
+        """Count a full discovery (resync timer, uevent overrun, new connection to the helper)."""
         self.resyncs += 1
 
     def rescan(self, seconds: float) -> None:
-        """A look at the devices took `seconds`."""
+        """Count a discovery, full or partial, which took `seconds`."""
         self.rescan_seconds.observe(seconds)

@@ -1,13 +1,14 @@
-"""The process's log handler: klog's text or JSON, to standard error, files or both, as klog's flags say."""
+"""The log handler of the process: klog's text or JSON, to standard error, to files or to both, as the flags say."""
 
 import logging
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Final
 
 from qat_server.logs.files import LogFiles
-from qat_server.logs.format import JsonFormatter, TextFormatter
+from qat_server.logs.formatters import JsonFormatter, TextFormatter
 from qat_server.logs.logger import get
 from qat_server.logs.settings import LogFormat, LogSettings, level_of, severity_of
 
@@ -15,9 +16,9 @@ OUR_LOGGERS: Final = ("qat_server", "qat_shared")
 
 
 def configure(settings: LogSettings) -> logging.Handler:
-    """Have the process log as the flags say, in place of an earlier `configure`. Raises OSError with the file's name.
+    """Configure the logging of the process; replaces an earlier configuration. Raises OSError with the file's name.
 
-    Says once, in one line, which of the flags given have no effect.
+    The flags that have no effect are logged in one line.
     """
     handler = _Handler(settings)
     root = logging.getLogger()
@@ -28,36 +29,33 @@ def configure(settings: LogSettings) -> logging.Handler:
     level = level_of(max(settings.verbosity, *(module for _, module in settings.modules), 0))
     for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(level)
-    # Libraries speak of their own inner life at INFO; debugging wants all of it.
+    # INFO lines of libraries are about their internals, which only debugging needs.
     root.setLevel(level_of(settings.verbosity) if settings.verbosity >= 5 else logging.WARNING)
     logging.captureWarnings(True)  # one line through this handler instead of two on stderr
     if settings.ineffective:
         get(__name__).info(
             "flags accepted without effect",
             flags=settings.ineffective,
-            hint="what concerns files needs --logtostderr=false" if settings.to_stderr else "",
+            hint="flags for log files need --logtostderr=false" if settings.to_stderr else "",
         )
     return handler
 
 
 def module_threshold(settings: LogSettings) -> Callable[[str], int]:
-    """The least level that is written, by source file (without .py). As in klog, --vmodule only adds to --v."""
-    known: dict[str, int] = {}
-    # Go writes [^a], fnmatch [!a].
+    """The lowest level that is written, by source file (without .py). As in klog, --vmodule only adds to --v."""
+    # Go negates a character class with ^, fnmatch with !.
     patterns = [(pattern.replace("[^", "[!"), verbosity) for pattern, verbosity in settings.modules]
 
+    @cache
     def threshold(module: str) -> int:
-        level = known.get(module)
-        if level is None:
-            found = next((verbosity for pattern, verbosity in patterns if fnmatchcase(module, pattern)), 0)
-            level = known[module] = level_of(max(settings.verbosity, found))
-        return level
+        found = next((verbosity for pattern, verbosity in patterns if fnmatchcase(module, pattern)), 0)
+        return level_of(max(settings.verbosity, found))
 
     return threshold
 
 
 class _Handler(logging.Handler):
-    """Formats a record once and hands the line to stderr, files or both."""
+    """Formats each record once and writes the line to stderr, to files or to both."""
 
     def __init__(self, settings: LogSettings) -> None:
         super().__init__()
@@ -75,7 +73,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record) + "\n"
-        except Exception:  # noqa: BLE001 - a field that cannot be shown must not stop what it is about
+        except Exception:  # noqa: BLE001 - a field that cannot be formatted must not stop the caller
             self.handleError(record)
             return
         severity = severity_of(record.levelno)
@@ -83,7 +81,7 @@ class _Handler(logging.Handler):
             if self._settings.legacy_stderr_threshold or severity >= self._settings.stderr_threshold:
                 _to_stderr(line)
             return
-        written = self._to_files(severity, line)
+        written = self._to_files(self._files, severity, line)
         if not written or self._also_to_stderr(severity):
             _to_stderr(line)
 
@@ -98,11 +96,10 @@ class _Handler(logging.Handler):
             return True
         return settings.also_to_stderr and severity >= settings.also_to_stderr_threshold
 
-    def _to_files(self, severity: int, line: str) -> bool:
-        assert self._files is not None  # noqa: S101 - the caller has looked
+    def _to_files(self, files: LogFiles, severity: int, line: str) -> bool:
         try:
-            self._files.write(severity, line.encode("utf-8", "backslashreplace"))
-        except (OSError, ValueError) as error:  # ValueError: closed while starting anew
+            files.write(severity, line.encode("utf-8", "backslashreplace"))
+        except (OSError, ValueError) as error:  # ValueError: closed during a rotation
             if not self._failed:
                 _to_stderr(f"qat-plugin: the log file cannot be written ({error}); lines go to standard error\n")
             self._failed = True
@@ -117,4 +114,4 @@ def _to_stderr(line: str) -> None:
         stream.write(line)
         stream.flush()
     except (OSError, ValueError, AttributeError):
-        return  # nobody reads, or stderr is closed (None): there is no other place to say so
+        return  # nobody reads stderr, or it is closed (None); there is no other place to report that

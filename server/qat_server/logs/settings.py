@@ -1,4 +1,4 @@
-"""What the logging flags say (their meaning is klog's), and how verbosity maps to the levels of the standard library.
+"""The logging settings, whose meaning is klog's, and the mapping of verbosity to the standard library's levels.
 
 klog     info  V(1) .. V(4)  V(5)=debug  V(6) ..
 logging  20    19   .. 16    10          9   ..
@@ -16,16 +16,16 @@ SEVERITIES: Final = ("INFO", "WARNING", "ERROR", "FATAL")
 
 
 class LogFormat(StrEnum):
-    """How a line looks."""
+    """The format of log lines."""
 
     TEXT = "text"
     JSON = "json"
 
 
 class LogSettings(Struct, frozen=True, kw_only=True):
-    """Where log lines go and how they look. Severities: 0 info, 1 warning, 2 error, 3 fatal; `file_max_size` in bytes.
+    """Where log lines go, and their format. Severities: 0 info, 1 warning, 2 error, 3 fatal; `file_max_size` in bytes.
 
-    `ineffective` are the flags that were given and have no effect, to be said once.
+    `ineffective` are the given flags that have no effect; they are logged once.
     """
 
     verbosity: int = 0
@@ -47,7 +47,7 @@ class LogSettings(Struct, frozen=True, kw_only=True):
 
     @property
     def file_directory(self) -> str | None:
-        """The directory that log files are written to; None without any."""
+        """The directory that log files are written to; None if there are no log files."""
         if self.to_stderr:
             return None
         directory = os.path.dirname(os.path.abspath(self.file)) if self.file else self.directory
@@ -58,7 +58,7 @@ _DEBUG_VERBOSITY: Final = 5
 
 
 def level_of(verbosity: int) -> int:
-    """The standard library's level of V(verbosity); 20 for 0 and less, 1 at least."""
+    """The standard library's level of V(verbosity): 20 for 0 and less, and never below 1."""
     if verbosity <= 0:
         return logging.INFO
     if verbosity < _DEBUG_VERBOSITY:
@@ -67,7 +67,7 @@ def level_of(verbosity: int) -> int:
 
 
 def verbosity_of(level: int) -> int:
-    """The other way round: 0 for info and all that is more severe."""
+    """The inverse of `level_of`: 0 for info and every more severe level."""
     if level >= logging.INFO:
         return 0
     if level > logging.INFO - _DEBUG_VERBOSITY:

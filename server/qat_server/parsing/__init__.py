@@ -1,5 +1,4 @@
-"""Pure parsers of the texts that people write in flags and configuration files.
+"""Pure parsers of the values in flags and configuration files.
 
-Each raises ValueError with one phrase that says what would be right. Durations, booleans and numbers are read as Go's
-flag package reads them.
+Each raises ValueError with one phrase that names the valid form. `command_line` and `provisioning` use them.
 """

@@ -1,7 +1,6 @@
-"""What a flag's text means: pure parsers, each raising ValueError with one phrase that says what would be right.
+"""Parsers of single values: each takes a text, and raises ValueError with one phrase that names the valid form.
 
-Durations, booleans and numbers are read as Go's flag package reads them, since the flags are those of a Go program's
-users.
+Durations, booleans and numbers follow Go's flag package, since users know these flags from a Go program.
 """
 
 import re
@@ -23,7 +22,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 
 
 class HostPort(Struct, frozen=True):
-    """Where to listen or to connect. `host` without brackets, "" is every address; port 0 lets the system choose."""
+    """An address to listen on or to connect to. `host` has no brackets; "" is every address. Port 0: any free port."""
 
     host: str
     port: int
@@ -41,20 +40,20 @@ def boolean(text: str) -> bool:
     raise ValueError(f"{shown(text)} is not true or false")
 
 
-def integer(text: str, least: int | None = None, most: int = 2**31 - 1) -> int:
-    """A decimal number between `least` (None: any) and `most`."""
+def integer(text: str, minimum: int | None = None, maximum: int = 2**31 - 1) -> int:
+    """A decimal number from `minimum` (None: no limit) to `maximum`."""
     if not re.fullmatch(r"[+-]?[0-9]{1,20}", text, re.ASCII):
         raise ValueError(f"{shown(text)} is not a whole number")
     number = int(text)
-    if least is not None and number < least:
-        raise ValueError(f"{number} is too small, the least is {least}")
-    if abs(number) > most:
-        raise ValueError(f"{number} is too large, the most is {most}")
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{number} is too small, the minimum is {minimum}")
+    if abs(number) > maximum:
+        raise ValueError(f"{number} is too large, the maximum is {maximum}")
     return number
 
 
-def duration(text: str, least: float, zero_is_off: bool = False) -> float:
-    """Seconds: 5, 5s, 500ms, 1m30s (as time.ParseDuration; a plain number is seconds). `least` in seconds."""
+def duration(text: str, minimum: float, zero_is_off: bool = False) -> float:
+    """Seconds: 5, 5s, 500ms, 1m30s (as time.ParseDuration; a plain number is seconds). `minimum` in seconds."""
     if re.fullmatch(_NUMBER, text, re.ASCII):
         seconds = float(text)
     elif _DURATION.fullmatch(text):
@@ -63,11 +62,11 @@ def duration(text: str, least: float, zero_is_off: bool = False) -> float:
         raise ValueError(f"{shown(text)} is not a duration such as 5s, 500ms or 1m30s")
     if seconds == 0 and zero_is_off:
         return 0.0
-    if seconds < least:
+    if seconds < minimum:
         off = ", or 0 for off" if zero_is_off else ""
-        raise ValueError(f"{text} is too short, the least is {least:g}s{off}")
+        raise ValueError(f"{text} is too short, the minimum is {minimum:g}s{off}")
     if seconds > _LONGEST_DURATION:
-        raise ValueError(f"{text[:40]} is too long, the most is 24h")
+        raise ValueError(f"{text[:40]} is too long, the maximum is 24h")
     return seconds
 
 
@@ -84,7 +83,7 @@ def host_port(text: str) -> HostPort | None:
         except ValueError:
             raise ValueError(f"{shown(host)} is not an IPv6 address") from None
     if ":" in host and "/" not in host:
-        raise ValueError(f"{shown(text)}: an IPv6 address stands in brackets, as in [::1]:9090")
+        raise ValueError(f"{shown(text)}: an IPv6 address must be in brackets, as in [::1]:9090")
     if host and not _HOST.fullmatch(host):
         raise ValueError(f"{shown(host)} is not a host name or address")
     return HostPort(host, int(port))
@@ -102,7 +101,7 @@ def names(text: str, known: frozenset[str], kind: str) -> tuple[str, ...]:
 
 
 def severity(text: str) -> int:
-    """0 to 3, or INFO, WARNING, ERROR, FATAL in any case (as klog's -stderrthreshold)."""
+    """0 to 3, or INFO, WARNING, ERROR, FATAL in upper or lower case (as klog's -stderrthreshold)."""
     if text.upper() in SEVERITIES:
         return SEVERITIES.index(text.upper())
     if text in ("0", "1", "2", "3"):
@@ -111,7 +110,7 @@ def severity(text: str) -> int:
 
 
 def vmodule(text: str) -> tuple[tuple[str, int], ...]:
-    """Patterns with their levels: discovery=4,sim*=2. Level 0 is left out, as klog does."""
+    """Patterns with their levels: discovery=4,sim*=2. As in klog, patterns with level 0 are dropped."""
     patterns = []
     for part in text.split(","):
         if not part:
@@ -125,10 +124,10 @@ def vmodule(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def listed(names: frozenset[str] | tuple[str, ...]) -> str:
-    """Names for a sentence, sorted when they have no order of their own."""
+    """Names joined for a sentence; a set is sorted, a tuple keeps its order."""
     return ", ".join(sorted(names) if isinstance(names, frozenset) else names)
 
 
 def shown(text: str) -> str:
-    """A user's text for a message: quoted, and cut to 60 characters."""
+    """A user's text for an error message: quoted, and cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,4 +1,4 @@
-"""What a process reads of AppArmor, and which refusals it is named for."""
+"""AppArmor's state as read by a process, and the refusals for which there is advice."""
 
 import errno
 from pathlib import Path
@@ -9,7 +9,7 @@ from qat_server.binding.apparmor import AppArmor, read_apparmor
 
 CONTAINERD = "cri-containerd.apparmor.d"
 
-SEEN: dict[str, tuple[dict[str, str], AppArmor]] = {
+STATES: dict[str, tuple[dict[str, str], AppArmor]] = {
     "nothing to read": ({}, AppArmor()),
     "off": ({"sys/module/apparmor/parameters/enabled": "N\n", "proc/self/attr/current": "kernel\n"}, AppArmor(False)),
     "a container's default": (
@@ -20,7 +20,7 @@ SEEN: dict[str, tuple[dict[str, str], AppArmor]] = {
         {"sys/module/apparmor/parameters/enabled": "Y\n", "proc/self/attr/current": "unconfined\n"},
         AppArmor(True, "unconfined"),
     ),
-    "beside another module": (
+    "with another module": (
         {
             "sys/module/apparmor/parameters/enabled": "Y\n",
             "proc/self/attr/current": "_\n",
@@ -31,8 +31,8 @@ SEEN: dict[str, tuple[dict[str, str], AppArmor]] = {
 }
 
 
-@pytest.mark.parametrize(("files", "expected"), SEEN.values(), ids=SEEN)
-def test_what_is_read(files: dict[str, str], expected: AppArmor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("files", "expected"), STATES.values(), ids=STATES)
+def test_read_apparmor(files: dict[str, str], expected: AppArmor, tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -49,7 +49,7 @@ ADVICE: dict[str, tuple[AppArmor, int, str]] = {
 
 
 @pytest.mark.parametrize(("apparmor", "refusal", "words"), ADVICE.values(), ids=ADVICE)
-def test_a_refusal_that_it_may_have_made(apparmor: AppArmor, refusal: int, words: str) -> None:
+def test_advice(apparmor: AppArmor, refusal: int, words: str) -> None:
     assert words in apparmor.advice(refusal)
 
 
@@ -62,5 +62,5 @@ def test_a_refusal_that_it_may_have_made(apparmor: AppArmor, refusal: int, words
         (AppArmor(), errno.EPERM),
     ],
 )
-def test_what_it_is_not_named_for(apparmor: AppArmor, refusal: int) -> None:
+def test_no_advice_for_other_refusals(apparmor: AppArmor, refusal: int) -> None:
     assert apparmor.advice(refusal) == ""

@@ -54,7 +54,7 @@ REFUSED = {
     "unknown flag": (["-dpdk-drivr=x"], "unknown flag -dpdk-drivr: did you mean -dpdk-driver?"),
     "server's flag before a command": (["-v=3", "demo"], "-v is a flag of the server: it has no meaning before 'demo'"),
     "boolean's value after a space": (["-logtostderr", "false"], "takes its value after =, as in -logtostderr=false"),
-    "bad setting": (["-max-num-devices", "0"], "--max-num-devices: 0 is too small, the least is 1"),
+    "bad setting": (["-max-num-devices", "0"], "--max-num-devices: 0 is too small, the minimum is 1"),
     "no sysfs": (["-sysfs-root", "/proc"], "--sysfs-root: /proc: bus/pci/devices: not a readable sysfs tree"),
     "switch": (["-version=maybe"], "--version: 'maybe' is not true or false"),
     "unknown mode": (["-mode=foo"], "--mode: unknown mode 'foo'; the only one is dpdk"),

@@ -26,7 +26,7 @@ def test_screen() -> None:
 
     for part in (
         f"qat-plugin {VERSION}: not ready",
-        "  another server works here",
+        "  another server is running",
         "helper: connected, version 0.1.0, audit log at line 17 (abababababab)",
         "audit: the helper's audit log went back",
         "connection refused",

@@ -1,4 +1,4 @@
-"""The client of the helper's socket: answers find their callers, descriptors are not lost, a lost helper comes back."""
+"""The helper client: answers reach their callers, no descriptor leaks, and a lost connection is restored."""
 
 import asyncio
 import os
@@ -94,7 +94,7 @@ async def connected(answer: Answer) -> AsyncIterator[tuple[HelperClient, Scripte
             helper.close()
 
 
-async def test_answers_in_another_order_find_their_callers() -> None:
+async def test_answers_in_another_order_reach_their_callers() -> None:
     held: list[AnyRequest] = []
 
     def answer(request: AnyRequest) -> None:
@@ -115,7 +115,7 @@ async def test_answers_in_another_order_find_their_callers() -> None:
     assert client._counters.helper_requests == {("Hello", "ok"): 1, ("BindDriver", "ok"): 1, ("ReadHeartbeat", "ok"): 1}
 
 
-async def test_each_answer_brings_a_head_that_must_follow_the_one_before(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_audit_head_of_each_answer_is_checked(caplog: pytest.LogCaptureFixture) -> None:
     heads = [AuditHead(sequence=9, hash="cd" * 32), AuditHead(sequence=8, hash="ef" * 32)]
 
     def answer(request: AnyRequest) -> tuple[AnyReply, list[int]]:
@@ -131,12 +131,12 @@ async def test_each_answer_brings_a_head_that_must_follow_the_one_before(caplog:
         async with asyncio.timeout(120):  # a helper that comes back brings one with its welcome
             await until(lambda: client._counters.audit_breaks == 2)
     assert client.audit.head == HEAD
-    assert "went back to line 7 (abababababab) after line 8 (efefefefefef)" in client.audit.broken
-    said = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert [record.message for record in said] == ["audit log does not continue"] * 2
+    assert "went back to line 7 (abababababab) after line 8 (efefefefefef)" in client.audit.last_break
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.message for record in errors] == ["audit log does not continue"] * 2
 
 
-async def test_a_failure_is_raised_with_its_facts() -> None:
+async def test_a_failure_is_raised_with_its_fields() -> None:
     def answer(request: AnyRequest) -> tuple[AnyReply, list[int]]:
         return Failure(id=request.id, audit=HEAD, code=ErrorCode.KERNEL, message="no", errno=16, rule="r"), []
 
@@ -160,7 +160,7 @@ async def test_a_passed_socket_arrives() -> None:
     kubelet.close()
 
 
-async def test_descriptors_that_nobody_waits_for_are_closed() -> None:
+async def test_unexpected_descriptors_are_closed() -> None:
     def answer(request: AnyRequest) -> tuple[AnyReply, list[int]]:
         return Heartbeat(id=request.id, audit=HEAD, alive=True), [0, 0]
 
@@ -172,7 +172,7 @@ async def test_descriptors_that_nobody_waits_for_are_closed() -> None:
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-async def test_a_lost_helper_fails_its_callers_and_is_found_again() -> None:
+async def test_calls_fail_when_the_connection_ends_and_the_client_reconnects() -> None:
     async with connected(lambda _: None) as (client, helper):
         call = asyncio.create_task(client.heartbeat(VF))
         async with asyncio.timeout(120):
@@ -184,7 +184,7 @@ async def test_a_lost_helper_fails_its_callers_and_is_found_again() -> None:
             await until(lambda: client.connected)
 
 
-async def test_a_helper_that_ends_before_its_welcome_is_not_waited_for() -> None:
+async def test_a_helper_that_ends_before_its_welcome_fails_the_attempt() -> None:
     with tempfile.TemporaryDirectory(prefix="qat-", dir="/tmp") as directory:
         path = Path(directory) / "h.sock"
         client = HelperClient(path, Counters())
@@ -201,7 +201,7 @@ async def test_a_helper_that_ends_before_its_welcome_is_not_waited_for() -> None
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_without_a_helper_calls_fail_at_once_and_say_why() -> None:
+async def test_without_a_helper_calls_fail_at_once_with_the_reason() -> None:
     client = HelperClient(Path("/tmp/qat-no-such-directory/h.sock"), Counters())
     task = asyncio.create_task(client.run())
     try:
@@ -215,7 +215,7 @@ async def test_without_a_helper_calls_fail_at_once_and_say_why() -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_another_protocol_is_told_apart() -> None:
+async def test_another_protocol_version_has_its_own_error() -> None:
     with tempfile.TemporaryDirectory(prefix="qat-", dir="/tmp") as directory:
         path = Path(directory) / "h.sock"
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

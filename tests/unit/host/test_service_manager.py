@@ -1,4 +1,4 @@
-"""What a service manager hears, at a path and at an abstract name; and a manager that is not there or too busy."""
+"""Notifications to a service manager at a path or an abstract name; a manager that is absent or busy."""
 
 import asyncio
 import contextlib
@@ -14,15 +14,15 @@ from qat_server.host import service_manager
 from qat_server.host.service_manager import VARIABLE, ServiceManager
 
 
-def listening(place: str) -> socket.socket:
+def listening(address: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    sock.bind(place.replace("@", "\0", 1))
+    sock.bind(address.replace("@", "\0", 1))
     sock.settimeout(60)
     return sock
 
 
 @pytest.fixture(params=["path", "abstract"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "abstract":
         yield f"@qat-{os.getpid()}-{secrets.token_hex(8)}"
         return
@@ -35,44 +35,46 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         os.chdir(before)
 
 
-async def test_it_hears_of_the_start_and_of_the_end(place: str) -> None:
-    with listening(place) as heard:
-        environment = {VARIABLE: place, "PATH": "/bin"}
+async def test_start_and_end_are_notified(address: str) -> None:
+    with listening(address) as manager_socket:
+        environment = {VARIABLE: address, "PATH": "/bin"}
         manager = ServiceManager.from_environment(environment)
         assert manager is not None
         assert environment == {"PATH": "/bin"}, "nothing that this process starts may speak for it"
         await manager.ready("started\nwith 2 qat.intel.com/cy")
-        assert heard.recv(4096) == b"READY=1\nSTATUS=started with 2 qat.intel.com/cy\n", "a line is one variable"
+        assert manager_socket.recv(4096) == b"READY=1\nSTATUS=started with 2 qat.intel.com/cy\n", (
+            "a line is one variable"
+        )
         manager.stopping()
-        assert heard.recv(4096) == b"STOPPING=1\nSTATUS=stopping\n"
+        assert manager_socket.recv(4096) == b"STOPPING=1\nSTATUS=stopping\n"
         manager.close()
 
 
-async def test_the_socket_is_kept_whatever_becomes_of_its_name(tmp_path: Path) -> None:
+async def test_the_socket_is_kept_when_its_name_has_gone(tmp_path: Path) -> None:
     """As in the sandbox, where no socket outside can be connected to any more."""
     path = tmp_path / "notify"
-    with listening(str(path)) as heard:
+    with listening(str(path)) as manager_socket:
         manager = ServiceManager.from_environment({VARIABLE: str(path)})
         assert manager is not None
         path.unlink()
         await manager.ready("started")
-        assert heard.recv(4096).startswith(b"READY=1\n")
+        assert manager_socket.recv(4096).startswith(b"READY=1\n")
         manager.close()
 
 
-async def test_a_status_fits_into_what_systemd_reads(tmp_path: Path) -> None:
-    with listening(str(tmp_path / "notify")) as heard:
+async def test_a_long_status_fits_into_a_datagram(tmp_path: Path) -> None:
+    with listening(str(tmp_path / "notify")) as manager_socket:
         manager = ServiceManager.from_environment({VARIABLE: str(tmp_path / "notify")})
         assert manager is not None
         await manager.ready("ü" * 10_000)
-        said = heard.recv(65536)
-        assert len(said) < 4096
-        assert said.endswith(b"...\n")
+        packet = manager_socket.recv(65536)
+        assert len(packet) < 4096
+        assert packet.endswith(b"...\n")
         manager.close()
 
 
-async def test_a_busy_manager_is_waited_for_but_not_at_the_end(tmp_path: Path) -> None:
-    with listening(str(tmp_path / "notify")) as heard:
+async def test_the_start_waits_for_a_busy_manager_but_the_end_does_not(tmp_path: Path) -> None:
+    with listening(str(tmp_path / "notify")) as manager_socket:
         manager = ServiceManager.from_environment({VARIABLE: str(tmp_path / "notify")})
         assert manager is not None
         others, before = 0, -1
@@ -85,40 +87,40 @@ async def test_a_busy_manager_is_waited_for_but_not_at_the_end(tmp_path: Path) -
                     while True:
                         other.send(b"STATUS=another service\n")
                         others += 1
-        telling = asyncio.ensure_future(manager.ready("started"))
+        notifying = asyncio.ensure_future(manager.ready("started"))
         manager.stopping()  # returns, though there is no room
         await asyncio.sleep(0)
-        assert not telling.done()
+        assert not notifying.done()
         for _ in range(others):
-            heard.recv(4096)
-        await telling
-        assert heard.recv(4096) == b"READY=1\nSTATUS=started\n"
+            manager_socket.recv(4096)
+        await notifying
+        assert manager_socket.recv(4096) == b"READY=1\nSTATUS=started\n"
         manager.close()
 
 
-@pytest.mark.parametrize("place", ["/no/such/socket", "notify", "vsock:2:1234", f"@qat-{secrets.token_hex(8)}"])
-def test_one_that_cannot_be_reached_is_said_and_done_without(place: str, caplog: pytest.LogCaptureFixture) -> None:
-    environment = {VARIABLE: place}
+@pytest.mark.parametrize("address", ["/no/such/socket", "notify", "vsock:2:1234", f"@qat-{secrets.token_hex(8)}"])
+def test_an_unreachable_manager_is_logged(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    environment = {VARIABLE: address}
     assert ServiceManager.from_environment(environment) is None
     assert not environment
     assert "service manager cannot be reached" in caplog.text
 
 
-def test_without_a_manager_nobody_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_manager_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert ServiceManager.from_environment({}) is None
     assert not caplog.text
 
 
-async def test_a_manager_that_has_gone_is_no_reason_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    heard = listening(str(tmp_path / "notify"))
+async def test_a_manager_that_has_gone_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manager_socket = listening(str(tmp_path / "notify"))
     manager = ServiceManager.from_environment({VARIABLE: str(tmp_path / "notify")})
     assert manager is not None
-    heard.close()
+    manager_socket.close()
     await manager.ready("started")
     manager.stopping()
-    assert "service manager cannot be told" in caplog.text
+    assert "service manager cannot be notified" in caplog.text
     manager.close()
 
 
-def test_the_variable_is_systemds() -> None:
+def test_the_variable_is_that_of_systemd() -> None:
     assert service_manager.VARIABLE == "NOTIFY_SOCKET"

@@ -1,4 +1,4 @@
-"""When the start counts as done: with nothing missing, or after its patience with a word about what is."""
+"""When the start counts as done: with nothing missing, or after a timeout, with the reasons why it is incomplete."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -21,28 +21,28 @@ NEVER = 3600.0
 
 class Manager:
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        self.statuses: list[str] = []
 
     async def ready(self, status: str) -> None:
-        self.heard.append(status)
+        self.statuses.append(status)
 
 
 class Bench:
-    def __init__(self, patience: float) -> None:
+    def __init__(self, timeout: float) -> None:
         self.missing: Sequence[str] = ("the helper is not connected yet",)
         self.listing: Listing = {}
         self.manager = Manager()
-        self.asked = 0
-        self.start = Startup(cast(ServiceManager, self.manager), self._ask, lambda: self.listing, patience)
+        self.checks = 0
+        self.start = Startup(cast(ServiceManager, self.manager), self._missing, lambda: self.listing, timeout)
 
-    def _ask(self) -> Sequence[str]:
-        self.asked += 1
+    def _missing(self) -> Sequence[str]:
+        self.checks += 1
         return self.missing
 
 
 @asynccontextmanager
-async def started(patience: float) -> AsyncIterator[Bench]:
-    bench = Bench(patience)
+async def started(start_timeout: float) -> AsyncIterator[Bench]:
+    bench = Bench(start_timeout)
     task = asyncio.create_task(bench.start.run())
     try:
         yield bench
@@ -51,53 +51,53 @@ async def started(patience: float) -> AsyncIterator[Bench]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_it_is_done_once_nothing_is_missing_and_said_once() -> None:
+async def test_the_start_is_complete_once_nothing_is_missing_and_is_notified_once() -> None:
     async with started(NEVER) as bench:
         for _ in range(3):
             bench.start.check()
             await asyncio.sleep(0)
-        assert bench.manager.heard == []
+        assert bench.manager.statuses == []
         bench.missing, bench.listing = (), LISTING
         bench.start.check()
-        await until(lambda: bench.manager.heard)
-        asked = bench.asked
+        await until(lambda: bench.manager.statuses)
+        checks = bench.checks
         bench.missing = ("the helper has gone",)
         bench.start.check()
         await asyncio.sleep(0)
-        assert bench.manager.heard == ["started with 2 qat.intel.com/cy, 0 qat.intel.com/dc"]
-        assert bench.asked == asked, "the start is over: what comes later is no part of it"
+        assert bench.manager.statuses == ["started with 2 qat.intel.com/cy, 0 qat.intel.com/dc"]
+        assert bench.checks == checks, "the start is over, so later changes do not matter"
 
 
-async def test_what_has_come_since_the_last_look_is_not_called_missing() -> None:
+async def test_the_reasons_are_read_again_at_the_timeout() -> None:
     async with started(0.0) as bench:
         bench.missing, bench.listing = (), LISTING
-        await until(lambda: bench.manager.heard)
-        assert bench.manager.heard == ["started with 2 qat.intel.com/cy, 0 qat.intel.com/dc"]
+        await until(lambda: bench.manager.statuses)
+        assert bench.manager.statuses == ["started with 2 qat.intel.com/cy, 0 qat.intel.com/dc"]
 
 
-async def test_a_defect_holds_nobody_up() -> None:
+async def test_a_defect_does_not_block_the_start() -> None:
     def defect() -> Sequence[str]:
         raise ZeroDivisionError
 
     manager = Manager()
     task = asyncio.create_task(Startup(cast(ServiceManager, manager), defect, dict, 0.0).run())
-    await until(lambda: manager.heard)
-    assert "ZeroDivisionError" in manager.heard[0]
+    await until(lambda: manager.statuses)
+    assert "ZeroDivisionError" in manager.statuses[0]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_what_is_missing_holds_nobody_up_for_ever_and_is_told_when_it_has_come() -> None:
+async def test_after_the_timeout_the_reasons_are_notified_and_later_the_completion() -> None:
     async with started(0.0) as bench:
         bench.missing = tuple(f"VF 0000:6b:00.{number} is not bound: busy" for number in range(5))
-        await until(lambda: bench.manager.heard)
-        (said,) = bench.manager.heard
-        assert said == (
+        await until(lambda: bench.manager.statuses)
+        (status,) = bench.manager.statuses
+        assert status == (
             "waited 0 s, and went on without: VF 0000:6b:00.0 is not bound: busy; VF 0000:6b:00.1 is not bound: busy;"
             " VF 0000:6b:00.2 is not bound: busy; and 2 more"
         )
         bench.start.check()
         bench.missing = ()
         bench.start.check()
-        await until(lambda: len(bench.manager.heard) == 2)
-        assert bench.manager.heard[1] == "started with no devices"
+        await until(lambda: len(bench.manager.statuses) == 2)
+        assert bench.manager.statuses[1] == "started with no devices"

@@ -1,4 +1,4 @@
-"""Log files and stderr: which line goes where, and what happens where it cannot be written."""
+"""Log files and stderr: the destination of each line, rotation, and files that cannot be written."""
 
 import json
 import re
@@ -108,7 +108,7 @@ def test_json_files_hold_json_only(tmp_path: Path) -> None:
     assert [json.loads(line)["msg"] for line in file.read_text().splitlines()] == ["x"]
 
 
-def test_log_file_that_cannot_be_made_names_itself(tmp_path: Path) -> None:
+def test_the_error_names_a_log_file_that_cannot_be_created(tmp_path: Path) -> None:
     for settings in (
         LogSettings(to_stderr=False, file=str(tmp_path / "no/file")),
         LogSettings(to_stderr=False, directory=str(tmp_path / "no")),
@@ -118,13 +118,13 @@ def test_log_file_that_cannot_be_made_names_itself(tmp_path: Path) -> None:
         assert str(caught.value.filename).startswith(str(tmp_path / "no"))
 
 
-def test_a_link_in_place_of_our_file_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_file_in_log_dir_is_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "target"
     link = tmp_path / "link"
     link.symlink_to(target)
     with pytest.raises(OSError, match="symbolic"):
-        LogFile(str(link), 0, b"", ours=True)
-    LogFile(str(link), 0, b"", ours=False).close()
+        LogFile(str(link), 0, b"", follow_link=False)
+    LogFile(str(link), 0, b"", follow_link=True).close()
     assert target.exists()
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat_server.logs import handler
-from qat_server.logs.format import JsonFormatter, TextFormatter, quote, value
+from qat_server.logs.formatters import JsonFormatter, TextFormatter, quote, text_value
 from qat_server.logs.settings import LogFormat, LogSettings, level_of, severity_of, verbosity_of
 from qat_shared.pci import PciAddress
 from support.log_lines import log, messages, say_everything
@@ -85,8 +85,8 @@ VALUES: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize(("item", "expected"), VALUES.values(), ids=VALUES.keys())
-def test_value(item: object, expected: str) -> None:
-    assert value(item) == expected
+def test_text_value(item: object, expected: str) -> None:
+    assert text_value(item) == expected
 
 
 ANYTHING = st.recursive(
@@ -126,7 +126,7 @@ def test_json_line() -> None:
 
 
 def test_traceback_stays_behind_tabs() -> None:
-    made = record("look failed", level=logging.ERROR)
+    made = record("reconcile failed", level=logging.ERROR)
     try:
         raise ValueError("bad\nI0101 00:00:00.000000 1 x.go:1] forged\r")
     except ValueError:
@@ -134,7 +134,7 @@ def test_traceback_stays_behind_tabs() -> None:
 
     first, *rest = TextFormatter().format(made).split("\n")
 
-    assert first.endswith('"look failed" traceback=<')
+    assert first.endswith('"reconcile failed" traceback=<')
     assert rest[-1] == " >"
     assert all(line.startswith("\t") for line in rest[:-1])
     assert "\r" not in "".join(rest)
@@ -177,10 +177,11 @@ def test_verbosity(settings: LogSettings, expected: list[str], capsys: pytest.Ca
     assert messages(capsys.readouterr().err) == expected
 
 
-def test_enabled_tells_whether_a_level_is_written() -> None:
+def test_the_logger_is_enabled_for_the_levels_that_are_written() -> None:
     handler.configure(LogSettings(verbosity=2))
 
-    assert [log.enabled(level) for level in (0, 2, 3)] == [True, True, False]
+    logger = logging.getLogger("qat_server.somewhere")
+    assert [logger.isEnabledFor(level_of(verbosity)) for verbosity in (0, 2, 3)] == [True, True, False]
 
 
 def test_line_names_its_caller(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,14 +214,14 @@ def test_configuring_again_replaces(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == '"once"\n'
 
 
-def test_flags_without_effect_are_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_without_effect_are_logged_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     handler.configure(LogSettings(ineffective=("log_backtrace_at", "log_dir")))
 
     (line,) = capsys.readouterr().err.splitlines()
     assert '"flags accepted without effect" flags=["log_backtrace_at","log_dir"]' in line
 
 
-def test_a_library_does_not_chatter(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_lines_of_libraries_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
     handler.configure(LogSettings(verbosity=4))
     logging.getLogger("grpc").info("inner life")
     logging.getLogger("grpc").warning("trouble")
@@ -228,7 +229,7 @@ def test_a_library_does_not_chatter(capsys: pytest.CaptureFixture[str]) -> None:
     assert messages(capsys.readouterr().err) == ["trouble"]
 
 
-def test_a_field_that_cannot_be_shown_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_field_that_cannot_be_formatted_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     class Broken:
         def __str__(self) -> str:
             raise RuntimeError("no")

@@ -26,7 +26,7 @@ async def query_helper(socket: Path, pfs: Sequence[PciAddress]) -> HelperAnswer:
     try:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TIMEOUT):
-                await client.tried.wait()
+                await client.first_attempt_ended.wait()
         if not client.connected:
             return HelperAnswer(error=client.error)
         return HelperAnswer(

@@ -1,6 +1,7 @@
-"""One PF or VF out of its directory in sysfs: what a device says of itself, checked against the table of QAT devices.
+"""Reads one PF or VF from its directory in sysfs, and checks its ids against the table of QAT devices.
 
-Only reads. What is wrong with a single attribute of a PF is told beside it; what makes it no QAT function is raised.
+An unreadable qat/ attribute or virtfn link of a PF becomes a Problem of that PF. Any other error means that the device
+is not a usable QAT function, and is raised.
 """
 
 import os
@@ -16,15 +17,15 @@ from qat_shared.pci import PciAddress
 from qat_shared.sysfs import MalformedError, MissingError, PciDevice, SysfsError, open_device
 
 _NOIOMMU: Final = "vfio-noiommu"
-_MOST: Final = 2**31 - 1  # the kernel's numbers (NUMA nodes, groups) are ints; protobuf refuses larger ones
+_MAX_INT: Final = 2**31 - 1  # the kernel's numbers (NUMA nodes, groups) are ints; protobuf refuses larger ones
 _DRIVER_NAME: Final = re.compile(r"[A-Za-z0-9_.+-]+", re.ASCII)
 _UIO_NAME: Final = re.compile(r"uio[0-9]+", re.ASCII)
-UNREADABLE: Final = (SysfsError, OSError)
-"""What reading a device may raise."""
+READ_ERRORS: Final = (SysfsError, OSError)
+"""The errors that reading a device may raise."""
 
 
 def read_pf(root: Path, address: PciAddress, driver: str, problems: list[Problem]) -> PhysicalFunction:
-    """The PF, which is bound to `driver`; `problems` get what is wrong with parts of it. Raises SysfsError, OSError."""
+    """Read a PF that is bound to `driver`, and add its unreadable parts to `problems`. Raises SysfsError, OSError."""
     with open_device(root, address) as device:
         device_id = _intel_device_id(device)
         kind = PHYSICAL.get(device_id)
@@ -49,7 +50,10 @@ def read_pf(root: Path, address: PciAddress, driver: str, problems: list[Problem
 
 
 def read_vf(root: Path, address: PciAddress, pf: PciAddress | None, vf_drivers: Sequence[str]) -> VirtualFunction:
-    """The VF, of one of the kernel VF drivers by its id, whatever it is bound to. Raises SysfsError, OSError."""
+    """Read a VF whose id belongs to one of the kernel VF drivers; it may be bound to any driver or to none.
+
+    Raises SysfsError, OSError.
+    """
     with open_device(root, address) as device:
         device_id = _intel_device_id(device)
         kind = VIRTUAL.get(device_id)
@@ -65,21 +69,21 @@ def read_vf(root: Path, address: PciAddress, pf: PciAddress | None, vf_drivers: 
             pf=pf,
             numa_node=_numa_node(device),
             iommu_group=None if group is None else _number(device, "iommu_group", group),
-            # Only vfio itself makes groups without an IOMMU, when it binds a device.
+            # Only vfio creates groups without an IOMMU, when it binds a device.
             noiommu=on_vfio and group is not None and device.read_optional("iommu_group/name") == _NOIOMMU,
             uio=_uio(device) if driver == DpdkDriver.IGB_UIO else None,
-            in_use=in_use(device) if on_vfio else None,
+            in_use=read_in_use(device) if on_vfio else None,
         )
 
 
-def in_use(device: PciDevice) -> bool:
-    """Whether a process holds open a VF that is on vfio-pci. Raises SysfsError, OSError."""
-    # vfio-pci enables a device when it is opened; other drivers when they bind, so it says nothing there.
+def read_in_use(device: PciDevice) -> bool:
+    """Whether a process has opened a VF that is on vfio-pci. Raises SysfsError, OSError."""
+    # vfio-pci enables a device when it is opened. Other drivers enable it when they bind, so it shows nothing there.
     return device.read("enable") != "0"
 
 
-def sentence(error: SysfsError | OSError) -> str:
-    """Which file, and why."""
+def error_text(error: SysfsError | OSError) -> str:
+    """The reason, after the file's path where the error has one."""
     if isinstance(error, SysfsError):
         return f"{error.path}: {error.why}"
     return os.strerror(error.errno or 0)
@@ -89,7 +93,7 @@ def _qat_attribute(device: PciDevice, name: str, problems: list[Problem]) -> str
     try:
         return device.read_optional(name)
     except SysfsError as error:
-        problems.append(Problem(device.address, sentence(error)))
+        problems.append(Problem(device.address, error_text(error)))
         return None
 
 
@@ -124,6 +128,6 @@ def _uio(device: PciDevice) -> str | None:
 
 
 def _number(device: PciDevice, name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) > _MOST:
+    if not (text.isascii() and text.isdecimal()) or int(text) > _MAX_INT:
         raise MalformedError(str(device.address), name, f"{text[:40]!r} is not a number")
     return int(text)

@@ -1,12 +1,12 @@
-"""How a log line looks: klog's structured text, or JSON. One event is one line, whatever is in its values.
+"""The formats of log lines: klog's structured text, or JSON. An event is always one line, whatever its values contain.
 
     I1123 22:13:27.123456    1234 discovery.py:88] "VF bound" address="0000:6b:00.1" driver="vfio-pci"
     {"ts":"2026-11-23T22:13:27.123456Z","level":"info","v":0,"logger":"qat_server.devices.discovery","caller":"discovery.py:88",
      "msg":"VF bound","fields":{"address":"0000:6b:00.1","driver":"vfio-pci"}}
 
-Text follows klog's serialize/keyvalues.go: strings as Go's %q, numbers as they are, lists as JSON. In one point it does
-not: a line feed in a value is escaped, so that no value can look like a line of its own. A traceback alone is written
-on lines of its own, each behind a tab, in klog's key=<...> form.
+Text follows klog's serialize/keyvalues.go: strings as Go's %q, numbers as they are, lists as JSON. There is one
+difference: a line feed in a value is escaped, so that no value can look like another log line. Only a traceback takes
+several lines, each after a tab, in klog's key=<...> form.
 """
 
 import logging
@@ -21,12 +21,12 @@ from qat_server.logs.settings import severity_of, verbosity_of
 
 _SEVERITY_LETTERS: Final = "IWEF"
 _LEVELS: Final = ("info", "warning", "error", "fatal")
-_DEEPEST: Final = 8  # of nested values
+_MAX_DEPTH: Final = 8  # of nested values
 _ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 
 
 def fields_of(record: logging.LogRecord) -> Mapping[str, object]:
-    """The fields that `extra={"fields": {...}}` gave."""
+    """The fields given as `extra={"fields": {...}}`."""
     fields = getattr(record, "fields", None)
     return fields if isinstance(fields, Mapping) else {}
 
@@ -38,8 +38,8 @@ def quote(text: str) -> str:
     return '"' + "".join(_ESCAPES.get(letter) or _visible(letter) for letter in text) + '"'
 
 
-def value(item: object) -> str:
-    """A field's value in a text line; never holds a line feed."""
+def text_value(item: object) -> str:
+    """A field's value as text; it never contains a line feed."""
     if isinstance(item, str):
         return quote(str(item))
     if isinstance(item, bool):
@@ -54,7 +54,7 @@ def value(item: object) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """klog's text lines. `directory`: show the source file's directory; `headers`: show anything before the message."""
+    """klog's text lines. `directory`: show the source file's directory; `headers`: show the part before the message."""
 
     def __init__(self, *, headers: bool = True, directory: bool = False) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class TextFormatter(logging.Formatter):
         self._directory = directory
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, without its line feed (more only for a traceback)."""
+        """One line without its line feed; several lines only for a traceback."""
         parts = [quote(record.getMessage())]
-        parts += [f"{_key(name)}={value(item)}" for name, item in fields_of(record).items()]
+        parts += [f"{_key(name)}={text_value(item)}" for name, item in fields_of(record).items()]
         for name, text in _traces(self, record):
             lines = (("".join(letter if letter == "\t" else _visible(letter) for letter in line)) for line in text)
             parts.append(f"{name}=<\n\t" + "\n\t".join(lines) + "\n >")
@@ -85,10 +85,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; times in UTC."""
+    """One JSON object per line; times are in UTC."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, without its line feed."""
+        """One line without its line feed."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         fields = {str(name): item for name, item in fields_of(record).items()}
         fields |= {name: "\n".join(text) for name, text in _traces(self, record)}
@@ -134,7 +134,7 @@ def _json(item: object) -> str:
     text = msgspec.json.encode(_plain(item)).decode()
     if text.isprintable():
         return text
-    # JSON allows some characters that a terminal or a line reader takes for more than text (U+0085, U+2028, U+202E).
+    # JSON allows some characters to which terminals and line readers give a meaning (U+0085, U+2028, U+202E).
     return "".join(letter if letter.isprintable() else _json_escape(letter) for letter in text)
 
 
@@ -144,12 +144,12 @@ def _json_escape(letter: str) -> str:
 
 
 def _plain(item: object, depth: int = 0) -> object:
-    """What JSON has; all else (a PciAddress, a Path, an exception) as its text."""
+    """The item with types that JSON has; any other type (a PciAddress, a Path, an exception) becomes text."""
     if item is None or isinstance(item, bool | int | float):
         return item
-    if isinstance(item, Mapping) and depth < _DEEPEST:
+    if isinstance(item, Mapping) and depth < _MAX_DEPTH:
         return {_text(name): _plain(inner, depth + 1) for name, inner in item.items()}
-    if isinstance(item, list | tuple | set | frozenset) and depth < _DEEPEST:
+    if isinstance(item, list | tuple | set | frozenset) and depth < _MAX_DEPTH:
         return [_plain(inner, depth + 1) for inner in item]
     return _text(item)
 

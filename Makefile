@@ -4,8 +4,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
-BIN := .venv/bin
-READY := .venv/.ready
+# make PYTHON=python3.13 VENV=.venv-3.13: another Python beside it.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
 SOURCES := shared helper server simulation tests docs deployments
 
 .PHONY: help
@@ -16,9 +18,9 @@ help: ## list the targets
 venv: $(READY) ## make .venv/ with qat-helper and qat-plugin in its bin
 
 $(READY): requirements/dev.txt shared/pyproject.toml helper/pyproject.toml server/pyproject.toml simulation/pyproject.toml
-	@echo "==> .venv: installing the locked requirements (requirements/dev.txt) and the four distributions"
+	@echo "==> $(VENV): installing the locked requirements (requirements/dev.txt) and the four distributions"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
-	@$(PYTHON) -m venv --clear .venv
+	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e shared -e helper -e server -e simulation
 	@touch $@
@@ -48,13 +50,13 @@ test-kernel: $(READY) ## run both processes on a real kernel, in QEMU (x86_64, r
 	@$(BIN)/pytest -q tests/kernel
 
 .PHONY: test-node
-test-node: .venv/.deployments ## run the images and manifests in pods on a node in QEMU: kubelet, containerd (as test-kernel, and Go)
+test-node: $(VENV)/.deployments ## run the images and manifests in pods on a node in QEMU: kubelet, containerd (as test-kernel, and Go)
 	@echo "==> test-node: the kubelet, containerd and systemd in the guest; our images, the DaemonSet's pod as a static one"
 	@tests/cluster/prepare
 	@$(BIN)/pytest -q $(foreach each,base confined lifecycle reboot,tests/cluster/test_$(each).py)
 
 .PHONY: test-cluster
-test-cluster: .venv/.deployments ## a whole cluster, in QEMU: kubectl, the README's commands (as test-node; builds Kubernetes)
+test-cluster: $(VENV)/.deployments ## a whole cluster, in QEMU: kubectl, the README's commands (as test-node; builds Kubernetes)
 	@echo "==> test-cluster: etcd, kube-apiserver, controllers, scheduler: without a node first, then with one in the guest"
 	@tests/cluster/prepare
 	@tests/cluster/build etcd kube-apiserver kube-controller-manager kube-scheduler kubectl
@@ -67,12 +69,12 @@ test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, 
 	@$(BIN)/pytest -q tests/helper_security
 
 .PHONY: test-deployments
-test-deployments: .venv/.deployments ## render and check the manifests, build and run the images (needs Go; root for the images)
+test-deployments: $(VENV)/.deployments ## render and check the manifests, build and run the images (needs Go; root for the images)
 	@echo "==> test-deployments: manifests, units, and both images run as the base says, on the simulated node"
 	@tests/deployments/tools/build
 	@$(BIN)/pytest -q tests/deployments
 
-.venv/.deployments: $(READY) requirements/deployments.txt
+$(VENV)/.deployments: $(READY) requirements/deployments.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/deployments.txt
 	@touch $@
 
@@ -117,4 +119,4 @@ lock: ## resolve requirements/*.in into locked files with hashes (needs uv)
 
 .PHONY: clean
 clean: ## remove what the other targets made
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build
+	@rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build

@@ -1,6 +1,7 @@
 """The emulated kubelet behaves as the real one was observed to, its faults included."""
 
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 from qat_simulation.kubelet.kubelet import (
     AdmissionError,
+    Hostility,
     Kubelet,
     KubeletPanicError,
     TopologyAffinityError,
@@ -210,6 +212,19 @@ async def test_a_restart_removes_top_level_sockets_only_and_keeps_pods(node: Nod
         await node.kubelet.wait_for(lambda: node.kubelet.allocatable() == {CY: 4})
         assert node.kubelet.devices_of("pod") == set(got.devices)
         assert node.kubelet.allocatable_free() == {CY: 2}
+
+
+@pytest.mark.parametrize("hostility", [Hostility.NONE, Hostility.CLOSE])
+async def test_only_a_killed_one_leaves_its_socket_behind(node: Node, hostility: Hostility) -> None:
+    path = node.kubelet.plugin_directory / "kubelet.sock"
+    node.kubelet.hostility = hostility
+    await node.kubelet.restart()
+    await node.kubelet.stop()
+    assert not path.exists()
+    await node.kubelet.start()
+    await node.kubelet.stop(kill=True)
+    with pytest.raises(ConnectionRefusedError), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
 
 
 async def test_a_corrupt_checkpoint_counts_as_empty(node: Node) -> None:

@@ -23,6 +23,7 @@ import h11
 from msgspec import Struct
 
 from qat_server import logs
+from qat_server.kubelet.sockets import unix_server
 
 log = logs.get(__name__)
 
@@ -92,7 +93,7 @@ async def serve(
     async with asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as servers:
         endpoint = _Endpoint(handlers, limits or Limits(), group)
         for sock in sockets:
-            start = asyncio.start_unix_server if sock.family == socket.AF_UNIX else asyncio.start_server
+            start = unix_server.start if sock.family == socket.AF_UNIX else asyncio.start_server
             server = await start(endpoint.connected, sock=sock, limit=HEAD_LIMIT)
             servers.callback(server.close)
         log.info("status endpoint open", addresses=[_name(sock) for sock in sockets], paths=sorted(handlers))

@@ -15,7 +15,7 @@ import grpc.aio
 
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import add_RegistrationServicer_to_server
 from qat_server.kubelet.generated.podresources_v1_pb2_grpc import add_PodResourcesListerServicer_to_server
-from qat_server.kubelet.sockets import grpc_socket
+from qat_server.kubelet.sockets import grpc_socket, unix_server
 from qat_server.kubelet.sockets.grpc_socket import BoundSocket
 from qat_simulation.kubelet import checkpoint, grpc_services
 from qat_simulation.kubelet.checkpoint import Checkpoint
@@ -125,7 +125,7 @@ class Kubelet:
         checkpoint.clean_up(self.plugin_directory)
         path = self.plugin_directory / "kubelet.sock"
         if self.hostility in (Hostility.CLOSE, Hostility.GARBAGE):
-            self._raw = await asyncio.start_unix_server(self._misbehave, path)
+            self._raw = await unix_server.start(self._misbehave, path)
             return
         server = grpc.aio.server()
         add_RegistrationServicer_to_server(grpc_services.Registration(self.plugins.register), server)

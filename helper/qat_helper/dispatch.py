@@ -193,7 +193,7 @@ class Dispatcher:
         return max(0.0, min(deadlines) - self._clock()) if deadlines else None
 
     def expire(self) -> None:
-        """ReplyTo timed-out for each job that has outlasted its deadline."""
+        """Answer "timed out" for each job that has outlasted its deadline."""
         now = self._clock()
         for job in [job for job in self._unanswered() if job.deadline <= now]:
             why = f"{job.operation.name} did not finish in time: it may still complete"

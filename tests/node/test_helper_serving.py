@@ -80,6 +80,18 @@ def test_another_protocol_is_told_both_versions(running: Helper) -> None:
 
 
 GOOD = {"op": "ReadHeartbeat", "id": 1, "address": [0, 0x6B, 0, 0]}
+
+
+def padded(request: dict[str, object], length: int) -> bytes:
+    """A valid request of exactly `length` bytes: msgspec accepts a repeated key."""
+    fields = msgspec.msgpack.encode(request)[1:]
+    rest = length - 5 - len(fields)
+    longer = rest % 4  # entries of five bytes; all others have four
+    shorter = (rest - 5 * longer) // 4
+    count = len(request) + longer + shorter
+    return b"\xdf" + count.to_bytes(4, "big") + fields + b"\xa2id\xcc\x01" * longer + b"\xa2id\x01" * shorter
+
+
 MALFORMED = {
     "empty": b"",
     "nonsense": b"\xff\x00garbage",
@@ -91,6 +103,7 @@ MALFORMED = {
     "oversized by one": b"\x00" * (MAX_MESSAGE + 1),
     "oversized": b"\x00" * (3 * MAX_MESSAGE),
     "as long as allowed": b"\x00" * MAX_MESSAGE,
+    "a valid message of the allowed length, and more": padded(GOOD, MAX_MESSAGE) + b"\x00",
     "deeply nested": b"\x91" * 60_000,
 }
 
@@ -102,6 +115,13 @@ def test_what_is_no_message_is_answered_and_the_connection_stays(running: Helper
         assert (number, code) == (0, ErrorCode.MALFORMED)
         assert message
         assert isinstance(heartbeat(client), Heartbeat)
+
+
+def test_a_message_of_the_allowed_length_is_accepted(running: Helper) -> None:
+    packet = padded(GOOD, MAX_MESSAGE)
+    assert len(packet) == MAX_MESSAGE
+    with running.connect() as client:
+        assert isinstance(client.ask(packet), Heartbeat)
 
 
 # What is admitted, and how many requests

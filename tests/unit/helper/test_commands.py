@@ -265,7 +265,7 @@ def test_an_empty_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
         "  All audited operations together: at most 2048 at once, then 10 a second.",
     ):
         assert f"{line}\n" in shown
-    assert "WIDER" not in shown
+    assert "MORE PERMISSIVE" not in shown
     assert "denied" not in shown
 
 

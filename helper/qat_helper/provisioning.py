@@ -7,7 +7,8 @@
     <PF>/sriov_drivers_autoprobe        0: new VFs are not bound to a driver
     <PF>/sriov_numvfs                   all VFs, or 0
 
-Removing VFs waits inside the kernel until no process has one open, so it is refused while any process has. An operation
+Removing VFs waits inside the kernel until no process has one open, so it is refused while the kernel shows one open
+(not on igb_uio). This is the last of three checks: the server has made two before it asks. An operation
 may stop at any step (the helper can be killed); repeating it from there leads to the same result.
 Source: the kernel's Documentation/ABI/testing/sysfs-driver-qat and drivers/crypto/intel/qat/qat_common/adf_sysfs.c.
 """

@@ -1,6 +1,6 @@
-"""The composition root: makes every part of a server from its Settings, and connects who is notified of what.
+"""The composition root: makes every part of a server from its Settings, and wires their notifications.
 
-Only this module, the process and the command line know Settings; each part is given the values that it needs.
+Only this module, main, the process and the command line know Settings; each part is given the values that it needs.
 """
 
 import functools
@@ -12,12 +12,12 @@ from typing import Final
 from qat_server.binding.binder import Binder
 from qat_server.command_line.settings import Settings
 from qat_server.devices.change_queue import ChangeQueue
+from qat_server.devices.dev_cfg import DevCfgReader
 from qat_server.devices.health import HealthMonitor
 from qat_server.devices.inventory import Inventory
 from qat_server.devices.inventory_cache import InventoryCache
 from qat_server.devices.open_vfs import OpenVfs
 from qat_server.devices.pci_bus import pf_driver_of, pfs_without_driver
-from qat_server.devices.resource_names import ResourceNames
 from qat_server.devices.uevents import UeventListener
 from qat_server.helper_client.client import HelperClient
 from qat_server.instrumentation.conditions import Conditions
@@ -28,20 +28,20 @@ from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.sockets.endpoint_directory import EndpointDirectory
 from qat_server.kubelet.usage import DeviceUsage
 from qat_server.observability import readiness
+from qat_server.observability.handlers import HttpHandlers
 from qat_server.observability.state import State
-from qat_server.observability.status_server import StatusServer
 from qat_server.provisioning.provisioner import Provisioner
 from qat_server.provisioning.watch import ConfigurationWatch
 from qat_server.reconciler import Reconciler
-from qat_server.run_loop import RunLoop, Task
+from qat_server.run_loop import RunLoop, TaskFunction
 
-_HELPER_TIMEOUT: Final = 5.0
+_FIRST_LISTING_HELPER_WAIT: Final = 5.0
 """Seconds that the first list waits for a helper, where the kubelet can be reached without one."""
 _KUBELET_WAIT_MS: Final = 10_000  # that the helper waits for the kubelet before it reports that there is none
 
 
 class Server:
-    """One server: `run_loop` serves, `state` and `missing` report."""
+    """One server: `run_loop` serves, `state` and `unfinished` report."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Server:
         self.queue = ChangeQueue()
         conditions = Conditions()
         self.helper = HelperClient(settings.helper_socket, self.counters)
-        # What the node has.
+        # Devices and binding.
         self.uevents = UeventListener(settings.uevents, self.queue)
         self.inventory = InventoryCache(
             settings.sysfs_root,
@@ -69,10 +69,10 @@ class Server:
             self.counters,
             clock,
         )
-        self.resource_names = ResourceNames(self.helper, self.queue.reconcile, clock)
+        self.dev_cfgs = DevCfgReader(self.helper, self.queue.reconcile, clock)
         self.health = HealthMonitor(
             self.helper,
-            lambda: self.provisioner.settled(self.inventory.current.pfs),
+            lambda: self.provisioner.settled(self.inventory.current.pfs),  # made below
             settings.health_interval,
             self.queue.reconcile,
             clock,
@@ -80,7 +80,7 @@ class Server:
         self.binder = Binder(
             self.helper, settings.dpdk_driver, self.counters, self.queue.rescan, settings.sysfs_root, clock
         )
-        # What the kubelet has.
+        # The kubelet.
         self.directory = EndpointDirectory(
             self.helper,
             settings.registration.socket_directory,
@@ -93,7 +93,7 @@ class Server:
             settings.resync_interval,
             clock=clock,
             # The plugin watcher needs no helper, so an absent one must not keep the kubelet waiting for ever.
-            helper_timeout=_HELPER_TIMEOUT if watcher else None,
+            helper_timeout=_FIRST_LISTING_HELPER_WAIT if watcher else None,
         )
         self.endpoints = Endpoints(
             settings.registration,
@@ -104,7 +104,7 @@ class Server:
             self.counters,
             clock,
         )
-        # What the configuration wants.
+        # Provisioning.
         self.provisioner = Provisioner(
             self.helper,
             settings.sysfs_root,
@@ -123,7 +123,7 @@ class Server:
             configuration=self.configuration,
             provisioner=self.provisioner,
             health=self.health,
-            resource_names=self.resource_names,
+            dev_cfgs=self.dev_cfgs,
             binder=self.binder,
             usage=self.usage,
             endpoints=self.endpoints,
@@ -131,13 +131,13 @@ class Server:
             conditions=conditions,
             driver=settings.dpdk_driver,
         )
-        status = StatusServer(
+        status = HttpHandlers(
             lambda: self.inventory.current, self.state, OpenVfs(settings.sysfs_root, clock), self.counters
         )
-        background: list[Task] = [self.helper.run]
+        background: list[TaskFunction] = [self.helper.run]
         if metrics_sockets:
             background.append(functools.partial(status.serve, metrics_sockets))
-        serving: list[Task] = [
+        serving: list[TaskFunction] = [
             functools.partial(status.serve_locally, settings.socket_directory),
             self.uevents.run,
             functools.partial(self.queue.resync, settings.resync_interval),
@@ -149,11 +149,11 @@ class Server:
         self.run_loop = RunLoop(
             self.helper, self.directory, self.endpoints, self.queue, self.reconciler, background, serving
         )
-        # Who is notified when the helper comes or goes, and when it has come.
+        # Notifications: when the helper connects or disconnects, and when it has connected.
         self.helper.on_change += [self.directory.helper_changed]
         self.helper.on_connected += [
             self.provisioner.helper_changed,
-            self.queue.rescan,  # what could not be bound or read without the helper
+            self.queue.rescan,  # devices that could not be bound or read without the helper
             self.usage.refresh,
             self.health.query_all,
         ]
@@ -175,7 +175,7 @@ class Server:
             held=self.usage.holder_names(),
             holders_unknown="" if self.usage.synced else self.usage.error,
             provisioning=self.provisioner.progress,
-            changing=self.provisioner.working,
+            working=self.provisioner.working,
             configured=configuration is None or configuration.current is not None,
             provisioning_error=configuration.error if configuration else "",
             uevents=self.uevents.received,
@@ -183,10 +183,10 @@ class Server:
             sandbox=self._sandbox,
         )
 
-    def missing(self) -> tuple[str, ...]:
+    def unfinished(self) -> tuple[str, ...]:
         """The reasons why the start is not complete."""
-        parts = (self.queue, self.provisioner, self.resource_names, self.binder, self.health)
-        reasons = readiness.missing(self.state(), parts)
+        parts = (self.queue, self.provisioner, self.dev_cfgs, self.binder, self.health)
+        reasons = readiness.unfinished(self.state(), parts)
         if not reasons and self.configuration is not None:  # last, since it reads the whole bus
             drivers = frozenset(map(pf_driver_of, self.settings.kernel_vf_drivers))
             waiting = pfs_without_driver(self.settings.sysfs_root, drivers)

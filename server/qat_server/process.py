@@ -15,6 +15,7 @@ from qat_server.composition import Server
 from qat_server.host import sandbox
 from qat_server.host.service_manager import ServiceManager
 from qat_server.host.startup import START_TIMEOUT, Startup
+from qat_server.kubelet.device import summary
 from qat_server.observability import http_server
 from qat_shared import VERSION
 
@@ -89,7 +90,7 @@ async def _serve(server: Server, manager: ServiceManager | None, start_timeout: 
 
 async def _notifying(server: Server, manager: ServiceManager, start_timeout: float) -> None:
     """Serve, and notify the service manager of the start. Raises what `RunLoop.run` raises, in a group."""
-    startup = Startup(manager, server.missing, lambda: server.reconciler.listing, start_timeout)
+    startup = Startup(manager, server.unfinished, lambda: summary(server.reconciler.listing), start_timeout)
     server.run_loop.on_reconciled = startup.check
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(startup.run())

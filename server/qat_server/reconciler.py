@@ -9,15 +9,17 @@ change queue, and the run loop calls `reconcile` again.
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Final
 
 from qat_server import logs
-from qat_server.binding import plan as binding
 from qat_server.binding.binder import Binder
+from qat_server.binding.plan import plan_bindings
 from qat_server.devices.change_queue import ChangeQueue
+from qat_server.devices.dev_cfg import DevCfgReader
 from qat_server.devices.health import HealthMonitor
 from qat_server.devices.inventory import Inventory
 from qat_server.devices.inventory_cache import InventoryCache
-from qat_server.devices.resource_names import ResourceNames
+from qat_server.devices.naming import resource_names
 from qat_server.instrumentation.conditions import Conditions
 from qat_server.kubelet import listing
 from qat_server.kubelet.device import Listing
@@ -31,7 +33,7 @@ from qat_shared.sysfs import SysfsError
 
 log = logs.get(__name__)
 
-_AFTER_DEFECT = 1.0  # seconds
+_AFTER_DEFECT: Final = 1.0  # seconds
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Reconciler:
     configuration: ConfigurationWatch | None
     provisioner: Provisioner
     health: HealthMonitor
-    resource_names: ResourceNames
+    dev_cfgs: DevCfgReader
     binder: Binder
     usage: DeviceUsage
     endpoints: Endpoints
@@ -58,8 +60,12 @@ class Reconciler:
     foreign: dict[PciAddress, str] = field(default_factory=dict)
     error: str = "starting"
 
+    def reset(self, reason: str) -> None:
+        """There is no result until the next reconcile; `reason` says why."""
+        self.error = reason
+
     async def reconcile_safely(self, changed: frozenset[PciAddress] | None, work: asyncio.TaskGroup) -> bool:
-        """Reconcile; whether it went without a defect. A defect must not end what is already served."""
+        """Reconcile, and return whether it succeeded. A defect must not end what is already served."""
         try:
             await self.reconcile(changed, work)
         except Exception as error:
@@ -90,18 +96,16 @@ class Reconciler:
         if not inventory.vfs and not self.provisioner.working:
             self.inventory.report_no_vfs()
         self.health.update()
-        self.resource_names.reconcile(inventory, self.conditions, work)
-        self.names = self.resource_names.of(inventory)
+        self.dev_cfgs.reconcile(inventory, self.conditions, work)
+        self.names = resource_names(inventory, self.dev_cfgs.texts)
         self._bind(inventory, work)
         self.listing = listing.next_listing(
             self.listing,
             inventory,
-            self._offered(inventory),
-            dict.fromkeys(self.binder.pending, "it is being bound")
-            | self.health.unhealthy()
-            | self.provisioner.withheld,
-            self.driver,
-            self.endpoints,
+            names=self._names_to_list(inventory),
+            unhealthy=self._unhealthy(),
+            driver=self.driver,
+            pods=self.endpoints,
         )
         self.usage.track_unhealthy(self.listing)
         self.error = ""
@@ -111,7 +115,7 @@ class Reconciler:
             self.provisioner.published()
 
     def _bind(self, inventory: Inventory, work: asyncio.TaskGroup) -> None:
-        plan = binding.plan(inventory, self.driver)
+        plan = plan_bindings(inventory, self.driver)
         self.foreign = dict(plan.foreign)
         for address, driver in plan.foreign:
             self.conditions.report("VF left alone: somebody bound it to another driver", address=address, driver=driver)
@@ -121,7 +125,12 @@ class Reconciler:
     def _holders(self) -> dict[PciAddress, str] | None:
         return self.endpoints.holder_names(self.listing)
 
-    def _offered(self, inventory: Inventory) -> dict[PciAddress, str]:
+    def _unhealthy(self) -> dict[PciAddress, str]:
+        """The reason by unhealthy PF or VF. The last source wins: binding, health of the PFs, provisioning."""
+        binding = dict.fromkeys(self.binder.pending, "it is being bound")
+        return binding | self.health.unhealthy() | self.provisioner.withheld
+
+    def _names_to_list(self, inventory: Inventory) -> dict[PciAddress, str]:
         """The names, without new VFs that are being bound or whose PF has not answered its first heartbeat yet."""
         pending_pfs, pending_vfs = self.health.pending(), self.binder.pending
         if not pending_pfs and not pending_vfs:

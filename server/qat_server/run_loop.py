@@ -1,6 +1,6 @@
 """The server's run loop: its tasks, and the directory that it serves in.
 
-All tasks are in one task group. An error that no retry can mend ends the process, and the supervisor (the kubelet,
+All tasks are in one task group. An error that a retry cannot fix ends the process, and the supervisor (the kubelet,
 systemd) starts it again; an error of one device stays with that device.
 """
 
@@ -13,14 +13,14 @@ from typing import Final
 from qat_server.devices.change_queue import ChangeQueue
 from qat_server.helper_client.client import HelperClient
 from qat_server.kubelet.endpoints import Endpoints
-from qat_server.kubelet.sockets import grpc_socket
 from qat_server.kubelet.sockets.endpoint_directory import DirectoryGoneError, EndpointDirectory
+from qat_server.kubelet.sockets.socket_files import remove_leftovers
 from qat_server.reconciler import Reconciler
 
-_HELPER_PATIENCE: Final = 2.0
-"""Seconds that the start waits for the end of the first attempt to reach the helper."""
+_FIRST_CONNECTION_WAIT: Final = 2.0
+"""Seconds that the start waits for the first attempt to connect to the helper."""
 
-Task = Callable[[], Coroutine[None, None, None]]
+TaskFunction = Callable[[], Coroutine[None, None, None]]
 
 
 @dataclass
@@ -35,8 +35,8 @@ class RunLoop:
     endpoints: Endpoints
     queue: ChangeQueue
     reconciler: Reconciler
-    background: Sequence[Task]
-    serving: Sequence[Task]
+    background: Sequence[TaskFunction]
+    serving: Sequence[TaskFunction]
     on_reconciled: Callable[[], None] = lambda: None
 
     async def run(self) -> None:
@@ -44,18 +44,18 @@ class RunLoop:
         async with asyncio.TaskGroup() as tasks:
             for task in self.background:
                 tasks.create_task(task())
-            with contextlib.suppress(TimeoutError):  # a helper that accepts and does not answer
-                async with asyncio.timeout(_HELPER_PATIENCE):
+            with contextlib.suppress(TimeoutError):  # the helper may accept the connection and never answer
+                async with asyncio.timeout(_FIRST_CONNECTION_WAIT):
                     await self.helper.first_attempt_ended.wait()
             while True:
                 await self.directory.prepare()
                 async with self.directory.locked():
-                    grpc_socket.remove_leftovers(self.directory.path)
+                    remove_leftovers(self.directory.path)
                     await self._serve()
 
     async def _serve(self) -> None:
         """Serve in the directory; return when it has gone."""
-        self.reconciler.error = "the devices have not been read yet"
+        self.reconciler.reset("the devices have not been read yet")
         self.queue.rescan()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -68,4 +68,4 @@ class RunLoop:
                             self.on_reconciled()
         except* DirectoryGoneError:
             self.endpoints.clear()
-            self.reconciler.error = "the socket directory was removed"
+            self.reconciler.reset("the socket directory was removed")

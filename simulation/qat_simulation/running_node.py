@@ -22,7 +22,7 @@ from typing import BinaryIO, Final, TypeVar
 import h11
 import msgspec
 
-from qat_server.observability.status import Status
+from qat_server.observability.status_format import Status
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.kubelet.kubelet import Kubelet
 from qat_simulation.node.description import Node

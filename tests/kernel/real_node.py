@@ -18,7 +18,7 @@ from kubelet.answers import ContainerAllocation
 from kubelet.production import ProductionNode, node_directory
 from kubelet.real_kubelet import RealKubelet
 from qat_server.kubelet.registration.directories import Registration
-from qat_server.observability.status import Status
+from qat_server.observability.status_format import Status
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.kubelet.topology import TopologyPolicy
 from qat_simulation.node.description import Node

@@ -24,7 +24,7 @@ from kubelet.answers import Allocation as RealAllocation
 from kubelet.either import AnyKubelet
 from kubelet.real_kubelet import RealKubelet
 from qat_server.kubelet.registration.directories import Registration
-from qat_server.observability.status import Status
+from qat_server.observability.status_format import Status
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.kubelet import kubelet as emulated
 from qat_simulation.kubelet.topology import TopologyPolicy

@@ -30,7 +30,7 @@ from qat_server.kubelet.generated.pluginregistration_v1_pb2_grpc import (
 from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.registration.plugin_watcher import WatcherRegistrar
 from qat_server.kubelet.sockets import grpc_socket
-from qat_server.kubelet.sockets.grpc_socket import BoundSocket
+from qat_server.kubelet.sockets.socket_files import BoundSocket
 from qat_simulation.node.description import Node, Pf
 from support.conditions import until
 from support.endpoints import NoUsage, device, running_endpoint

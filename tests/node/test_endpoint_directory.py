@@ -16,7 +16,7 @@ from qat_server.helper_client.client import HelperClient
 from qat_server.instrumentation.counters import Counters
 from qat_server.kubelet.registration.directories import Registration
 from qat_server.kubelet.sockets.endpoint_directory import DirectoryUnusableError, EndpointDirectory
-from qat_server.kubelet.sockets.grpc_socket import move_into_place, remove_leftovers, temporary_path
+from qat_server.kubelet.sockets.socket_files import move_into_place, remove_leftovers, temporary_path
 from qat_shared.messages import SocketDirectory
 from qat_simulation.node.description import Node, Pf
 from qat_simulation.running_node import running_node

@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 
 from qat_server.kubelet.sockets import grpc_socket
+from qat_server.kubelet.sockets.socket_files import remove_leftovers
 
 
 async def test_leftovers_of_a_killed_server_are_removed(directory: Path) -> None:
@@ -23,7 +24,7 @@ async def test_leftovers_of_a_killed_server_are_removed(directory: Path) -> None
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(str(directory / name))
     (directory / "link.sock").symlink_to("dead.sock")
-    grpc_socket.remove_leftovers(directory)
+    remove_leftovers(directory)
     assert sorted(os.listdir(directory)) == ["cy.sock", "link.sock"], "files that are not sockets are not ours"
 
 

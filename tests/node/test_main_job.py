@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-from qat_server.observability.status import Status, decode
+from qat_server.observability.status_format import Status, decode
 from qat_simulation.kubelet.kubelet import AdmissionError
 from qat_simulation.node.description import LoneVf, Node, OtherDevice, Pf, demo_node
 from qat_simulation.running_node import RunningNode, command, running_node

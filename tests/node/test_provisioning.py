@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from qat_server.observability.status import ProvisioningStatus, Status
+from qat_server.observability.status_format import ProvisioningStatus, Status
 from qat_simulation.kubelet.config_map import ConfigMap
 from qat_simulation.node.description import Node, Pf
 from qat_simulation.running_node import RunningNode, running_node

@@ -13,7 +13,7 @@ from qat_shared.pci import PciAddress
 
 
 class NoUsage:
-    """An AllocationObserver that knows nothing about pods."""
+    """An PodUsage that knows nothing about pods."""
 
     def allocated(self) -> None:
         pass
@@ -21,7 +21,7 @@ class NoUsage:
     def stream_opened(self, reconnected: bool) -> None:
         pass
 
-    def in_use(self, resource: str, allocated_at: Mapping[PciAddress, float]) -> None:
+    def possibly_held(self, resource: str, allocated_at: Mapping[PciAddress, float]) -> None:
         pass
 
 

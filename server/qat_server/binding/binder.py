@@ -83,7 +83,7 @@ class Binder:
                 work.create_task(self._bind(address))
         self._wake_up.at(self._backoff.next_due(now))
 
-    def missing(self) -> list[str]:
+    def unfinished(self) -> list[str]:
         """One sentence for each VF that is not bound yet, except those that the helper's policy denies."""
         unbound = sorted((self._wanted | self.pending) - self._denied)
         return [f"VF {address} is not bound: {self.failures.get(address, 'in progress')}" for address in unbound]

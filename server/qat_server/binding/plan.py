@@ -15,7 +15,7 @@ class Plan(Struct, frozen=True):
     foreign: tuple[tuple[PciAddress, str], ...]
 
 
-def plan(inventory: Inventory, driver: DpdkDriver) -> Plan:
+def plan_bindings(inventory: Inventory, driver: DpdkDriver) -> Plan:
     """Bind each VF that has no driver or its own kernel VF driver. A VF on any other driver than `driver` is foreign.
 
     That includes the other DPDK driver: somebody chose it.

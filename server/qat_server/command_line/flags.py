@@ -4,7 +4,8 @@ This module parses command lines, not typer: users come from a program that uses
 from getopt's. A long name may follow one dash (-name value, -name=value, --name value, --name=value), a value may begin
 with a dash, a boolean takes a value only after "=", and parsing stops at the first argument that is not a flag.
 
-Pure: arguments in, names and texts out. settings.py gives the texts their meaning.
+Pure: arguments in, names and texts out. A new flag is a row here, a field and a `read` in settings.py, and an argument
+in composition.py.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,13 +4,10 @@ Uevents, the resync timer, health, usage and finished operations add to it. A bu
 """
 
 import asyncio
-from collections.abc import Collection
 from typing import Final
 
 from qat_shared.pci import PciAddress
 
-_RETRY_FIRST: Final = 1.0
-_RETRY_LAST: Final = 60.0
 _COALESCE: Final = 0.005  # seconds in which a burst is gathered
 _COALESCE_MOST: Final = 0.1
 _SHARE: Final = 3  # a burst is gathered for this many times the last reconcile's length: 20 ms with a thousand VFs
@@ -49,7 +46,7 @@ class ChangeQueue:
         else:
             self.rescan(address)
 
-    def missing(self) -> list[str]:
+    def unfinished(self) -> list[str]:
         """A sentence while a change waits."""
         return ["devices have changed and are being read again"] if self.pending else []
 
@@ -71,31 +68,3 @@ class ChangeQueue:
         while True:
             await asyncio.sleep(interval)
             self.rescan()
-
-
-class RescanBackoff:
-    """Rescans devices that could not be read: after one second, then after twice as long each time, up to a minute.
-
-    No uevent reports that a device or the bus can be read again.
-    """
-
-    def __init__(self, queue: ChangeQueue) -> None:
-        self._queue = queue
-        self._pause = _RETRY_FIRST
-        self._timer: asyncio.TimerHandle | None = None
-
-    def update(self, unreadable: Collection[PciAddress | None]) -> None:
-        """Replace the set of unreadable devices (None stands for the bus); an empty set resets the backoff."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if not unreadable:
-            self._pause = _RETRY_FIRST
-            return
-        self._timer = asyncio.get_running_loop().call_later(self._pause, self._rescan, tuple(unreadable))
-
-    def _rescan(self, unreadable: Collection[PciAddress | None]) -> None:
-        self._timer = None
-        self._pause = min(self._pause * 2, _RETRY_LAST)
-        for address in unreadable:
-            self._queue.rescan(address)

@@ -88,7 +88,7 @@ class HealthMonitor:
         self._timed_out &= pfs.keys()
         self._updated.set()
 
-    def missing(self) -> list[str]:
+    def unfinished(self) -> list[str]:
         """One sentence for each PF whose first result is pending."""
         return [f"PF {address} has not answered its heartbeat query" for address in sorted(self.pending())]
 

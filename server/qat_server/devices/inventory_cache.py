@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final
 
-from qat_server.devices.change_queue import ChangeQueue, RescanBackoff
+from qat_server.devices.change_queue import ChangeQueue
 from qat_server.devices.discovery import discover
 from qat_server.devices.inventory import Inventory, no_vfs_hint
 from qat_server.instrumentation.conditions import Conditions
@@ -14,6 +14,8 @@ from qat_server.instrumentation.counters import Counters
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import SysfsError
 
+_RETRY_FIRST: Final = 1.0
+_RETRY_LAST: Final = 60.0
 _EMPTY: Final = Inventory(pfs=(), vfs=(), cut=(), problems=())
 
 
@@ -73,3 +75,31 @@ class InventoryCache:
         """Report that there is nothing to serve."""
         pfs = len(self.current.pfs)
         self._conditions.report("no QAT VFs found", drivers=self._vf_drivers, pfs=pfs, hint=no_vfs_hint(pfs))
+
+
+class RescanBackoff:
+    """Rescans devices that could not be read: after one second, then after twice as long each time, up to a minute.
+
+    No uevent reports that a device or the bus can be read again.
+    """
+
+    def __init__(self, queue: ChangeQueue) -> None:
+        self._queue = queue
+        self._pause = _RETRY_FIRST
+        self._timer: asyncio.TimerHandle | None = None
+
+    def update(self, unreadable: Collection[PciAddress | None]) -> None:
+        """Replace the set of unreadable devices (None stands for the bus); an empty set resets the backoff."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not unreadable:
+            self._pause = _RETRY_FIRST
+            return
+        self._timer = asyncio.get_running_loop().call_later(self._pause, self._rescan, tuple(unreadable))
+
+    def _rescan(self, unreadable: Collection[PciAddress | None]) -> None:
+        self._timer = None
+        self._pause = min(self._pause * 2, _RETRY_LAST)
+        for address in unreadable:
+            self._queue.rescan(address)

@@ -6,10 +6,12 @@ error.
 """
 
 import configparser
+from collections.abc import Mapping
 from typing import Final
 
-from qat_server.devices.inventory import PhysicalFunction, VirtualFunction
+from qat_server.devices.inventory import Inventory, PhysicalFunction, VirtualFunction
 from qat_shared.devices import VIRTUAL
+from qat_shared.pci import PciAddress
 
 GENERIC: Final = "generic"
 _CRYPTO: Final = "cy"
@@ -17,7 +19,22 @@ _CRYPTO: Final = "cy"
 SERVICES: Final = ("asym", "sym", "dc", "decomp", "dcc")
 """All services, in the order of the kernel's adf_cfg_services.c, which is the order of the words in a name."""
 
+LONGEST_NAME: Final = "asym-sym-decomp"
+"""The longest name that services make: a Gen6 device takes three of them."""
+
 _NAMED_PFS: Final = frozenset(kind.physical for kind in VIRTUAL.values() if kind.named_by_services)
+
+
+def resource_names(inventory: Inventory, dev_cfgs: Mapping[PciAddress, str]) -> dict[PciAddress, str]:
+    """Resource name by VF; `dev_cfgs` by PF. A VF is left out while its PF's dev_cfg is needed and not known."""
+    pfs = {pf.address: pf for pf in inventory.pfs}
+    names = {}
+    for vf in inventory.vfs:
+        pf = pfs.get(vf.pf) if vf.pf is not None else None
+        config = dev_cfgs.get(pf.address) if pf is not None else None
+        if config is not None or pf is None or not needs_config(pf):
+            names[vf.address] = resource_name(vf, pf, config)
+    return names
 
 
 def resource_name(vf: VirtualFunction, pf: PhysicalFunction | None, config: str | None) -> str:
@@ -26,8 +43,8 @@ def resource_name(vf: VirtualFunction, pf: PhysicalFunction | None, config: str 
     if kind is None or not kind.named_by_services or pf is None:
         return GENERIC
     if _shows_services(pf):
-        return resource_of(pf.services)
-    return resource_of(_enabled_services(config)) if config else GENERIC
+        return name_of_services(pf.services)
+    return name_of_services(_enabled_services(config)) if config else GENERIC
 
 
 def is_resource_name(name: str) -> bool:
@@ -40,17 +57,17 @@ def needs_config(pf: PhysicalFunction) -> bool:
     return pf.device_id in _NAMED_PFS and bool(pf.vfs) and not _shows_services(pf)
 
 
-def _shows_services(pf: PhysicalFunction) -> bool:
-    return pf.state == "up" and pf.services is not None
-
-
-def resource_of(services: str | None) -> str:
+def name_of_services(services: str | None) -> str:
     """The name for services as in qat/cfg_services, in any order; generic for services that cannot be parsed."""
     words = [word.strip() for word in (services or "").split(";")]
     if len(set(words)) != len(words) or not set(words) <= set(SERVICES):
         return GENERIC
     ordered = [service for service in SERVICES if service in words]
     return _CRYPTO if ordered == ["asym", "sym"] else "-".join(ordered)
+
+
+def _shows_services(pf: PhysicalFunction) -> bool:
+    return pf.state == "up" and pf.services is not None
 
 
 def _enabled_services(config: str) -> str | None:

@@ -1,5 +1,7 @@
 """One connection to the helper: it sends requests, and gives each answer to the caller that waits for its id.
 
+Only client.py makes one, and no other code writes to the helper's socket.
+
 Each packet is one message (SEQPACKET). A packet that is not a valid answer ends the connection. A descriptor is closed
 when its caller no longer waits.
 """

@@ -13,7 +13,7 @@ class Conditions:
         self._now: set[tuple[str, str]] = set()
 
     def report(self, message: str, /, **fields: object) -> None:
-        """Log a warning, unless every reconcile since the first has reported the same."""
+        """Log a warning when the condition begins; not again while each reconcile reports it."""
         key = (message, repr(fields))
         if key not in self._before and key not in self._now:
             log.warning(message, **fields)

@@ -3,5 +3,5 @@
 Owns the listing, one endpoint for each resource, allocation, both ways to register (`registration/`), their Unix
 sockets (`sockets/`) and the generated protocol (`generated/`). No other room speaks to the kubelet.
 Guarantee: a device leaves a listing only after the kubelet has reported that no pod holds it.
-The composition root, the reconciler and the run loop use `endpoints` and `usage`; provisioning uses `usage`.
+`Endpoints.releasable` is that decision. The reconciler uses `listing` and `endpoints`, provisioning uses `usage`.
 """

@@ -21,7 +21,7 @@ from qat_server.kubelet.device import Device
 from qat_shared.pci import PciAddress
 
 _UNCOUNTED: Final = -1
-"""The PF number of every unhealthy device, none of which counts as in use. It indexes the last item of a list."""
+"""The number that stands for the PF of an unhealthy device. As index -1 it selects an extra last counter."""
 
 
 class AllocationPolicy(StrEnum):

@@ -2,6 +2,7 @@
 
 from msgspec import Struct
 
+from qat_shared import NAMESPACE
 from qat_shared.pci import PciAddress
 
 
@@ -27,6 +28,12 @@ class Device(Struct, frozen=True):
 
 Listing = dict[str, tuple[Device, ...]]
 """Resource name without its namespace (cy, dc, generic) to its devices. Treated as immutable."""
+
+
+def summary(listing: Listing) -> str:
+    """The healthy devices of each resource, for people: "4 qat.intel.com/cy, 2 qat.intel.com/dc"."""
+    counts = [f"{sum(each.healthy for each in devices)} {NAMESPACE}/{name}" for name, devices in listing.items()]
+    return ", ".join(counts) or "no devices"
 
 
 class Holder(Struct, frozen=True):

@@ -46,7 +46,7 @@ class RefusedError(Exception):
         return self.code.name.lower().replace("_", "-")
 
 
-class AllocationObserver(Protocol):
+class PodUsage(Protocol):
     """Observes allocations and streams, and knows which devices pods hold."""
 
     def allocated(self) -> None:
@@ -55,7 +55,7 @@ class AllocationObserver(Protocol):
     def stream_opened(self, reconnected: bool) -> None:
         """The kubelet has opened a ListAndWatch stream. `reconnected`: another stream has ended before."""
 
-    def in_use(self, resource: str, allocated_at: Mapping[PciAddress, float]) -> Collection[PciAddress] | None:
+    def possibly_held(self, resource: str, allocated_at: Mapping[PciAddress, float]) -> Collection[PciAddress] | None:
         """The devices of a resource that pods hold or may hold; None if that is unknown."""
 
 
@@ -70,7 +70,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
         name: str,
         policy: AllocationPolicy,
         counters: Counters,
-        usage: AllocationObserver,
+        usage: PodUsage,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
@@ -222,7 +222,7 @@ class DevicePlugin(rpc.DevicePluginServicer):
         eligible = snapshot.healthy.union(must) if must else snapshot.healthy
         available = [device_id for device_id in offered if device_id in eligible]
         try:
-            held = self._usage.in_use(self._name, self.allocated_at)
+            held = self._usage.possibly_held(self._name, self.allocated_at)
             return snapshot.index.preferred(self._policy, available, must, request.allocation_size, held)
         except AllocationError as error:
             lost = len(offered) - len(available)

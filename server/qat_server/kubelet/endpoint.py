@@ -22,11 +22,11 @@ from qat_server import logs
 from qat_server.instrumentation.counters import Counters
 from qat_server.kubelet.allocation import AllocationPolicy
 from qat_server.kubelet.device import Device
-from qat_server.kubelet.device_plugin import AllocationObserver, DevicePlugin
+from qat_server.kubelet.device_plugin import DevicePlugin, PodUsage
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import add_DevicePluginServicer_to_server
 from qat_server.kubelet.registration.registrar import CannotRegisterError, Registrar, Timing
 from qat_server.kubelet.sockets import grpc_socket
-from qat_server.kubelet.sockets.grpc_socket import BoundSocket
+from qat_server.kubelet.sockets.socket_files import BoundSocket
 from qat_shared import NAMESPACE
 from qat_shared.pci import PciAddress
 
@@ -57,7 +57,7 @@ class Endpoint:
         registrar: Registrar,
         policy: AllocationPolicy,
         counters: Counters,
-        usage: AllocationObserver,
+        usage: PodUsage,
         on_socket_error: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         timing: Timing | None = None,

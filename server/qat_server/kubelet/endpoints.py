@@ -84,7 +84,7 @@ class Endpoints:
 
     def releasable(self, resource: str, address: PciAddress) -> bool:
         """Whether an unhealthy device may leave the resource's list."""
-        return self._usage.releasable(resource, address) and not self.may_be_held(resource, address)
+        return self._usage.confirmed_free(resource, address) and not self.may_be_held(resource, address)
 
     def holder_names(self, listing: Listing) -> dict[PciAddress, str] | None:
         """The devices that pods hold or may hold, each with its holder; None while the kubelet does not report them.

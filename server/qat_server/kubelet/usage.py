@@ -128,7 +128,7 @@ class DeviceUsage:
         self._notify_anyway = True
         self._schedule(self._clock())
 
-    def releasable(self, resource: str, address: PciAddress) -> bool:
+    def confirmed_free(self, resource: str, address: PciAddress) -> bool:
         """Whether a listed device cannot be in use according to PodResources, nor be in an admission in progress."""
         since = self._unhealthy_since.get((resource, address))
         if since is None or self._previous.queried_at < self._settled_at(since):
@@ -152,7 +152,7 @@ class DeviceUsage:
                 return True
         return address in (self.holders or {}).get(resource, {})
 
-    def in_use(self, resource: str, allocated_at: Mapping[PciAddress, float]) -> Collection[PciAddress] | None:
+    def possibly_held(self, resource: str, allocated_at: Mapping[PciAddress, float]) -> Collection[PciAddress] | None:
         """The devices of a resource that pods hold or may hold, None without PodResources.
 
         `allocated_at`: when this server last allocated each device.

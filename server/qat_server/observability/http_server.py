@@ -1,4 +1,4 @@
-"""A minimal HTTP/1.1 server for probes, Prometheus and `qat-plugin status`: GET and HEAD of a few fixed paths.
+"""A minimal HTTP/1.1 server: GET and HEAD of the fixed paths that it is given (handlers.py has them).
 
 h11 implements the protocol; this module does the I/O and limits the resources that a client can use:
 
@@ -23,7 +23,7 @@ import h11
 from msgspec import Struct
 
 from qat_server import logs
-from qat_server.kubelet.sockets import unix_server
+from qat_server.observability import unix_server
 
 log = logs.get(__name__)
 

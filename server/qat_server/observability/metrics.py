@@ -1,6 +1,7 @@
-"""Prometheus metrics (qat_plugin_*), made from the State and the Counters at each scrape. This module keeps no state.
+"""Prometheus metrics (qat_plugin_*), made from the State and the Counters at each scrape. Nothing is kept here.
 
-It imports prometheus_client, so import it only if --metrics-address is set.
+A new metric is a row here, with its number from a field of State or of Counters. Import this module only if
+--metrics-address is set: it imports prometheus_client.
 """
 
 from collections import Counter

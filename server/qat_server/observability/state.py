@@ -1,4 +1,4 @@
-"""A snapshot of the server, collected from all rooms.
+"""A snapshot of the server, collected from all rooms by composition.py (`Server.state`).
 
 Readiness, /status and the metrics are functions of one `State`, so they cannot disagree.
 """
@@ -16,12 +16,12 @@ from qat_shared.pci import PciAddress
 
 
 class State(Struct, frozen=True, kw_only=True):
-    """A snapshot. `unhealthy`, `heartbeats`, `provisioning` and `changing` have addresses of PFs, the others of VFs.
+    """A snapshot. `unhealthy`, `heartbeats`, `provisioning` and `working` have addresses of PFs, the others of VFs.
 
     `waits_for`: why the server does not serve yet, "" if it does. `names`: the resource of each VF. `unhealthy`: why a
     PF is unhealthy. `heartbeats`: whether a PF answered its last query. `foreign`: the driver that a VF was bound to
     outside the plugin. `failures`: why a VF could not be bound. `held`: the pod that holds a VF. `holders_unknown`: why
-    it is not known which devices pods hold, "" if it is known. `changing`: PFs that are being provisioned.
+    it is not known which devices pods hold, "" if it is known. `working`: PFs that are being provisioned.
     `configured`: a provisioning configuration is in force, or none is required. `sandbox`: missing part of each layer.
     """
 
@@ -38,7 +38,7 @@ class State(Struct, frozen=True, kw_only=True):
     held: Mapping[PciAddress, str] = {}
     holders_unknown: str = ""
     provisioning: Mapping[PciAddress, Progress] = {}
-    changing: tuple[PciAddress, ...] = ()
+    working: tuple[PciAddress, ...] = ()
     configured: bool = True
     provisioning_error: str = ""
     uevents: int = 0

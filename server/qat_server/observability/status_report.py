@@ -3,7 +3,7 @@
 from qat_server.kubelet.endpoint import EndpointState
 from qat_server.observability.readiness import not_ready
 from qat_server.observability.state import State
-from qat_server.observability.status import PfStatus, ProvisioningStatus, ResourceStatus, Status, VfStatus
+from qat_server.observability.status_format import PfStatus, ProvisioningStatus, ResourceStatus, Status, VfStatus
 from qat_shared import VERSION
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from qat_server.kubelet.sockets.grpc_socket import move_into_place, temporary_path
-from qat_server.observability.status import STATUS_SOCKET
+from qat_server.kubelet.sockets.socket_files import move_into_place, temporary_path
+from qat_server.observability.status_format import STATUS_SOCKET
 
 _BACKLOG: Final = 16
 _MODE: Final = 0o660

@@ -5,7 +5,9 @@ again. The kernel's rules that shape a plan (qat_common/adf_sysfs.c, adf_sriov.c
 services_supported in adf_gen4_hw_data.c and adf_6xxx_hw_data.c):
 
 - services and pm_idle_enabled can be written only while the device is down, and going down removes its VFs. So a PF
-  that a pod or process uses waits. auto_reset can be written at any time.
+  that a pod or process uses waits (the kernel shows no process on igb_uio). This is the first of three checks:
+  provisioner.py withholds the VFs and queries again, and the helper reads `enable`. auto_reset can be written at any
+  time.
 - Enabling VFs takes a device that is up down and up again, and brings up one that is down. It always enables all VFs.
 - Before kernel 6.12, going down resets pm_idle_enabled. So it is written last, and the device stays down until
   enabling the VFs brings it up (SetPmIdle.stay_down).

@@ -61,7 +61,7 @@ class PfRecord(Struct):
     logged_wait: str = ""
 
     @property
-    def changing(self) -> bool:
+    def removing_vfs(self) -> bool:
         """Whether its VFs are being removed, or are about to be."""
         return self.running or self.withheld_since is not None
 

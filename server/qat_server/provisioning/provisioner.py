@@ -83,7 +83,7 @@ class Provisioner:
         working = self.working
         return [pf for pf in pfs if pf.address not in working]
 
-    def missing(self) -> list[str]:
+    def unfinished(self) -> list[str]:
         """A sentence for each PF that is not provisioned yet, and that may soon be."""
         return [
             f"PF {address} is not provisioned: {progress.reason or progress.stage}"
@@ -93,7 +93,7 @@ class Provisioner:
 
     def may_be_bound(self, inventory: Inventory, vfs: Iterable[PciAddress]) -> list[PciAddress]:
         """These VFs without those that are about to be removed, or may be."""
-        changing = {address for address, each in self._records.items() if each.changing or each.holders_pending}
+        changing = {address for address, each in self._records.items() if each.removing_vfs or each.holders_pending}
         removed = {vf for pf in inventory.pfs if pf.address in changing for vf in pf.vfs}
         return [vf for vf in vfs if vf not in removed]
 
@@ -196,7 +196,7 @@ class Provisioner:
                     done = await execute(self._helper, step)
                 except HelperUnavailableError:
                     self._backoff = self._backoff.without(address)
-                    return  # its return triggers a reconcile
+                    return  # when the helper is back, a reconcile follows
                 except HelperError as error:
                     self._failed(record, step, error)
                     return
@@ -229,7 +229,7 @@ class Provisioner:
         withheld = {}
         for each in planned:
             address = each.pf.address
-            if self._records[address].changing:
+            if self._records[address].removing_vfs:
                 withheld.update(dict.fromkeys(each.pf.vfs, f"PF {address} is being provisioned"))
             elif self._drain and each.holds:
                 held = {hold.vf for hold in each.holds}

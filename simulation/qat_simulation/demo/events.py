@@ -2,8 +2,8 @@
 
 import signal
 
-from qat_server.devices.naming import resource_of
-from qat_server.observability.status import PfStatus, Status, VfStatus
+from qat_server.devices.naming import name_of_services
+from qat_server.observability.status_format import PfStatus, Status, VfStatus
 from qat_shared import NAMESPACE
 from qat_simulation.demo.demo_run import DemoRun
 from qat_simulation.running_node import SimulationError
@@ -87,7 +87,7 @@ async def change_services(demo: DemoRun) -> None:
             demo.skip("there is no PF whose services can be changed at once: a change would wait for its users")
         return
     wanted = "dc" if pf.services != "dc" else "sym;dc"
-    old, new = (f"{NAMESPACE}/{resource_of(services)}" for services in (pf.services, wanted))
+    old, new = (f"{NAMESPACE}/{name_of_services(services)}" for services in (pf.services, wanted))
     async with demo.step(f"ConfigMap changed: PF {pf.address} from {pf.services} to {wanted}, without a restart"):
         demo.config.write({"qat.toml": f'[[rules]]\naddress = "{pf.address}"\nservices = "{wanted}"\n'})
         expected = {old: before[old] - pf.vfs, new: before.get(new, 0) + pf.vfs}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from qat_server.command_line import tables
-from qat_server.observability.status import Status
+from qat_server.observability.status_format import Status
 from qat_shared import NAMESPACE
 from qat_shared.devices import PHYSICAL
 from qat_shared.pci import PciAddress

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from qat_server.devices.pci_bus import PF_DRIVERS, VF_DRIVERS
-from qat_server.observability.status import Status, VfStatus
+from qat_server.observability.status_format import Status, VfStatus
 from qat_shared.pci import PciAddress
 from qat_simulation.kernel.kernel import DeviceState
 from qat_simulation.node.description import Node

@@ -1,4 +1,4 @@
-"""Finds the store function for a write to the emulated kernel, and has the ones of drivers and of the bus.
+"""Finds the store function (what a write to an attribute does) for a write, and has those of drivers and of the bus.
 
 They follow the kernel's drivers/base/bus.c (bind, unbind, drivers_probe) step by step; device_stores.py has those of
 devices. All raise OSError with the errno that the writer gets, and wait where the kernel waits.

@@ -15,8 +15,9 @@ import grpc.aio
 
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import add_RegistrationServicer_to_server
 from qat_server.kubelet.generated.podresources_v1_pb2_grpc import add_PodResourcesListerServicer_to_server
-from qat_server.kubelet.sockets import grpc_socket, unix_server
-from qat_server.kubelet.sockets.grpc_socket import BoundSocket
+from qat_server.kubelet.sockets import grpc_socket
+from qat_server.kubelet.sockets.socket_files import BoundSocket
+from qat_server.observability import unix_server
 from qat_simulation.kubelet import checkpoint, grpc_services
 from qat_simulation.kubelet.checkpoint import Checkpoint
 from qat_simulation.kubelet.device_manager import DeviceManager

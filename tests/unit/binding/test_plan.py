@@ -2,7 +2,7 @@
 
 import pytest
 
-from qat_server.binding.plan import Plan, plan
+from qat_server.binding.plan import Plan, plan_bindings
 from qat_server.devices.inventory import Inventory, VirtualFunction
 from qat_shared.messages import DpdkDriver
 from support.sysfs_tree import address
@@ -33,8 +33,8 @@ PLANS: dict[str, tuple[str | None, int, DpdkDriver, Plan]] = {
 @pytest.mark.parametrize(("bound", "device_id", "wanted", "expected"), PLANS.values(), ids=PLANS)
 def test_plan(bound: str | None, device_id: int, wanted: DpdkDriver, expected: Plan) -> None:
     vf = VirtualFunction(VF, device_id, bound, None, None, None, noiommu=False, uio=None, in_use=None)
-    assert plan(Inventory((), (vf,), (), ()), wanted) == expected
+    assert plan_bindings(Inventory((), (vf,), (), ()), wanted) == expected
 
 
 def test_vfs_over_the_limit_are_left_alone() -> None:
-    assert plan(Inventory((), (), (VF,), ()), VFIO) == LEAVE
+    assert plan_bindings(Inventory((), (), (VF,), ()), VFIO) == LEAVE

@@ -8,7 +8,7 @@ import pytest
 from qat_server.command_line.status import client
 from qat_server.command_line.status.client import StatusError, fetch_local
 from qat_server.observability import status_socket
-from qat_server.observability.status import STATUS_SOCKET
+from qat_server.observability.status_format import STATUS_SOCKET
 
 
 def test_a_long_directory_is_no_hindrance_and_a_silent_server_is_given_up(

@@ -10,7 +10,7 @@ import pytest
 from qat_server import main
 from qat_server.devices.inventory import Inventory
 from qat_server.observability.state import State
-from qat_server.observability.status import encode
+from qat_server.observability.status_format import encode
 from qat_server.observability.status_report import status_from
 from qat_shared import VERSION
 

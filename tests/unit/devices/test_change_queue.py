@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from qat_server.devices.change_queue import ChangeQueue, RescanBackoff
+from qat_server.devices.change_queue import ChangeQueue
+from qat_server.devices.inventory_cache import RescanBackoff
 from qat_shared.pci import PciAddress
 
 VF = PciAddress.parse("0000:6b:00.1")
@@ -26,7 +27,7 @@ async def test_a_burst_comes_out_as_one_change() -> None:
 
 
 async def test_an_unreadable_device_is_rescanned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qat_server.devices.change_queue._RETRY_FIRST", 0.001)
+    monkeypatch.setattr("qat_server.devices.inventory_cache._RETRY_FIRST", 0.001)
     queue, address = ChangeQueue(), PciAddress(0, 0x6B, 0, 1)
     backoff = RescanBackoff(queue)
     async with asyncio.timeout(120):
@@ -55,12 +56,12 @@ async def test_a_change_is_pending_until_it_is_taken(
     change: Callable[[ChangeQueue], None], devices: frozenset[PciAddress] | None
 ) -> None:
     queue = ChangeQueue()
-    assert (queue.pending, queue.missing()) == (False, [])
+    assert (queue.pending, queue.unfinished()) == (False, [])
     change(queue)
-    assert (queue.pending, queue.missing()) == (True, ["devices have changed and are being read again"])
+    assert (queue.pending, queue.unfinished()) == (True, ["devices have changed and are being read again"])
     async with asyncio.timeout(120):
         assert await queue.next() == devices
-    assert (queue.pending, queue.missing()) == (False, [])
+    assert (queue.pending, queue.unfinished()) == (False, [])
 
 
 async def test_a_resync_rescans_every_device() -> None:

@@ -57,7 +57,7 @@ async def test_a_refresh_reads_only_the_named_devices_and_a_resync_reads_all(ben
 async def test_an_unreadable_device_is_put_into_the_queue_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("qat_server.devices.change_queue._RETRY_FIRST", 0.001)
+    monkeypatch.setattr("qat_server.devices.inventory_cache._RETRY_FIRST", 0.001)
     bench.tree.write(VF2, "device", "no number")
     await bench.cache.refresh(None)
     async with asyncio.timeout(120):
@@ -77,7 +77,7 @@ async def test_an_unreadable_device_is_put_into_the_queue_again(
 async def test_an_unreadable_bus_is_retried_and_the_inventory_stays(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("qat_server.devices.change_queue._RETRY_FIRST", 0.001)
+    monkeypatch.setattr("qat_server.devices.inventory_cache._RETRY_FIRST", 0.001)
     await bench.cache.refresh(None)
     before = bench.cache.current
     shutil.move(bench.tree.root / "bus", bench.tree.root / "away")

@@ -7,7 +7,7 @@ from typing import cast
 
 from qat_server.host.service_manager import ServiceManager
 from qat_server.host.startup import Startup
-from qat_server.kubelet.device import Device, Listing
+from qat_server.kubelet.device import Device, Listing, summary
 from qat_shared.pci import PciAddress
 from support.conditions import until
 
@@ -33,7 +33,7 @@ class Bench:
         self.listing: Listing = {}
         self.manager = Manager()
         self.checks = 0
-        self.start = Startup(cast(ServiceManager, self.manager), self._missing, lambda: self.listing, timeout)
+        self.start = Startup(cast(ServiceManager, self.manager), self._missing, lambda: summary(self.listing), timeout)
 
     def _missing(self) -> Sequence[str]:
         self.checks += 1
@@ -80,7 +80,7 @@ async def test_a_defect_does_not_block_the_start() -> None:
         raise ZeroDivisionError
 
     manager = Manager()
-    task = asyncio.create_task(Startup(cast(ServiceManager, manager), defect, dict, 0.0).run())
+    task = asyncio.create_task(Startup(cast(ServiceManager, manager), defect, str, 0.0).run())
     await until(lambda: manager.statuses)
     assert "ZeroDivisionError" in manager.statuses[0]
     task.cancel()

@@ -55,9 +55,9 @@ async def test_a_device_that_no_pod_holds_is_releasable_after_it_has_settled() -
 
     async def scenario(usage: DeviceUsage) -> None:
         usage.track_unhealthy(GONE)
-        assert not usage.releasable("cy", VF), "an earlier answer does not count"
-        await until(lambda: usage.releasable("cy", VF))
-        assert not usage.releasable("dc", VF), "it is not listed there"
+        assert not usage.confirmed_free("cy", VF), "an earlier answer does not count"
+        await until(lambda: usage.confirmed_free("cy", VF))
+        assert not usage.confirmed_free("dc", VF), "it is not listed there"
 
     await with_usage(kubelet, 0.05, scenario)
     assert kubelet.queries == 3, "two answers make it releasable"
@@ -71,9 +71,9 @@ async def test_a_held_device_stays_until_its_pod_ends() -> None:
         assert usage.holder_names() == {VF: "default/pod/main"}
         usage.track_unhealthy(GONE)
         await until(lambda: kubelet.queries >= 3)
-        assert not usage.releasable("cy", VF)
+        assert not usage.confirmed_free("cy", VF)
         kubelet.holders = {}
-        await until(lambda: usage.releasable("cy", VF))
+        await until(lambda: usage.confirmed_free("cy", VF))
         assert usage.holder_names() == {}
 
     await with_usage(kubelet, 0.01, scenario, interval=0.02)
@@ -84,11 +84,11 @@ async def test_a_device_that_recovers_has_to_settle_again() -> None:
 
     async def scenario(usage: DeviceUsage) -> None:
         usage.track_unhealthy(GONE)
-        await until(lambda: usage.releasable("cy", VF))
+        await until(lambda: usage.confirmed_free("cy", VF))
         usage.track_unhealthy(FINE)
-        assert not usage.releasable("cy", VF)
+        assert not usage.confirmed_free("cy", VF)
         usage.track_unhealthy(GONE)
-        assert not usage.releasable("cy", VF)
+        assert not usage.confirmed_free("cy", VF)
 
     await with_usage(kubelet, 0.05, scenario)
 
@@ -98,11 +98,11 @@ async def test_without_an_answer_nothing_is_releasable() -> None:
 
     async def scenario(usage: DeviceUsage) -> None:
         usage.track_unhealthy(GONE)
-        await until(lambda: usage.releasable("cy", VF))
+        await until(lambda: usage.confirmed_free("cy", VF))
         kubelet.holders = PodResourcesError("the kubelet has no such socket")
         usage.allocated()
         await until(lambda: usage.error)
-        assert not usage.releasable("cy", VF)
+        assert not usage.confirmed_free("cy", VF)
         assert usage.error == "the kubelet has no such socket"
 
     await with_usage(kubelet, 0.01, scenario)
@@ -239,13 +239,13 @@ async def test_a_kubelet_that_reports_no_pod_yet_releases_no_held_device() -> No
     for _ in range(3):
         await manual.query({}, pods=0, after=2 * SETTLE)
         manual.usage.track_unhealthy(GONE)
-        assert not manual.usage.releasable("cy", VF)
+        assert not manual.usage.confirmed_free("cy", VF)
         assert manual.usage.holder_names() == {VF: "default/pod/main"}
         assert manual.usage.may_be_held("cy", VF, None)
     await manual.query({})
-    assert not manual.usage.releasable("cy", VF), "one answer is not enough"
+    assert not manual.usage.confirmed_free("cy", VF), "one answer is not enough"
     await manual.query({})
-    assert manual.usage.releasable("cy", VF)
+    assert manual.usage.confirmed_free("cy", VF)
     assert manual.usage.holder_names() == {}
 
 
@@ -265,10 +265,10 @@ async def test_a_new_stream_restarts_the_settling_time() -> None:
     await manual.query({}, after=2 * SETTLE)
     manual.usage.stream_opened(reconnected=True)
     await manual.query({})
-    assert not manual.usage.releasable("cy", VF)
+    assert not manual.usage.confirmed_free("cy", VF)
     await manual.query({}, after=SETTLE)
     await manual.query({})
-    assert manual.usage.releasable("cy", VF)
+    assert manual.usage.confirmed_free("cy", VF)
 
 
 async def test_the_first_stream_is_not_a_sign_of_a_new_kubelet() -> None:
@@ -281,7 +281,7 @@ async def test_the_first_stream_is_not_a_sign_of_a_new_kubelet() -> None:
 
 async def test_devices_in_use_are_those_that_pods_hold_and_those_just_allocated() -> None:
     manual, other, old = ManualUsage(), PciAddress.parse("0000:6b:00.2"), PciAddress.parse("0000:6b:00.3")
-    assert manual.usage.in_use("cy", {}) is None
+    assert manual.usage.possibly_held("cy", {}) is None
     await manual.query(HELD, after=3600)
-    assert manual.usage.in_use("cy", {other: manual.now, old: 0.0}) == {VF, other}
-    assert manual.usage.in_use("dc", {}) == set()
+    assert manual.usage.possibly_held("cy", {other: manual.now, old: 0.0}) == {VF, other}
+    assert manual.usage.possibly_held("dc", {}) == set()

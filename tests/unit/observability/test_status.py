@@ -7,7 +7,7 @@ import pytest
 
 from qat_server.devices.inventory import Inventory
 from qat_server.observability.state import State
-from qat_server.observability.status import decode, encode
+from qat_server.observability.status_format import decode, encode
 from qat_server.observability.status_report import status_from
 from qat_shared import VERSION
 from support.server_state import full_state, provisioning_state

@@ -13,7 +13,7 @@ import uvloop
 from qat_server.command_line.status.client import fetch_local
 from qat_server.observability import http_server, status_socket
 from qat_server.observability.http_server import Response
-from qat_server.observability.status import STATUS_SOCKET
+from qat_server.observability.status_format import STATUS_SOCKET
 
 
 def test_it_is_there_for_its_user_and_group_only_while_it_is_served(tmp_path: Path) -> None:

@@ -50,3 +50,17 @@ def test_what_is_named_is_there(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     commands = re.findall(r"(?:^|`)(?:[A-Z_]+=\S+ )*make ([a-z-]+)(?=`|$|  )", text, re.MULTILINE)
     assert set(commands) <= targets
+
+
+WHERE = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", (ROOT / "docs/architecture.md").read_text())
+
+
+@pytest.mark.parametrize(("file", "names"), WHERE)
+def test_the_architecture_page_names_functions_that_exist(file: str, names: str) -> None:
+    text = (ROOT / "server/qat_server" / file).read_text()
+    for name in re.findall(r"\w+", names):
+        assert re.search(rf"^ *(?:async def|def|class) {name}\b|^{name}\b", text, re.MULTILINE), name
+
+
+def test_the_architecture_page_says_where_to_look() -> None:
+    assert len(WHERE) >= 15

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qat_server.helper_client.client import HelperState
-from qat_server.observability.status import Status, VfStatus
+from qat_server.observability.status_format import Status, VfStatus
 from qat_shared.pci import PciAddress
 from qat_simulation.demo.audit import _lines, examples
 from qat_simulation.demo.vf_outcomes import VfOutcomes, outcomes

@@ -12,7 +12,7 @@ from qat_server.command_line.doctor.observations import NO_HEARTBEAT, HelperAnsw
 from qat_server.command_line.status.client import StatusError, decoded, fetch_local
 from qat_server.helper_client.client import HelperClient, HelperError
 from qat_server.instrumentation.counters import Counters
-from qat_server.observability.status import STATUS_SOCKET
+from qat_server.observability.status_format import STATUS_SOCKET
 from qat_shared.pci import PciAddress
 
 TIMEOUT: Final = 5.0

@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from qat_server.observability.status import Status, decode
+from qat_server.observability.status_format import Status, decode
 from qat_server.parsing.values import HostPort
 from qat_shared import VERSION
 

@@ -9,7 +9,7 @@ import typer
 from qat_server.command_line.flags import PROGRAM
 from qat_server.command_line.settings import SettingsError
 from qat_server.kubelet.registration.directories import Registration, socket_directory
-from qat_server.observability.status import STATUS_SOCKET
+from qat_server.observability.status_format import STATUS_SOCKET
 from qat_server.parsing import values
 
 

@@ -8,7 +8,7 @@ from rich.text import Text
 from qat_server.command_line import tables
 from qat_server.command_line.tables import plain
 from qat_server.devices.inventory import no_vfs_hint
-from qat_server.observability.status import Status
+from qat_server.observability.status_format import Status
 from qat_shared.confinement import missing
 
 _Row = tuple[str, ...]

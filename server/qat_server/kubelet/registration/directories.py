@@ -6,11 +6,9 @@ from typing import Final
 
 from msgspec import Struct
 
+from qat_server.devices.naming import LONGEST_NAME
 from qat_shared import NAMESPACE
 from qat_shared.messages import SocketDirectory
-
-# The longest name made from a QAT device's services: three of sym, asym, dc, dcc, decomp (Gen6).
-_LONGEST_RESOURCE: Final = "asym-decomp-sym"
 
 
 class Registration(StrEnum):
@@ -34,11 +32,9 @@ class _Location(Struct, frozen=True):
 
 
 _LOCATIONS: Final = {
-    Registration.KUBELET_SOCKET: _Location(
-        SocketDirectory.DEVICE_PLUGINS, "device-plugins", f"{_LONGEST_RESOURCE}.sock"
-    ),
+    Registration.KUBELET_SOCKET: _Location(SocketDirectory.DEVICE_PLUGINS, "device-plugins", f"{LONGEST_NAME}.sock"),
     Registration.PLUGIN_WATCHER: _Location(
-        SocketDirectory.PLUGINS_REGISTRY, "plugins_registry", f"{_LONGEST_RESOURCE}-01234567.sock"
+        SocketDirectory.PLUGINS_REGISTRY, "plugins_registry", f"{LONGEST_NAME}-01234567.sock"
     ),
 }
 

@@ -20,7 +20,7 @@ from qat_shared.messages import SocketDirectory
 
 log = logs.get(__name__)
 
-HELPER_TIMEOUT: Final = 2.0
+PREPARE_TIMEOUT: Final = 2.0
 """Seconds that the helper has to prepare a directory that is usable without it."""
 _RETRY: Final = 1.0
 
@@ -64,7 +64,7 @@ class EndpointDirectory:
         while True:
             self._helper_event.clear()
             try:
-                async with asyncio.timeout(HELPER_TIMEOUT if self._usable() else None):
+                async with asyncio.timeout(PREPARE_TIMEOUT if self._usable() else None):
                     await self._helper.prepare_socket_directory(self._directory)
             except HelperUnavailableError as error:
                 if self._usable():
@@ -72,7 +72,7 @@ class EndpointDirectory:
                 self.waits_for = f"waiting for the helper to prepare {self.path}: {error.message}"
                 await self._helper_event.wait()
             except (HelperError, TimeoutError) as error:
-                why = str(error) or f"the helper did not answer within {HELPER_TIMEOUT:g} s"
+                why = str(error) or f"the helper did not answer within {PREPARE_TIMEOUT:g} s"
                 if self._usable():
                     self._warn("socket directory used as it is, since the helper did not prepare it", why)
                     return

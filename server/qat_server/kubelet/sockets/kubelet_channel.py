@@ -18,7 +18,7 @@ from typing import Final, NoReturn, Protocol
 import grpc
 import grpc.aio
 
-from qat_server.kubelet.sockets.grpc_socket import short_path, temporary_directory
+from qat_server.kubelet.sockets.socket_files import short_path, temporary_directory
 from qat_shared.messages import KubeletService
 
 _CHUNK: Final = 64 * 1024

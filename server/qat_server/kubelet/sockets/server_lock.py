@@ -1,8 +1,8 @@
 """Advisory locks that let only one server run on a node; the kernel releases them when their holder exits.
 
 One lock is on the directory of the endpoints' sockets. That directory depends on --registration, so this lock alone is
-not enough when a rolling update changes the flag. The second lock is on a directory that is the same whatever the
-settings: that of the helper's socket. Both locks are on the directories themselves, which any process that can read
+not enough when a rolling update changes the flag. The second lock is on the directory of the helper's socket, which
+does not depend on --registration. Both locks are on the directories themselves, which any process that can read
 them can lock. A lock file would belong to one user, and would block a server that later runs as another.
 """
 

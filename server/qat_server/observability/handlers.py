@@ -14,11 +14,11 @@ from qat_server.observability import http_server, status_socket
 from qat_server.observability.http_server import Handler, Response
 from qat_server.observability.readiness import not_ready
 from qat_server.observability.state import State
-from qat_server.observability.status import encode
+from qat_server.observability.status_format import encode
 from qat_server.observability.status_report import status_from
 
 
-class StatusServer:
+class HttpHandlers:
     """Serves snapshots: `inventory` returns the newest inventory, `state` the current State for a given inventory."""
 
     def __init__(

@@ -129,7 +129,8 @@ def _pf_plan(
         return PfPlan(pf, desired, actual, impossible=impossible)
     notes = _notes(pf, actual, desired)
     refusal, attempted = "", desired
-    if refused is not None and refused == desired.services:
+    # A killed helper's child may have set the services before the next attempt was refused: then nothing is left to do.
+    if refused is not None and refused == desired.services != canonical(pf.services):
         # The other settings still apply: the attempt removed the VFs, and without them the device is of no use.
         refusal = f"the kernel refused {';'.join(refused)}; it is not retried until the configuration changes"
         attempted = replace(desired, services=None)

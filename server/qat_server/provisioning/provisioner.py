@@ -164,7 +164,10 @@ class Provisioner:
         if not steps:
             self._backoff = self._backoff.without(address)
             record.failure = None
-            return Progress(Stage.FAILED if pf_plan.refusal else Stage.DONE, wanted, reason=pf_plan.refusal)
+            if pf_plan.refusal:
+                return Progress(Stage.FAILED, wanted, reason=pf_plan.refusal)
+            record.refused = None
+            return Progress(Stage.DONE, wanted)
         if not pf_plan.steps:
             return Progress(Stage.WAITING, wanted, steps, held_by)
         if not self._helper.connected or record.denied:

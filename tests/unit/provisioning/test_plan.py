@@ -176,12 +176,17 @@ def test_a_vf_on_another_driver_is_held_by_that_driver(driver: str | None, holde
 
 
 @pytest.mark.parametrize(
-    ("refused", "steps", "reported"), [(("dc",), (ALL_VFS,), True), (("sym",), (SERVICES_DC, ALL_VFS), False)]
+    ("now", "refused", "steps", "reported"),
+    [
+        ("sym", ("dc",), (ALL_VFS,), True),
+        ("sym", ("sym",), (SERVICES_DC, ALL_VFS), False),
+        ("dc", ("dc",), (ALL_VFS,), False),  # the refused attempt came after one that had succeeded
+    ],
 )
 def test_refused_services_are_not_requested_again_and_other_steps_are_planned(
-    refused: Services, steps: tuple[Step, ...], reported: bool
+    now: str, refused: Services, steps: tuple[Step, ...], reported: bool
 ) -> None:
-    inventory = Inventory((a_pf(vfs=0),), (), (), ())
+    inventory = Inventory((a_pf(services=now, vfs=0),), (), (), ())
     one = plan(inventory, {AT: a_state(num=0)}, configured("dc"), {}, {AT: refused}).pfs[0]
     assert (one.steps, bool(one.refusal)) == (steps, reported)
 

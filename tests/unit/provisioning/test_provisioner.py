@@ -1,6 +1,7 @@
 """The order: VFs are withheld and published before PodResources is queried, and queried before the first step."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -221,3 +222,23 @@ async def test_failures_and_changes_without_effect_are_retried_with_backoff(tmp_
             it.tree.vf(str(vf), "6b:00.0", "vfio-pci", group=vf.function)
         await it.reconcile()
         assert it.stage() is Stage.DONE
+
+
+async def test_services_that_a_killed_helper_has_set_after_all_count_as_set(tmp_path: Path) -> None:
+    """Its child went on: the next attempt is refused (EINVAL), since the device is up again, with these services."""
+    async with bench(tmp_path) as it:
+        for number, vf in enumerate(VFS):
+            it.tree.remove(str(vf))
+            (it.tree.path("6b:00.0") / f"virtfn{number}").unlink()
+        it.helper.failure = HelperError(ErrorCode.KERNEL, "refused", errno.EINVAL)
+        await it.reconcile()
+        await until(lambda: not it.provisioner.working)
+        it.helper.failure = None
+        await it.reconcile()
+        await until(lambda: not it.provisioner.working)
+        assert len(it.helper.requests) == 2, "its VFs are enabled in any case"
+        it.tree.write("6b:00.0", "qat/cfg_services", "sym;asym\n")
+        for vf in VFS:
+            it.tree.vf(str(vf), "6b:00.0", "vfio-pci", group=vf.function)
+        await it.reconcile()
+        assert (it.stage(), it.provisioner.progress[PF].reason) == (Stage.DONE, "")

@@ -102,8 +102,8 @@ def _serve(options: argparse.Namespace) -> None:
         sandbox = confine(root, options.kubelet_dir, options.socket, options.audit_log, traceable=options.traceable)
         gaps = missing(sandbox)
         if gaps and options.require_sandbox:
-            raise StartError(f"--require-sandbox is set, but the sandbox is not whole: {gaps}")
-        log(f"the sandbox is not whole: {gaps}" if gaps else f"sandbox: {', '.join(sandbox)}")
+            raise StartError(f"--require-sandbox is set, but the sandbox is incomplete: {gaps}")
+        log(f"the sandbox is incomplete: {gaps}" if gaps else f"sandbox: {', '.join(sandbox)}")
         node = Node(
             sysfs_root=root,
             kubelet_dir=options.kubelet_dir,

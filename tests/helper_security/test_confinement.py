@@ -131,7 +131,7 @@ def test_what_is_missing_is_told_and_fatal_on_request_only(helped: Helper, layer
     before, why = LACKING[layer]
     helped.command = before if layer == "seccomp" else [*before, *helped.command]
     helped.start()
-    assert f"the sandbox is not whole: {layer}: " in helped.log_text()
+    assert f"the sandbox is incomplete: {layer}: " in helped.log_text()
     state = welcome(helped).sandbox
     assert why in state.pop(layer)
     assert set(state.values()) == {""}, "the other layers are in place"

@@ -52,7 +52,7 @@ async def test_both_sandboxes_are_in_status_and_metrics() -> None:
             assert f'qat_plugin_sandbox{{layer="{layer}",process="server"}} 1.0' in text
         assert 'qat_plugin_sandbox{layer="no-core-dumps",process="helper"} 0.0' in text
         assert 'qat_plugin_sandbox{layer="seccomp",process="helper"} 1.0' in text
-        assert "the helper's sandbox is not whole" in node.log("server")
+        assert "the helper's sandbox is incomplete" in node.log("server")
 
 
 async def test_a_server_without_landlock_says_so_and_ends_when_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ async def test_a_server_without_landlock_says_so_and_ends_when_it_is_required(mo
         node.start_server()
         assert node.server is not None
         assert node.server.wait(120) == 2
-        assert "--require-sandbox: the sandbox is not whole: landlock: " in node.log("server")
+        assert "--require-sandbox: the sandbox is incomplete: landlock: " in node.log("server")
         node.server = None
 
 

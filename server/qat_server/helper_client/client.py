@@ -159,7 +159,7 @@ class HelperClient:
         self.first_attempt_ended.set()
         log.info("helper connected", socket=str(self._path), version=self.version)
         if lacks := missing(self.sandbox):
-            log.warning("the helper's sandbox is not whole", missing=lacks)
+            log.warning("the helper's sandbox is incomplete", missing=lacks)
         for notify in (*self.on_change, *self.on_connected):
             notify()
         try:

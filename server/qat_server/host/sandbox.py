@@ -73,9 +73,9 @@ def enter(access: Access, *, required: bool) -> dict[str, str]:
     state = confinement.confine(_rules(access), read_profile(PROFILE))
     lacks = confinement.missing(state)
     if lacks and required:
-        raise IncompleteSandboxError(f"the sandbox is not whole: {lacks}")
+        raise IncompleteSandboxError(f"the sandbox is incomplete: {lacks}")
     if lacks:
-        log.warning("the sandbox is not whole", missing=lacks)
+        log.warning("the sandbox is incomplete", missing=lacks)
     else:
         log.info("sandbox entered", layers=tuple(state))
     return state

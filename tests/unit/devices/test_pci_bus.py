@@ -22,6 +22,17 @@ def test_addresses_are_in_order_and_other_names_are_skipped(tree: SysfsTree) -> 
     assert driver_addresses(tree.root, "420xx") == [], "a driver that is not loaded has no devices"
 
 
+def test_a_vf_is_on_the_bus_and_on_its_driver(tree: SysfsTree) -> None:
+    vf = address("6b:00.1")
+    tree.pf(PF)
+    tree.vf(str(vf), PF, "4xxxvf")
+    assert pci_addresses(tree.root) == [address(PF), vf]
+    assert driver_addresses(tree.root, "4xxxvf") == [vf]
+    (tree.root / "bus/pci/devices/not an address").mkdir()
+    assert pci_addresses(tree.root) == [address(PF), vf]
+    assert driver_addresses(tree.root, "not_loaded") == []
+
+
 PFS: dict[str, tuple[Callable[[SysfsTree], object], bool]] = {
     "without a driver": (lambda tree: tree.pf(PF, driver=None), True),
     "on its driver": (lambda tree: tree.pf(PF), False),

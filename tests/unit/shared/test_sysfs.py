@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from qat_server.devices.pci_bus import driver_addresses, pci_addresses
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import (
     MalformedError,
@@ -46,9 +45,6 @@ def test_attributes_are_read(tree: SysfsTree) -> None:
     with open_device(tree.root, address(PF)) as device:
         assert list(device.virtual_functions()) == [("virtfn0", address(VF))]
         assert device.read("qat/state") == "up"
-    assert pci_addresses(tree.root) == [address(PF), address(VF)]
-    assert driver_addresses(tree.root, "4xxxvf") == [address(VF)]
-    assert driver_addresses(tree.root, "not_loaded") == []
 
 
 MALFORMED = {
@@ -145,11 +141,6 @@ def test_a_device_removed_while_open_is_missing(tree: SysfsTree) -> None:
         with pytest.raises(MissingError):
             device.read("vendor")
         assert device.link("driver") is None
-
-
-def test_names_that_are_not_addresses_are_skipped(tree: SysfsTree) -> None:
-    (tree.root / "bus/pci/devices/not an address").mkdir()
-    assert pci_addresses(tree.root) == [address(PF), address(VF)]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_text("x"), lambda path: path.mkdir()])

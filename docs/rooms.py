@@ -13,7 +13,7 @@ import grimp
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("architecture.md")
-PACKAGES = {"qat_server": ROOT / "server", "qat_simulation": ROOT / "simulation"}
+PACKAGES = {"qat_helper": ROOT / "helper", "qat_server": ROOT / "server", "qat_simulation": ROOT / "simulation"}
 
 
 def layers(package: str) -> list[list[str]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from qat_helper.errors import OperationError
-from qat_helper.node import Outcome
+from qat_helper.operations.node import Outcome
 from qat_shared.codec import ProtocolError, decode_reply, decode_request, encode
 from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode
 

@@ -17,11 +17,11 @@ from typing import Final
 
 import msgspec
 
-from qat_helper.audit import AuditError, AuditLog, Caller, Entry, Fields, printable
+from qat_helper.audit.log import AuditError, AuditLog, Caller, Entry, Fields, printable
 from qat_helper.child import Child
 from qat_helper.errors import OperationError, denied
-from qat_helper.node import Node, Outcome
-from qat_helper.operations import OPERATIONS, PF, Operation, deadline_of
+from qat_helper.operations.node import Node, Outcome
+from qat_helper.operations.table import OPERATIONS, PF, Operation, deadline_of
 from qat_helper.policy import ALL
 from qat_helper.rate_limit import RateLimiter
 from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from qat_helper.audit import AuditError, AuditLog, Entry, Fields, Sync
+from qat_helper.audit.copies import Copy, copier
+from qat_helper.audit.log import AuditError, AuditLog, Entry, Fields, Sync
 from qat_helper.console import log
-from qat_helper.copies import Copy, copier
 from qat_helper.listening import ListenError, listening
-from qat_helper.node import Node
-from qat_helper.operations import NAMES
+from qat_helper.operations.node import Node
+from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy, PolicyError, narrow
 from qat_helper.sandbox import close_inherited, confine, join_group
 from qat_helper.serve import Server
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Exit status: 0 after a clean stop, 2 if it could not start."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] and arguments[0] in ("audit", "policy"):
-        from qat_helper.commands import run  # noqa: PLC0415  the serving process must not load these
+        from qat_helper.commands.run import run  # noqa: PLC0415  the serving process must not load these
 
         return run(arguments)
     try:

@@ -23,11 +23,11 @@ from typing import Final
 
 import msgspec
 
-from qat_helper.audit import AuditLog, Caller
+from qat_helper.audit.log import AuditLog, Caller
 from qat_helper.console import log
 from qat_helper.dispatch import Dispatcher
 from qat_helper.errors import OperationError
-from qat_helper.node import Node, Outcome
+from qat_helper.operations.node import Node, Outcome
 from qat_shared.codec import ProtocolError, decode_request, encode
 from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, OpenKubeletSocket, Welcome
 

@@ -17,7 +17,7 @@ import yaml
 from deployments import rendered
 from deployments.rendered import BUILT, COMPONENTS, DEPLOYMENTS, EXAMPLES, INSTALLATIONS, Manifest
 from qat_helper.main import _parse as helper_options
-from qat_helper.operations import NAMES
+from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy, narrow
 from qat_server.command_line import flags, settings
 from qat_server.composition import Server

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helper_security.forbidden import attempts
 from qat_helper import dispatch, main, serve
-from qat_helper.node import Node, Outcome
+from qat_helper.operations.node import Node, Outcome
 from qat_shared.messages import AnyRequest
 
 directory = Path(sys.argv.pop(1))

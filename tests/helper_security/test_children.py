@@ -13,7 +13,7 @@ import pytest
 
 from helper_security.figures import tried
 from qat_helper.child import Child
-from qat_helper.node import Outcome
+from qat_helper.operations.node import Outcome
 from qat_shared.messages import AnyRequest, BindDriver, DpdkDriver, ErrorCode, Failure, Heartbeat, ReadHeartbeat
 from support.conditions import wait_until
 from support.forks import recording_fork

@@ -14,7 +14,7 @@ from contextlib import suppress
 from helper_security import hostile
 from helper_security.chain import verified
 from helper_security.figures import most, tried, wanted
-from qat_helper.operations import OPERATIONS
+from qat_helper.operations.table import OPERATIONS
 from qat_shared.codec import ProtocolError, decode_request, encode
 from qat_shared.messages import MAX_MESSAGE, AnyRequest, Failure, Heartbeat
 from support.conditions import wait_until

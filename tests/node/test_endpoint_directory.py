@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qat_helper.kubelet import MODE
+from qat_helper.operations.kubelet import MODE
 from qat_server.helper_client.client import HelperClient
 from qat_server.instrumentation.counters import Counters
 from qat_server.kubelet.registration.directories import Registration

@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_helper.audit import AuditLog, Entry
-from qat_helper.verify import Verdict, items, verify
+from qat_helper.audit.log import AuditLog, Entry
+from qat_helper.commands.verify import Verdict, items, verify
 from qat_shared.messages import AuditHead
 
 Lines = list[bytes]

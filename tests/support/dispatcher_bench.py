@@ -13,11 +13,11 @@ import msgspec
 import pytest
 
 from qat_helper import dispatch
-from qat_helper.audit import AuditLog, Caller
+from qat_helper.audit.log import AuditLog, Caller
 from qat_helper.dispatch import Dispatcher
 from qat_helper.errors import PENDING_HEAD
-from qat_helper.node import Node, Outcome
-from qat_helper.operations import OPERATIONS
+from qat_helper.operations.node import Node, Outcome
+from qat_helper.operations.table import OPERATIONS
 from qat_helper.policy import Policy
 from qat_shared.messages import (
     AnyReply,

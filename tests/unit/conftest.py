@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qat_helper.operations import NAMES
+from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy
 from qat_server.logs.handler import OUR_LOGGERS
 from support.dispatcher_bench import Bench

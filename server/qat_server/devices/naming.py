@@ -48,7 +48,7 @@ def resource_name(vf: VirtualFunction, pf: PhysicalFunction | None, config: str 
 
 
 def is_resource_name(name: str) -> bool:
-    """Whether `resource_name` can return this name."""
+    """Whether the name is made of our words. It also accepts words in another order."""
     return name in (GENERIC, _CRYPTO) or set(name.split("-")) <= set(SERVICES)
 
 

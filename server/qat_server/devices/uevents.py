@@ -113,7 +113,7 @@ class UeventListener:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                if error.errno == errno.ENOBUFS:  # the kernel dropped packets, perhaps about QAT devices
+                if error.errno == errno.ENOBUFS:  # the kernel dropped packets: read every device again
                     self.overruns += 1
                     self._queue.rescan()
                     continue

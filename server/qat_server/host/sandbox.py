@@ -1,7 +1,12 @@
 """The sandbox that the server enters before it has threads: the files and system calls that it keeps.
 
-    read    <sysfs>/bus/pci, devices, ...; its own code; /proc; the time zone; the provisioning configuration
-    write   the endpoints' directory; the directory of the log files, if there are any
+    read    <sysfs>/bus, class, devices, ...; its own code; some of /proc; the time zone; the provisioning configuration;
+            the directory of the helper's socket, to lock it
+    write   <kubelet-dir>/device-plugins/qat.intel.com or plugins_registry/qat.intel.com: the endpoints' sockets;
+            the log files' directory, only with --logtostderr=false
+
+A directory that does not exist yet is replaced by its nearest existing ancestor, but for the log files': without their
+directory the server does not start.
 
 Inside, only Unix sockets and the socket for the kernel's uevents can be created. The metrics listener is opened before.
 """
@@ -51,7 +56,7 @@ class IncompleteSandboxError(Exception):
 
 
 class Access(Struct, frozen=True, kw_only=True):
-    """The directories that the server uses; None for one that it does not use."""
+    """The directories that the server uses, from its Settings (process.py); None for one that it does not use."""
 
     sysfs_root: Path
     socket_directory: Path

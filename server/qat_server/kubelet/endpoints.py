@@ -83,7 +83,7 @@ class Endpoints:
         return self._usage.may_be_held(resource, address, endpoint.allocated_at.get(address) if endpoint else None)
 
     def releasable(self, resource: str, address: PciAddress) -> bool:
-        """Whether an unhealthy device may leave the resource's list."""
+        """Whether an unhealthy device may leave the resource's list; `next_listing` asks and obeys."""
         return self._usage.confirmed_free(resource, address) and not self.may_be_held(resource, address)
 
     def holder_names(self, listing: Listing) -> dict[PciAddress, str] | None:

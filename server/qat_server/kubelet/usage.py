@@ -1,9 +1,9 @@
-"""Which pods hold which devices, according to the kubelet's PodResources, and which devices may leave a listing.
+"""Which pods hold which devices, according to the kubelet's PodResources, and which devices are confirmed to be free.
 
 Removing a device that a pod holds, or that the kubelet is about to allocate, can crash the kubelet (a nil dereference
-in its device manager). So a device is releasable only under two conditions. It has been listed as Unhealthy for SETTLE
-seconds, so no earlier allocation can still be in progress. And the answers to two PodResources queries sent after that
-do not name it.
+in its device manager). So `Endpoints.releasable`, which decides, needs a device to be confirmed free, and two conditions
+confirm that. It has been listed as Unhealthy for SETTLE seconds, so no earlier allocation can still be in progress. And
+the answers to two PodResources queries sent after that do not name it.
 
 A kubelet that has just started reports no pod until it knows its pods, which takes as long as the API server is away.
 A stream that opens after another has ended may come from such a kubelet. Then the settling time starts again, and

@@ -3,7 +3,7 @@
 h11 implements the protocol; this module does the I/O and limits the resources that a client can use:
 
     request head     8 KiB, within 5 s of its first byte (for the first request: 5 s of connecting)
-    connections      16; a new one replaces the one that has been waiting longest for a request
+    connections      16 for each call of `serve`; a new one replaces the one that has been waiting longest for a request
     keep-alive       75 s between requests
     request body     never read: the connection is closed after the response
     slow reader      must read the response within 5 s

@@ -9,8 +9,10 @@ services_supported in adf_gen4_hw_data.c and adf_6xxx_hw_data.c):
   provisioner.py withholds the VFs and queries again, and the helper reads `enable`. auto_reset can be written at any
   time.
 - Enabling VFs takes a device that is up down and up again, and brings up one that is down. It always enables all VFs.
-- Before kernel 6.12, going down resets pm_idle_enabled. So it is written last, and the device stays down until
-  enabling the VFs brings it up (SetPmIdle.stay_down).
+- Before kernel 6.12, going down resets pm_idle_enabled. So it is written after the services, and the device
+  stays down until enabling the VFs brings it up (SetPmIdle.stay_down).
+
+So the order is: auto_reset, no VFs (if none are wanted), services, pm_idle_enabled, all VFs.
 """
 
 from collections.abc import Mapping

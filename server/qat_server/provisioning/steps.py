@@ -1,4 +1,4 @@
-"""The steps of a plan: each is one operation of the helper on one PF."""
+"""The kinds of steps, each one operation of the helper on one PF. plan.py decides which, and in which order."""
 
 from msgspec import Struct
 

@@ -1,5 +1,7 @@
 """Faults injected into the emulated kernel by a test or a person: writes that fail, are slow, or never return.
 
+The waits of the real kernel are elsewhere: for an open VF in drivers.py, for a device's lock in bus.py.
+
 A fault applies to writes to one attribute (state or qat/state, driver_override, unbind, ...), of one device or of all.
 For bind, unbind and drivers_probe the device is the one in the written text. The attribute "probe" stands for a driver
 that probes a device.

@@ -165,6 +165,7 @@ class DeviceManager(DeviceInventory):
         return any(device.topology.nodes for device in self._all.get(resource, {}).values())
 
     def _nodes(self, resource: str, device: str) -> list[int]:
+        """Raises KubeletPanicError where the real kubelet dereferences nil; no other place does."""
         listed = self._all.get(resource, {}).get(device)
         if listed is None:
             raise KubeletPanicError(

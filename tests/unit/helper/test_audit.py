@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from qat_helper.audit import AuditError, AuditLog, Entry, printable
-from qat_helper.verify import items, verify
+from qat_helper.audit.log import AuditError, AuditLog, Entry, printable
+from qat_helper.commands.verify import items, verify
 from qat_shared.messages import AuditHead
 
 FIRST = "0" * 64

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from qat_helper import copies
-from qat_helper.audit import AuditError
-from qat_helper.copies import Copy, copier
+from qat_helper.audit import copies
+from qat_helper.audit.copies import Copy, copier
+from qat_helper.audit.log import AuditError
 
 # The destination of copies stays open as long as the process lives.
 pytestmark = pytest.mark.filterwarnings(

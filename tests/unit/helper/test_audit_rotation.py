@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qat_helper.audit import AuditError, AuditLog, Entry, Sync
-from qat_helper.verify import Verdict, items, verify
+from qat_helper.audit.log import AuditError, AuditLog, Entry, Sync
+from qat_helper.commands.verify import Verdict, items, verify
 
 LIMIT = 1000
 
@@ -299,7 +299,7 @@ def test_a_process_that_is_killed_while_it_rotates(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from qat_helper.audit import AuditLog, Entry
+from qat_helper.audit.log import AuditLog, Entry
 log = AuditLog(Path({str(tmp_path / "audit.jsonl")!r}), limit=600)
 print("ready", flush=True)
 while True:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qat_helper.verify import BEGINNING, Verdict, items, verify
+from qat_helper.commands.verify import BEGINNING, Verdict, items, verify
 from qat_shared.messages import AuditHead
 from support.audit_logs import Lines, Written, check, edited, forged, write
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qat_helper.verify import Fault, items, verify
+from qat_helper.commands.verify import Fault, items, verify
 from qat_shared.messages import AuditHead
 from support.audit_logs import Lines, Written, check, forged, write
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qat_helper import binding, writing
 from qat_helper.dispatch import perform
-from qat_helper.node import Node
-from qat_helper.operations import NAMES
+from qat_helper.operations import binding, writing
+from qat_helper.operations.node import Node
+from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy
 from qat_shared.messages import AnyReply, BindDriver, Bound, DpdkDriver, ErrorCode, Failure, ReleaseDriver
 from qat_shared.pci import PciAddress

@@ -13,7 +13,7 @@ import pytest
 from qat_helper import dispatch
 from qat_helper.child import Child
 from qat_helper.errors import PENDING_HEAD, OperationError
-from qat_helper.node import Node, Outcome
+from qat_helper.operations.node import Node, Outcome
 from qat_shared.messages import (
     AnyRequest,
     BindDriver,

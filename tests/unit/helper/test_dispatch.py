@@ -9,7 +9,7 @@ import pytest
 
 from qat_helper import dispatch
 from qat_helper.errors import PENDING_HEAD, denied
-from qat_helper.node import Node, Outcome
+from qat_helper.operations.node import Node, Outcome
 from qat_helper.policy import Policy
 from qat_shared.messages import (
     AnyRequest,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qat_helper.dispatch import perform
-from qat_helper.node import Node, Outcome
-from qat_helper.operations import NAMES
+from qat_helper.operations.node import Node, Outcome
+from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy
 from qat_shared.messages import (
     Connected,

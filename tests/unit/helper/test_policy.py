@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qat_helper.errors import OperationError
-from qat_helper.operations import NAMES, OPERATIONS
+from qat_helper.operations.table import NAMES, OPERATIONS
 from qat_helper.policy import Policy, PolicyError, Rate, deny_foreign, narrow
 from qat_shared.devices import PHYSICAL, VIRTUAL
 from qat_shared.messages import (

@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qat_helper import writing
 from qat_helper.dispatch import perform
-from qat_helper.node import Node
-from qat_helper.operations import NAMES
+from qat_helper.operations import writing
+from qat_helper.operations.node import Node
+from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy
 from qat_shared.messages import (
     AnyReply,

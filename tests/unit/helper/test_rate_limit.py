@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from qat_helper.audit import Caller
+from qat_helper.audit.log import Caller
 from qat_helper.errors import PENDING_HEAD
-from qat_helper.node import Outcome
-from qat_helper.operations import NAMES
+from qat_helper.operations.node import Outcome
+from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy, Rate
 from qat_shared.messages import (
     BindDriver,

@@ -1,4 +1,4 @@
-"""A plan on a terminal: one row for each PF, and the notes below."""
+"""A plan on a terminal, for `provision` and `config check`: one row for each PF, and the notes below."""
 
 from rich.console import Console
 from rich.table import Table

@@ -16,7 +16,7 @@ VERSION: Final = "v1beta1"
 
 
 class Timing(Struct, frozen=True):
-    """All waits, in seconds."""
+    """The waits of an endpoint and its registration, in seconds. Those of the sockets are in sockets/."""
 
     first_pause: float = 0.05  # doubles with each further pause
     after_failure: float = 1.0  # the longest pause after a failed registration

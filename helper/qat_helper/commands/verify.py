@@ -1,6 +1,6 @@
 """Check that audit log files hold one unbroken chain, and find lines that were changed, removed, inserted or moved.
 
-Pure: bytes in, findings out. audit.py describes the chain. The serving helper never imports this.
+Pure: bytes in, findings out. audit/log.py describes the chain. The serving helper never imports this.
 
 Each line is compared with what the lines before it imply. After a fault the comparison resumes from that line, so that
 every fault is reported. A fragment of a failed write has no hash: the chain proves that it is there, not its contents.
@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import msgspec
 from msgspec import Struct
 
-from qat_helper.audit import digest
+from qat_helper.audit.log import digest
 from qat_shared.messages import AuditHead
 
 BEGINNING: Final = AuditHead(sequence=0, hash="0" * 64)

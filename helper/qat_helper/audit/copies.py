@@ -11,7 +11,7 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import Final
 
-from qat_helper.audit import AuditError
+from qat_helper.audit.log import AuditError
 
 JOURNAL: Final = "/run/systemd/journal/socket"
 _FIELDS: Final = b"PRIORITY=6\nSYSLOG_IDENTIFIER=qat-helper\nMESSAGE="

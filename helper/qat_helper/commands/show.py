@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from qat_helper.audit import Caller, Entry, Fields
+from qat_helper.audit.log import Caller, Entry, Fields
 
 INTERRUPTED: Final = "interrupted"
 """The helper ended before the operation did; the log does not say whether it took effect."""

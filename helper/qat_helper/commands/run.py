@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from qat_helper import show, verify
-from qat_helper.audit import AuditError
+from qat_helper.audit.log import AuditError
+from qat_helper.commands import show, verify
+from qat_helper.commands.explain import explain
 from qat_helper.console import log
-from qat_helper.explain import explain
-from qat_helper.operations import NAMES
+from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy, PolicyError, narrow
 from qat_shared.messages import AuditHead
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from qat_helper.operations import NAMES, OPERATIONS
+from qat_helper.operations.table import NAMES, OPERATIONS
 from qat_helper.policy import ALL, BUILTIN_RATES, Id, Policy, Rate
 from qat_shared.devices import PHYSICAL
 from qat_shared.messages import DpdkDriver, KubeletService, SocketDirectory

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Final
 
 from qat_helper.errors import PENDING_HEAD, OperationError
-from qat_helper.node import Node, Outcome
+from qat_helper.operations.node import Node, Outcome
 from qat_shared import NAMESPACE
 from qat_shared.messages import (
     Connected,

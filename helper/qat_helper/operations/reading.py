@@ -9,7 +9,7 @@ import os
 from typing import Final
 
 from qat_helper.errors import PENDING_HEAD, OperationError
-from qat_helper.node import Node, Outcome
+from qat_helper.operations.node import Node, Outcome
 from qat_shared.messages import DeviceConfig, ErrorCode, Heartbeat, ReadDeviceConfig, ReadHeartbeat
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import open_device

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from typing import Final
 
 from qat_helper.errors import PENDING_HEAD, OperationError
-from qat_helper.node import Node, Outcome
+from qat_helper.operations.node import Node, Outcome
+from qat_helper.operations.writing import write
 from qat_helper.policy import deny_foreign
-from qat_helper.writing import write
 from qat_shared.messages import DPDK_DRIVERS, BindDriver, Bound, ErrorCode, ReleaseDriver
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice, open_device

@@ -11,13 +11,13 @@ from typing import Any, Final, Generic, TypeVar
 
 from msgspec import Struct
 
-from qat_helper.binding import bind_driver, release_driver
 from qat_helper.errors import PENDING_HEAD, OperationError
-from qat_helper.kubelet import open_kubelet_socket, prepare_socket_directory
-from qat_helper.node import Node, Outcome
+from qat_helper.operations.binding import bind_driver, release_driver
+from qat_helper.operations.kubelet import open_kubelet_socket, prepare_socket_directory
+from qat_helper.operations.node import Node, Outcome
+from qat_helper.operations.provisioning import set_auto_reset, set_num_vfs, set_pm_idle, set_services
+from qat_helper.operations.reading import read_device_config, read_heartbeat
 from qat_helper.policy import Policy
-from qat_helper.provisioning import set_auto_reset, set_num_vfs, set_pm_idle, set_services
-from qat_helper.reading import read_device_config, read_heartbeat
 from qat_shared import VERSION
 from qat_shared.messages import (
     PROTOCOL,

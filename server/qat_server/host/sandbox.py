@@ -1,6 +1,6 @@
 """The sandbox that the server enters before it has threads: the files and system calls that it keeps.
 
-    read    <sysfs>/bus, class, devices, ...; its own code; some of /proc; the time zone; the provisioning configuration;
+    read    <sysfs>/bus, class, devices, ...; its own code; some of /proc; the time zone; the configuration;
             the directory of the helper's socket, to lock it
     write   <kubelet-dir>/device-plugins/qat.intel.com or plugins_registry/qat.intel.com: the endpoints' sockets;
             the log files' directory, only with --logtostderr=false

@@ -1,7 +1,7 @@
 """Which pods hold which devices, according to the kubelet's PodResources, and which devices are confirmed to be free.
 
 Removing a device that a pod holds, or that the kubelet is about to allocate, can crash the kubelet (a nil dereference
-in its device manager). So `Endpoints.releasable`, which decides, needs a device to be confirmed free, and two conditions
+in its device manager). So `Endpoints.releasable`, which decides, needs a device to be confirmed free. Two conditions
 confirm that. It has been listed as Unhealthy for SETTLE seconds, so no earlier allocation can still be in progress. And
 the answers to two PodResources queries sent after that do not name it.
 

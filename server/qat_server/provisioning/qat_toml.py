@@ -15,8 +15,8 @@
     services = ["dc"]            # and any setting of [defaults], at least one
 
 Where several rules match a PF, each setting comes from the most specific rule that has it (configuration.py applies
-them): a rule with an address precedes one without, then one with a device id, then one with a NUMA node. So the order of
-rules has no effect, and two rules with the same selector are an error.
+them). A rule with an address precedes one without, then one with a device id, then one with a NUMA node. So the order
+of rules has no effect, and two rules with the same selector are an error.
 """
 
 import re

@@ -8,6 +8,9 @@
     late      late             the same, for an operation whose client was told that it had timed out
     stop      -                when the helper stops (arguments: counters, and operations that have not ended)
 
+main.py writes start, dispatch.py all others: `append` before an operation, which does not begin without its line, and
+`enqueue` after it, which is retried.
+
 `previous` is the SHA-256 (hex) of the exact bytes of the line before, without its newline; 64 zeros in the first line.
 Each line is written by one write(2). If a write fails part way, the fragment stays in the file. The next write ends it
 with "#torn" and a newline, so that it can never be a valid line. A fragment is not part of the chain: the next line's

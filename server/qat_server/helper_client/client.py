@@ -3,8 +3,8 @@
 Theory of operation: `run` (one task) connects, sends Hello, waits for the end of the connection, and starts again.
 Calls may be made at any time. Without a connection they fail at once with HelperUnavailableError, so that no caller
 waits for a helper that does not run. When a connection is lost, calls in flight fail too (connection.py).
-composition.py wires `on_change` to the socket directory. Other parts notice at their next call, keep what they have,
-and go on when `on_connected` calls them.
+`on_change` only wakes a socket directory that waits for a helper; what is served goes on. Other parts notice at their
+next call, keep what they have, and go on when `on_connected` calls them.
 """
 
 import asyncio

@@ -1,5 +1,4 @@
-"""Readiness: the reasons why the server is not ready (`not_ready`) or has not completed its start
-(`unfinished`).
+"""Readiness: why the server is not ready (`not_ready`) or has not completed its start (`unfinished`).
 
 The start waits for conditions that resolve quickly without anyone's help: devices that are being probed, provisioned,
 bound or queried for their services. It waits neither for the kubelet, which may be waiting for this start, nor for an
@@ -23,7 +22,8 @@ class Unfinished(Protocol):
 def not_ready(state: State) -> tuple[str, ...]:
     """The reasons why the server does not do all of its work; empty if it is ready.
 
-    In this order: what keeps it from serving, the helper, the configuration, unknown holders, provisioning, endpoints.
+    /readyz and status show them in this order: what keeps it from serving, the helper, the configuration, unknown
+    holders, provisioning, endpoints.
     """
     reasons = list(_obstacles(state))
     if state.holders_unknown and not state.waits_for:

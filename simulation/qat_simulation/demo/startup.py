@@ -1,4 +1,4 @@
-"""The demo's first steps: the node, the processes, provisioning, binding, registering."""
+"""The demo's beginning: the node is shown, then the first steps: processes, provisioning, binding, registering."""
 
 import json
 import os

@@ -52,7 +52,7 @@ class EndpointDirectory:
         self.waits_for = ""
 
     def helper_changed(self) -> None:
-        """The helper has connected or disconnected."""
+        """Wake `prepare` if it waits for a helper. Without effect while the directory is in use."""
         self._helper_event.set()
 
     def report_missing(self) -> None:

@@ -83,7 +83,7 @@ images: ## build both images (BASE, BUILDER, TAG, OPTIONS: see deployments/image
 	@deployments/images/build
 
 .PHONY: check
-check: $(READY) ## static checks: ruff, mypy strict, import rules, generated code, reference and map are current
+check: $(READY) ## ruff, mypy strict, import rules; generated code, flag reference and room tables are current
 	@echo "==> check: ruff, mypy, import-linter, generated code"
 	@$(BIN)/ruff format --check -q $(SOURCES)
 	@$(BIN)/ruff check -q $(SOURCES)
@@ -108,7 +108,7 @@ protos: $(READY) ## generate server/qat_server/kubelet/generated from protos/
 	@protos/generate
 
 .PHONY: docs
-docs: $(READY) ## write docs/configuration.md from the flags, and the map of rooms in docs/architecture.md
+docs: $(READY) ## write docs/configuration.md from the flags, and the room tables in docs/architecture.md
 	@$(BIN)/python docs/reference.py
 	@$(BIN)/python docs/rooms.py
 

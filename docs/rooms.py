@@ -1,4 +1,4 @@
-"""Writes the map of rooms into architecture.md, from the rooms' docstrings and the import contracts of make check.
+"""Writes the tables of rooms into architecture.md, from the rooms' docstrings and the import contracts of make check.
 
 python docs/rooms.py            write it
 python docs/rooms.py --check    exit with status 1 if it is not current
@@ -54,7 +54,7 @@ def table(package: str) -> str:
         for name in layer:
             slash = "/" if (PACKAGES[package] / package / name).is_dir() else ".py"
             others = ", ".join(f"`{other}`" for other in layer if other != name)
-            allowed = "nothing here" if layer is ordered[-1] else f"all below{f', not {others}' if others else ''}"
+            allowed = "no other room" if layer is ordered[-1] else f"all below{f', not {others}' if others else ''}"
             used = ", ".join(f"`{each}`" for each in sorted(now.get(name, ()), key=order.index)) or "-"
             rows.append(f"| `{name}{slash}` | {owns(package, name)} | {allowed} | {used} |")
     return "\n".join(rows)
@@ -76,7 +76,7 @@ def main() -> None:
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(page(text))
     elif page(text) != text:
-        sys.exit(f"the map of rooms in {PAGE.name} is not current: run make docs")
+        sys.exit(f"the tables of rooms in {PAGE.name} is not current: run make docs")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def _verify(options: argparse.Namespace) -> int:
         _print(str(fault))
     torn = f" Fragments of failed writes: {verdict.fragments}." if verdict.fragments else ""
     if verdict.faults:
-        _print(f"NOT INTACT: {len(verdict.faults)} faults in {verdict.lines} lines.{torn}")
+        _print(f"NOT INTACT: {_faults(len(verdict.faults))} in {verdict.lines} lines.{torn}")
         return 1
     _print(
         f"intact: {verdict.lines} lines, the head is {verdict.head.sequence}:{verdict.head.hash}{torn and '.' + torn}"
@@ -106,7 +106,7 @@ def _show(options: argparse.Namespace) -> int:
         log(f"{len(lines) - len(entries)} lines are not shown: this version cannot read them")
     first = AuditHead(sequence=lines[0].sequence - 1, hash=lines[0].previous) if lines else verify.BEGINNING
     if faults := verify.verify(found, after=first).faults:
-        log(f"this log is not intact ({len(faults)} faults): see qat-helper audit verify")
+        log(f"this log is not intact ({_faults(len(faults))}): see qat-helper audit verify")
     return 0
 
 
@@ -149,6 +149,10 @@ def _time(text: str) -> datetime:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 2026-11-24T08:30") from None
     return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _faults(count: int) -> str:
+    return "1 fault" if count == 1 else f"{count} faults"
 
 
 def _print(text: str) -> None:

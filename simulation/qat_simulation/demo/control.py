@@ -3,9 +3,11 @@
 They do what a person, a kubelet or a PF's firmware does to a real node. None of them calls the helper or the server.
 """
 
+import contextlib
 import shlex
 import signal
 import subprocess
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -63,13 +65,25 @@ class Control:
         return f"the firmware of {pf} {'answers' if number == '0' else 'does not answer any more'}"
 
     async def _unplug(self, arguments: list[str]) -> str:
-        self._demo.node.kernel.unplug(arguments[0])
-        return f"{arguments[0]} removed from the bus"
+        [address] = arguments
+        return self._release(self._demo.node.kernel.unplug, address, "removed from the bus")
 
     async def _unbind(self, arguments: list[str]) -> str:
         [address] = arguments
-        self._demo.node.kernel.unbind(address)
-        return f"{address} has no driver now"
+        return self._release(self._demo.node.kernel.unbind, address, "has no driver now")
+
+    def _release(self, action: Callable[[str], None], address: str, result: str) -> str:
+        """Take a device from its driver. The kernel waits while a VF is open, so that is done in a thread."""
+        if address not in self._open:
+            action(address)
+            return f"{address} {result}"
+
+        def wait() -> None:
+            with contextlib.suppress(OSError):  # it may have been released in another way
+                action(address)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return f"{address} is open: the kernel waits until it is closed"
 
     async def _open_vf(self, arguments: list[str]) -> str:
         [address] = arguments

@@ -137,7 +137,7 @@ def test_the_table_of_an_edited_log_warns_and_holds_no_control_characters(log: P
     shown = capfd.readouterr()
     assert "\x1b" not in shown.out
     assert "\u202e" not in shown.out
-    assert "not intact (1 faults)" in shown.err
+    assert "not intact (1 fault)" in shown.err
 
 
 def test_verify_an_intact_log(log: Path, capfd: CAPTURE) -> None:

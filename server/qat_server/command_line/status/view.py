@@ -41,7 +41,8 @@ def show(status: Status, console: Console) -> None:
     for process, state in (("server", status.sandbox), ("helper", helper.sandbox)):
         if state:
             lacking = missing(state)
-            _line(console, f"{process} sandbox: ", lacking or "complete", good=not lacking)
+            text = f"incomplete: {lacking}" if lacking else "complete"
+            _line(console, f"{process} sandbox: ", text, good=not lacking)
     _show(console, "resources", ("resource", "capacity", "allocatable", "registered", "last error"), _resources(status))
     _show(
         console,

@@ -1,4 +1,4 @@
-"""The nodes that the suite works with, beside tests/kubelet's; as qat_simulation.node.description describes them."""
+"""The nodes of this suite, in addition to those of tests/kubelet. qat_simulation.node.description has the format."""
 
 from typing import Final
 

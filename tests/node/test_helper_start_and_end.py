@@ -1,0 +1,192 @@
+"""The real helper process at its start and its end: its socket, its log, its options, and who may run it."""
+
+import os
+import signal
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qat_helper.main
+from qat_helper.main import main
+from qat_shared.messages import (
+    Heartbeat,
+    PrepareSocketDirectory,
+)
+from support.conditions import wait_until
+from support.helper_process import Helper, heartbeat, helper, needs_root, run_as_user
+
+
+@pytest.fixture
+def running() -> Iterator[Helper]:
+    with helper() as running:
+        yield running
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_clean_end_removes_the_socket_and_is_audited(running: Helper, how: signal.Signals) -> None:
+    with running.connect() as client:
+        heartbeat(client)
+        assert running.stop(how) == 0
+        assert client.at_end()
+    assert not running.socket.exists()
+    assert running.audit_lines()[-1]["event"] == "stop"
+    assert running.audit_lines()[-1]["arguments"] == {"ReadHeartbeat": 1}
+
+
+def test_the_socket_is_the_servers_groups_and_nobody_elses(running: Helper) -> None:
+    status = running.socket.stat()
+    assert stat.S_IMODE(status.st_mode) == 0o660
+    assert (status.st_uid, status.st_gid) == (os.geteuid(), os.getegid())
+
+
+@needs_root
+def test_the_socket_is_given_to_another_group() -> None:
+    with helper("--server-gid=4321") as running:
+        assert running.socket.stat().st_gid == 4321
+        assert stat.S_IMODE(running.socket.stat().st_mode) == 0o660
+
+
+def test_an_idle_helper_does_not_wake_up(running: Helper) -> None:
+    with running.connect() as client:
+        heartbeat(client)
+        assert running.process is not None
+        path = Path(f"/proc/{running.process.pid}/status")
+        wait_until(lambda: "S (sleeping)" in path.read_text())
+
+        def switches() -> list[str]:
+            return [line for line in path.read_text().splitlines() if "voluntary_ctxt_switches" in line]
+
+        def quiet() -> bool:
+            """Nothing for so long. The end of the child that has just read may still wake it once."""
+            before = switches()
+            time.sleep(1.5)
+            return switches() == before
+
+        wait_until(quiet)
+
+
+def test_a_stale_socket_is_replaced_and_a_live_one_is_not(running: Helper) -> None:
+    assert "another process is listening" in Helper.start_failure(running_copy(running), f"--socket={running.socket}")
+    running.stop(signal.SIGKILL)
+    assert running.socket.exists()
+    running.start()
+    with running.connect() as client:
+        assert isinstance(heartbeat(client), Heartbeat)
+
+
+def running_copy(running: Helper) -> Helper:
+    """A second helper beside it, with its own files."""
+    directory = running.directory / "second"
+    directory.mkdir()
+    return Helper(directory)
+
+
+def test_two_helpers_do_not_write_one_log(running: Helper) -> None:
+    second = running_copy(running)
+    assert "another helper is writing" in second.start_failure(f"--audit-log={running.audit}")
+
+
+def test_the_chain_goes_on_after_being_killed(running: Helper) -> None:
+    with running.connect() as client:
+        client.ask(PrepareSocketDirectory(id=1))
+    running.stop(signal.SIGKILL)
+    running.start()
+    assert [line["sequence"] for line in running.audit_lines()] == [1, 2, 3, 4]
+    assert [line["event"] for line in running.audit_lines()] == ["start", "asked", "done", "start"]
+
+
+def test_a_socket_that_is_not_ours_any_more_is_not_removed(running: Helper) -> None:
+    running.socket.unlink()
+    running.socket.write_text("somebody else's")
+    assert running.stop() == 0
+    assert running.socket.read_text() == "somebody else's"
+
+
+def test_where_it_cannot_work_it_says_so_in_one_sentence() -> None:
+    with helper(start=False) as running:
+        (running.directory / "file").write_text("x")
+        (running.directory / "bad.toml").write_text("nonsense = 1\n")
+        cases = {
+            f"--socket=/tmp/{'x' * 120}": "longer than 107 bytes",
+            f"--socket={running.directory / 'file'}": "is not a socket",
+            f"--socket={running.directory}/no/such/h.sock": (
+                f"No such file or directory; create {running.directory}/no/such: "
+                "owner root, the server's group, mode 0750"
+            ),
+            f"--sysfs-root={running.directory}": "not a readable sysfs tree",
+            f"--sysfs-root={running.directory}/nowhere": "not a readable sysfs tree",
+            f"--sysfs-root={running.directory}/file": "not a readable sysfs tree",
+            f"--audit-log={running.directory}/no/such/log": (
+                f"cannot be opened: No such file or directory; create {running.directory}/no/such: "
+                "owner root, mode 0700"
+            ),
+            f"--audit-log={running.directory / 'file'}": "is not an audit log",
+            f"--policy={running.directory}/nowhere": "cannot be read",
+            f"--policy={running.directory}/bad.toml": "nonsense",
+        }
+        for option, said in cases.items():
+            assert said in running.start_failure(option), option
+        assert not running.socket.exists()
+
+
+def test_a_wrong_option_is_refused() -> None:
+    with helper(start=False) as running:
+        for option in (
+            "--server-uid=root",
+            "--server-uid=-1",
+            "--server-gid=4294967295",
+            "--no-such-option",
+            "--sysfs=/sys",
+        ):
+            assert running.spawn(option).wait(120) == 2
+
+
+def test_options_come_from_the_environment_too() -> None:
+    with helper(start=False) as running:
+        said = running.start_failure(env=os.environ | {"QAT_HELPER_POLICY": "/nowhere/policy.toml"})
+        assert "/nowhere/policy.toml" in said
+
+
+def run_as(uid: int, running: Helper, *options: str) -> int:
+    """The helper's own main as another uid, which need not be able to read this checkout: its exit status."""
+
+    arguments = [*running.options(), *options]
+
+    def run() -> None:
+        os.dup2(os.open(running.log, os.O_WRONLY | os.O_APPEND), 2)
+        # What this test process has open belongs to objects that would close their numbers once more.
+        qat_helper.main.close_inherited = lambda: None  # type: ignore[attr-defined]
+        os._exit(main(arguments))
+
+    running.log.touch()
+    for path in (running.directory, *running.directory.rglob("*")):
+        os.chown(path, uid, uid, follow_symlinks=False)
+    return run_as_user(uid, uid, [run])
+
+
+@needs_root
+def test_on_the_real_sysfs_it_must_be_root() -> None:
+    if not os.path.isdir("/sys/bus/pci/devices"):
+        pytest.skip("this machine has no PCI bus in /sys")
+    with helper(start=False) as running:
+        assert run_as(1234, running, "--sysfs-root=/sys/./") == 2
+        assert "run the helper as root" in running.log_text()
+
+
+@needs_root
+def test_on_a_simulated_tree_anybody_may_run_it() -> None:
+    with helper(start=False) as running:
+        assert run_as(1234, running, "--server-gid=4321") == 2
+        assert "run the helper in that group" in running.log_text()
+        thread = threading.Thread(target=run_as, args=(1234, running, "--server-gid=1234"))
+        thread.start()
+        wait_until(lambda: "serving on" in running.log_text())
+        with running.connect() as client:
+            assert isinstance(heartbeat(client), Heartbeat)
+        os.kill(running.audit_lines()[-1]["arguments"]["pid"], signal.SIGTERM)
+        thread.join()
+        assert running.audit_lines()[-1]["event"] == "stop"

@@ -79,7 +79,7 @@ def test_a_stale_socket_is_replaced_and_a_live_one_is_not(running: Helper) -> No
 
 
 def running_copy(running: Helper) -> Helper:
-    """A second helper beside it, with its own files."""
+    """A second helper with its own files."""
     directory = running.directory / "second"
     directory.mkdir()
     return Helper(directory)

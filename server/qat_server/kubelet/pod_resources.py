@@ -30,6 +30,11 @@ Holders = Mapping[str, Mapping[PciAddress, Holder]]
 """Resource name without its namespace to a map of its held devices to their holders."""
 
 
+def holder_names(holders: Holders) -> dict[PciAddress, str]:
+    """Each device with its holder (namespace/pod/container), whatever its resource."""
+    return {address: holder.name for held in holders.values() for address, holder in held.items()}
+
+
 class Answer(Struct, frozen=True):
     """Which pods hold which devices. `pods`: how many pods the kubelet reports; with none, it may not know them yet."""
 

@@ -28,6 +28,7 @@ from qat_server.kubelet.pod_resources import (
     NoHelperError,
     PodResourcesError,
     PodResourcesUnavailableError,
+    holder_names,
 )
 from qat_shared.pci import PciAddress
 
@@ -164,7 +165,7 @@ class DeviceUsage:
 
     def holder_names(self) -> dict[PciAddress, str]:
         """The devices that pods are known to hold, each with its holder (namespace/pod/container)."""
-        return {address: holder.name for held in (self.holders or {}).values() for address, holder in held.items()}
+        return holder_names(self.holders or {})
 
     async def run(self) -> None:
         """Query when one is due, until cancelled."""

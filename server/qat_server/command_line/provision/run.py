@@ -19,7 +19,7 @@ from qat_server.command_line.provision.plan_table import show
 from qat_server.devices.discovery import discover
 from qat_server.helper_client.client import HelperClient, HelperError
 from qat_server.instrumentation.counters import Counters
-from qat_server.kubelet.pod_resources import PodResourcesError, held_devices
+from qat_server.kubelet.pod_resources import PodResourcesError, held_devices, holder_names
 from qat_server.provisioning.actual_state import read_actual_states
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.execute import execute, failure_text, refused_services
@@ -120,7 +120,7 @@ async def _holders(helper: HelperClient) -> tuple[Mapping[PciAddress, str] | Non
             held = (await held_devices(helper, Path(directory))).holders
     except PodResourcesError as error:
         return None, str(error)
-    return {address: holder.name for devices in held.values() for address, holder in devices.items()}, ""
+    return holder_names(held), ""
 
 
 def _expected(pf_plan: PfPlan) -> Outcome:

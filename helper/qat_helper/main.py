@@ -3,10 +3,11 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from qat_helper.audit.copies import Copy, copier
 from qat_helper.audit.log import AuditError, AuditLog, Entry, Fields, Sync
@@ -14,33 +15,75 @@ from qat_helper.console import log
 from qat_helper.listening import ListenError, listening
 from qat_helper.operations.node import Node
 from qat_helper.operations.table import NAMES
-from qat_helper.policy import Policy, PolicyError, narrow
+from qat_helper.policy import Policy
+from qat_helper.policy_file import PolicyError, narrow
 from qat_helper.sandbox import close_inherited, confine, join_group
 from qat_helper.serve import Server
 from qat_shared import VERSION
 from qat_shared.confinement import missing
 from qat_shared.sysfs import SysfsError, pci_directory
+from qat_shared.values import boolean, check_variables, integer, shown
 
-_OPTIONS: Final[tuple[tuple[str, type[int | Path | Sync | Copy], str | None, str], ...]] = (
-    ("sysfs-root", Path, "/sys", "sysfs mount point"),
-    ("kubelet-dir", Path, "/var/lib/kubelet", "the kubelet's root directory"),
-    ("socket", Path, "/run/qat-plugin/helper.sock", "Unix socket to listen on"),
-    ("server-uid", int, "65532", "the only uid that may send requests"),
-    ("server-gid", int, "65532", "group of the socket and of the server's endpoint directory"),
-    ("audit-log", Path, "/var/log/qat-plugin/audit.jsonl", "audit log file"),
-    ("audit-sync", Sync, "never", "flush to disk: never (left to the kernel) or line (after each line)"),
-    ("audit-rotate", int, "65536", "start a new file after this many KiB; 0: never"),
-    ("audit-copy", Copy, "auto", "also copy lines to: none, stdout, journal, auto (journal if started by systemd)"),
-    ("policy", Path, None, "TOML file, owned by root, that restricts what may be requested"),
-)
-_SWITCHES: Final = (
-    ("require-sandbox", "do not start if any layer of the sandbox is missing"),
-    ("traceable", "let processes of the same user trace this one; for simulated nodes"),
-)
+_E = TypeVar("_E", bound=StrEnum)
+_PREFIX: Final = "QAT_HELPER_"
+NOBODY: Final = 65534
+"""The overflow uid and gid: what the kernel shows for every id that has no mapping in a user namespace."""
+_MOST_KIB: Final = 1024 * 1024
 
 
 class StartError(Exception):
     """The helper cannot run here. The message is one sentence."""
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("a path is missing")
+    return Path(text)
+
+
+def _id(text: str) -> int:
+    number = integer(text, 0, 2**32 - 2)  # -1 means "leave unchanged" to chown
+    if number == NOBODY:
+        raise ValueError(f"{NOBODY} stands for every id that has no name of its own: use another")
+    return number
+
+
+def _word(kind: type[_E]) -> Callable[[str], _E]:
+    def parse(text: str) -> _E:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"{shown(text)} is none of {', '.join(kind)}") from None
+
+    return parse
+
+
+def _kib(text: str) -> int:
+    return integer(text, 0, _MOST_KIB)
+
+
+_OPTIONS: Final[tuple[tuple[str, str, Callable[[str], object], str | None, str], ...]] = (
+    ("sysfs-root", "PATH", _path, "/sys", "sysfs mount point"),
+    ("kubelet-dir", "PATH", _path, "/var/lib/kubelet", "the kubelet's root directory"),
+    ("socket", "PATH", _path, "/run/qat-plugin/helper.sock", "Unix socket to listen on"),
+    ("server-uid", "UID", _id, "65532", "the only uid that may send requests"),
+    ("server-gid", "GID", _id, "65532", "group of the socket and of the server's endpoint directory"),
+    ("audit-log", "PATH", _path, "/var/log/qat-plugin/audit.jsonl", "audit log file"),
+    ("audit-sync", "WHEN", _word(Sync), "never", "flush to disk: never (left to the kernel) or line (after each line)"),
+    ("audit-rotate", "KIB", _kib, "65536", "start a new file after this many KiB; 0: never"),
+    (
+        "audit-copy",
+        "WHERE",
+        _word(Copy),
+        "auto",
+        "copies of lines to: none, stdout, journal, auto (journal if started by systemd)",
+    ),
+    ("policy", "PATH", _path, None, "root's TOML file, or directory of them, that restricts what may be requested"),
+    ("require-sandbox", "", boolean, "false", "do not start if any layer of the sandbox is missing"),
+    ("traceable", "", boolean, "false", "let processes of the same user trace this one; for simulated nodes"),
+)
+"""Name, metavar ("" for a switch), parser, default and help. A parser raises ValueError with one sentence."""
+_VARIABLES: Final = {name: f"{_PREFIX}{name.replace('-', '_').upper()}" for name, *_ in _OPTIONS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,29 +112,41 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=partial(argparse.HelpFormatter, width=110),
     )
     parser.add_argument("--version", action="version", version=f"qat-helper {VERSION}")
-    for name, kind, default, text in _OPTIONS:
-        variable = f"QAT_HELPER_{name.replace('-', '_').upper()}"
-        chosen = os.environ.get(variable, default)
-        default_text = "" if default is None else f" (default {default})"
-        parser.add_argument(
-            f"--{name}", type=kind, default=chosen, help=text + default_text, metavar=kind.__name__.upper()
-        )
-    for name, text in _SWITCHES:
-        given = os.environ.get(f"QAT_HELPER_{name.replace('-', '_').upper()}") in ("1", "true")
-        parser.add_argument(f"--{name}", action="store_true", default=given, help=text)
-    options = parser.parse_args(arguments)
-    for name, number in (("server-uid", options.server_uid), ("server-gid", options.server_gid)):
-        if not 0 <= number < 2**32 - 1:  # -1 means "leave unchanged" to chown
-            parser.error(f"argument --{name}: {number} is not a valid uid or gid")
-    return options
+    for name, metavar, _, default, text in _OPTIONS:
+        if metavar:
+            shown_default = "" if default is None else f" (default {default})"
+            parser.add_argument(f"--{name}", metavar=metavar, help=text + shown_default)
+        else:
+            parser.add_argument(f"--{name}", action="store_const", const="true", help=text)
+    given, environment = vars(parser.parse_args(arguments)), os.environ
+    known = ", ".join(_VARIABLES.values())
+    try:
+        check_variables(environment, _PREFIX, _VARIABLES.values(), lambda _: f"known are {known}")
+    except ValueError as error:
+        raise StartError(str(error)) from None
+    values = argparse.Namespace()
+    for name, _, parse, default, _ in _OPTIONS:
+        field, variable = name.replace("-", "_"), _VARIABLES[name]
+        source, written = f"--{name}", given[field]
+        if written is None and variable in environment:
+            source, written = variable, environment[variable]
+        written = default if written is None else written
+        try:
+            setattr(values, field, None if written is None else parse(written))
+        except ValueError as error:
+            raise StartError(f"{source}: {error}") from None
+    return values
 
 
 def _serve(options: argparse.Namespace) -> None:
     close_inherited()
     root: Path = options.sysfs_root
     pci_directory(root)
-    if os.geteuid() != 0 and _is_real_sysfs(root):
-        raise StartError(f"{root} is a real sysfs: run the helper as root (uid 0), not as uid {os.geteuid()}")
+    if _is_real_sysfs(root):
+        if os.geteuid() != 0:
+            raise StartError(f"{root} is a real sysfs: run the helper as root (uid 0), not as uid {os.geteuid()}")
+        if 0 in (options.server_uid, options.server_gid):
+            raise StartError("--server-uid and --server-gid: 0 is root's: give the server a uid and a group of its own")
     policy = Policy(uids=frozenset({options.server_uid}), operations=NAMES)
     if options.policy is not None:
         policy = narrow(policy, options.policy, os.geteuid())

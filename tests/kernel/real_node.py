@@ -42,16 +42,13 @@ class RealNode(ProductionNode[RealKubelet]):
     """Each look takes the emulated processors from those who are looked at."""
 
     def helper_command(self) -> list[str]:
-        # Root, which the tests run as, may ask too: they are not the server, and need not become it.
-        policy = self.directory / "policy.toml"
-        policy.write_text("server_uids = [0]\n")
         # Nobody has to look into it here, as the emulated kernel does.
         plain = [word for word in super().helper_command() if word != "--traceable"]
-        return [*self.helper_wrapper, *plain, "--require-sandbox", f"--policy={policy}"]
+        return [*self.helper_wrapper, *plain, "--require-sandbox"]
 
     def ask(self) -> Client:
-        """A connection to the helper."""
-        client = Client(self.helper_socket)
+        """A connection to the helper, as the server's: of its uid, which the helper sees, and which may alone ask."""
+        client = Client(self.helper_socket, uid=self.server_uid)
         client.sock.settimeout(PATIENCE)
         return client
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,18 @@ def helper_options(sysfs_root: Path, kubelet_directory: Path, socket_path: Path,
 
 
 class Client:
-    """One connection. `ask` sends a request and waits for one reply."""
+    """One connection. `ask` sends a request and waits for one reply.
 
-    def __init__(self, path: Path, *, greet: bool = True) -> None:
+    `uid`: connect as this user and group, which needs root; the kernel keeps them for SO_PEERCRED.
+    """
+
+    def __init__(self, path: Path, *, greet: bool = True, uid: int | None = None) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.sock.connect(str(path))  # before the time-out is set: with one, a full backlog is an error
+        # Before the time-out is set: with one, a full backlog is an error.
+        if uid is None:
+            self.sock.connect(str(path))
+        else:
+            assert run_as_user(uid, uid, [partial(self.sock.connect, str(path))]) == 0
         self.sock.settimeout(120)
         if greet:
             reply = self.ask(Hello(id=0, protocol=PROTOCOL, version="test"))

@@ -17,12 +17,11 @@ _CONSEQUENCES = {
 
 
 def explain(policy: Policy) -> str:
-    """The description, in lines. `policy` must come from a base without uids: its `uids` are those of the file."""
+    """The description, in lines."""
     return "".join(f"{line}\n" for line in _lines(policy))
 
 
 def _lines(policy: Policy) -> Iterator[str]:
-    yield "Allowed uids: that of --server-uid" + _list(", and ", sorted(policy.uids)) + "."
     yield "Allowed operations:"
     allowed = [row for row in OPERATIONS.values() if row.name in policy.operations]
     for row in allowed:
@@ -40,7 +39,7 @@ def _lines(policy: Policy) -> Iterator[str]:
     yield "  " + (
         "any address"
         if policy.addresses is None
-        else f"only these addresses: {_list('', sorted(policy.addresses)) or 'none'} (rule addresses)"
+        else f"only these addresses: {_list(sorted(policy.addresses)) or 'none'} (rule addresses)"
     )
     yield "  " + (
         "any QAT device id"
@@ -48,18 +47,17 @@ def _lines(policy: Policy) -> Iterator[str]:
         else f"only these device ids: {_ids(policy.device_ids) or 'none'} (rule device_ids)"
     )
     yield from _limits(policy)
-    yield from _wider(policy)
 
 
 def _limits(policy: Policy) -> Iterator[str]:
-    yield f"Drivers that a VF may be bound to: {_list('', sorted(policy.drivers)) or 'none'}" + _rule(
+    yield f"Drivers that a VF may be bound to: {_list(sorted(policy.drivers)) or 'none'}" + _rule(
         "drivers", narrowed=policy.drivers != frozenset(DpdkDriver)
     )
     yield (
-        f"Kubelet directories in which the server may serve: {_list('', sorted(policy.directories)) or 'none'}"
+        f"Kubelet directories in which the server may serve: {_list(sorted(policy.directories)) or 'none'}"
         + _rule("directories", narrowed=policy.directories != frozenset(SocketDirectory))
     )
-    yield f"Kubelet services that the server may connect to: {_list('', sorted(policy.services)) or 'none'}" + _rule(
+    yield f"Kubelet services that the server may connect to: {_list(sorted(policy.services)) or 'none'}" + _rule(
         "kubelet_services", narrowed=policy.services != frozenset(KubeletService)
     )
     yield (
@@ -71,16 +69,6 @@ def _limits(policy: Policy) -> Iterator[str]:
         )
         + _rule("max_vfs", narrowed=policy.max_vfs is not None)
     )
-
-
-def _wider(policy: Policy) -> Iterator[str]:
-    wider = "MORE PERMISSIVE than without the file:"
-    if policy.uids:
-        yield f"{wider} uid {_list('', sorted(policy.uids))} may request all of this too."
-    if policy.extra_virtual_ids:
-        yield f"{wider} devices {_ids(policy.extra_virtual_ids)} may be bound. They are not QAT devices."
-    if policy.extra_physical_ids:
-        yield f"{wider} devices {_ids(policy.extra_physical_ids)} may be provisioned. They are not QAT devices."
 
 
 def _purpose(request: type) -> str:
@@ -97,12 +85,11 @@ def _rule(name: str, *, narrowed: bool) -> str:
     return f" (rule {name})." if narrowed else "."
 
 
-def _list(before: str, values: Iterable[object]) -> str:
-    text = ", ".join(map(str, values))
-    return before + text if text else ""
+def _list(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _ids(ids: Iterable[Id]) -> str:
     return _list(
-        "", (f"{vendor:04x}:{device:04x}" + (" (a PF)" if device in PHYSICAL else "") for vendor, device in sorted(ids))
+        (f"{vendor:04x}:{device:04x}" + (" (a PF)" if device in PHYSICAL else "") for vendor, device in sorted(ids))
     )

@@ -17,7 +17,8 @@ from qat_helper.commands import show, verify
 from qat_helper.commands.explain import explain
 from qat_helper.console import log
 from qat_helper.operations.table import NAMES
-from qat_helper.policy import Policy, PolicyError, narrow
+from qat_helper.policy import Policy
+from qat_helper.policy_file import PolicyError, narrow
 from qat_shared.messages import AuditHead
 
 DEFAULT_LOG: Final = Path("/var/log/qat-plugin/audit.jsonl")

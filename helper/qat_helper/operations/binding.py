@@ -72,7 +72,7 @@ def release_driver(node: Node, request: ReleaseDriver) -> Outcome:
 class _Vf:
     """A VF that policy allows to be bound. Its directory and sysfs' root are held open."""
 
-    def __init__(self, root: int, device: PciDevice, kernel_driver: str | None) -> None:
+    def __init__(self, root: int, device: PciDevice, kernel_driver: str) -> None:
         self._root = root
         self._device = device
         self._address = str(device.address)

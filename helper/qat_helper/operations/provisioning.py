@@ -161,8 +161,8 @@ def _pf(node: Node, address: PciAddress) -> Iterator[PciDevice]:
     with open_device(node.sysfs_root, address) as device:
         driver = node.policy.check_physical(device)
         kind = PHYSICAL.get(device.read_int("device", 16))
-        if kind is not None and not kind.provisioned:
+        if kind is None or not kind.provisioned:
             raise denied("not-provisioned", f"{address} is a kind of PF that the helper does not provision")
-        if driver and device.link("driver") != driver:
+        if device.link("driver") != driver:
             raise OperationError(ErrorCode.UNAVAILABLE, f"{address} is not bound to {driver}, its driver")
         yield device

@@ -41,7 +41,7 @@ def _read(node: Node, address: PciAddress, name: str, limit: int) -> str:
         if device.link("driver") != driver:
             raise OperationError(
                 ErrorCode.UNAVAILABLE,
-                f"{address} is not bound to {driver or 'a QAT driver'}: only that driver provides its {name}",
+                f"{address} is not bound to {driver}: only that driver provides its {name}",
             )
     path = node.sysfs_root / "kernel" / "debug" / f"qat_{driver}_{address}" / name
     try:

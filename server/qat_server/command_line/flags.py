@@ -13,7 +13,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.parsing.values import boolean
+from qat_shared.values import boolean, check_variables
 
 PROGRAM: Final = "qat-plugin"
 ENVIRONMENT_PREFIX: Final = "QAT_PLUGIN_"
@@ -184,8 +184,16 @@ def is_true(name: str, value: str) -> bool:
         raise FlagError(f"--{name}: {error}") from None
 
 
-def from_environment(environment: Mapping[str, str], flags: Iterable[Flag] = SERVER_FLAGS) -> dict[str, str]:
-    """The flags set by environment variables (QAT_PLUGIN_DPDK_DRIVER=igb_uio). Empty variables are ignored."""
+def from_environment(environment: Mapping[str, str], flags: Sequence[Flag] = SERVER_FLAGS) -> dict[str, str]:
+    """The flags set by environment variables (QAT_PLUGIN_DPDK_DRIVER=igb_uio). Empty variables are ignored.
+
+    Raises FlagError for a variable with this prefix that no flag has.
+    """
+    known = [flag.variable for flag in flags]
+    try:
+        check_variables(environment, ENVIRONMENT_PREFIX, known, lambda name: _hint(name, known))
+    except ValueError as error:
+        raise FlagError(str(error)) from None
     given = {flag.name: environment[flag.variable] for flag in flags if environment.get(flag.variable)}
     if environment.get(_NODE_NAME):
         given.setdefault("node-name", environment[_NODE_NAME])
@@ -197,12 +205,15 @@ def _canonical(name: str) -> str:
 
 
 def _unknown(written: str, name: str, flags: Iterable[Flag]) -> str:
+    dashes = written[: len(written) - len(written.lstrip("-"))]
+    hint = _hint(name, [flag.name for flag in flags], dashes)
+    return f"unknown flag {written}: {hint}"
+
+
+def _hint(name: str, known: Sequence[str], dashes: str = "") -> str:
     from difflib import get_close_matches  # noqa: PLC0415 - only for a mistyped command line
 
-    names = [flag.name for flag in flags]
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
     if not near:  # -v4, -logtostderr0
-        near = sorted((known for known in names if name.startswith(known)), key=len)[-1:]
-    dashes = written[: len(written) - len(written.lstrip("-"))]
-    hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists all flags"
-    return f"unknown flag {written}: {hint}"
+        near = sorted((each for each in known if name.startswith(each)), key=len)[-1:]
+    return f"did you mean {dashes}{near[0]}?" if near else "--help lists all flags"

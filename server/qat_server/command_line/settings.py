@@ -21,6 +21,7 @@ from qat_server.parsing.values import HostPort
 from qat_shared import SUN_PATH_LIMIT
 from qat_shared.messages import DpdkDriver
 from qat_shared.sysfs import SysfsError, pci_directory
+from qat_shared.values import boolean, integer
 
 _T = TypeVar("_T")
 
@@ -100,7 +101,7 @@ def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str]
     settings = Settings(
         dpdk_driver=read("dpdk-driver", _dpdk_driver),
         kernel_vf_drivers=read("kernel-vf-drivers", lambda text: values.names(text, VF_DRIVERS, "kernel VF driver")),
-        max_num_devices=read("max-num-devices", lambda text: values.integer(text, minimum=1)),
+        max_num_devices=read("max-num-devices", lambda text: integer(text, minimum=1)),
         allocation_policy=read("allocation-policy", allocation_policy),
         mode=read("mode", _mode),
         sysfs_root=read("sysfs-root", _path),
@@ -110,12 +111,12 @@ def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str]
         metrics_address=read("metrics-address", values.host_port),
         provisioning_config=read("provisioning-config", lambda text: Path(text) if text else None),
         node_name=read("node-name", lambda text: text or None),
-        drain=read("drain-for-reconfiguration", values.boolean),
+        drain=read("drain-for-reconfiguration", boolean),
         health_interval=read("health-interval", lambda text: values.duration(text, _MIN_INTERVAL, zero_is_off=True)),
         resync_interval=read("resync-interval", lambda text: values.duration(text, _MIN_INTERVAL)),
         uevents=read("uevents", _uevents),
-        require_sandbox=read("require-sandbox", values.boolean),
-        allow_root=read("allow-root", values.boolean),
+        require_sandbox=read("require-sandbox", boolean),
+        allow_root=read("allow-root", boolean),
         logging=_logging(read, frozenset((*given, *environment))),
     )
     read("kubelet-dir", lambda _: _check_length(longest_socket(settings.kubelet_dir, settings.registration)))
@@ -193,30 +194,30 @@ class _Reader(Protocol):
 
 
 def _logging(read: _Reader, given: frozenset[str]) -> LogSettings:
-    to_stderr = read("logtostderr", values.boolean)
-    legacy = read("legacy_stderr_threshold_behavior", values.boolean)
+    to_stderr = read("logtostderr", boolean)
+    legacy = read("legacy_stderr_threshold_behavior", boolean)
     ineffective = [name for name in _WITHOUT_EFFECT if name in given]
     if to_stderr:
         ineffective += [name for name in _FILES_ONLY if name in given]
         if legacy and "stderrthreshold" in given:
             ineffective.append("stderrthreshold")
     return LogSettings(
-        verbosity=read("v", values.integer),
+        verbosity=read("v", integer),
         modules=read("vmodule", values.vmodule),
         format=LogFormat(
             read("log-format", lambda text: _one_of(text, tuple(known.value for known in LogFormat), "format"))
         ),
         to_stderr=to_stderr,
-        also_to_stderr=read("alsologtostderr", values.boolean),
+        also_to_stderr=read("alsologtostderr", boolean),
         stderr_threshold=read("stderrthreshold", values.severity),
         also_to_stderr_threshold=read("alsologtostderrthreshold", values.severity),
         legacy_stderr_threshold=legacy,
         directory=read("log_dir", str),
         file=read("log_file", str),
-        file_max_size=read("log_file_max_size", lambda text: values.integer(text, minimum=0, maximum=2**40)) * 2**20,
-        one_output=read("one_output", values.boolean),
-        directory_in_header=read("add_dir_header", values.boolean),
-        headers=not read("skip_headers", values.boolean),
-        file_headers=not read("skip_log_headers", values.boolean),
+        file_max_size=read("log_file_max_size", lambda text: integer(text, minimum=0, maximum=2**40)) * 2**20,
+        one_output=read("one_output", boolean),
+        directory_in_header=read("add_dir_header", boolean),
+        headers=not read("skip_headers", boolean),
+        file_headers=not read("skip_log_headers", boolean),
         ineffective=tuple(ineffective),
     )

@@ -1,6 +1,7 @@
 """Parsers of single values: each takes a text, and raises ValueError with one phrase that names the valid form.
 
-Durations, booleans and numbers follow Go's flag package, since users know these flags from a Go program.
+Durations follow Go's flag package, since users know these flags from a Go program. Booleans and whole numbers are in
+qat_shared/values.py.
 """
 
 import re
@@ -10,9 +11,8 @@ from typing import Final
 from msgspec import Struct
 
 from qat_server.logs.settings import SEVERITIES
+from qat_shared.values import shown
 
-_TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
-_FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 _UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _NUMBER: Final = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _PART: Final = re.compile(rf"({_NUMBER})(ns|us|µs|μs|ms|s|m|h)", re.ASCII)
@@ -29,27 +29,6 @@ class HostPort(Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def boolean(text: str) -> bool:
-    """true, false, t, f, 1, 0 (as strconv.ParseBool)."""
-    if text in _TRUE:
-        return True
-    if text in _FALSE:
-        return False
-    raise ValueError(f"{shown(text)} is not true or false")
-
-
-def integer(text: str, minimum: int | None = None, maximum: int = 2**31 - 1) -> int:
-    """A decimal number from `minimum` (None: no limit) to `maximum`."""
-    if not re.fullmatch(r"[+-]?[0-9]{1,20}", text, re.ASCII):
-        raise ValueError(f"{shown(text)} is not a whole number")
-    number = int(text)
-    if minimum is not None and number < minimum:
-        raise ValueError(f"{number} is too small, the minimum is {minimum}")
-    if abs(number) > maximum:
-        raise ValueError(f"{number} is too large, the maximum is {maximum}")
-    return number
 
 
 def duration(text: str, minimum: float, zero_is_off: bool = False) -> float:
@@ -126,8 +105,3 @@ def vmodule(text: str) -> tuple[tuple[str, int], ...]:
 def listed(names: frozenset[str] | tuple[str, ...]) -> str:
     """Names joined for a sentence; a set is sorted, a tuple keeps its order."""
     return ", ".join(sorted(names) if isinstance(names, frozenset) else names)
-
-
-def shown(text: str) -> str:
-    """A user's text for an error message: quoted, and cut to 60 characters."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -19,11 +19,11 @@ from typing import Final, TypeVar
 from msgspec import Struct
 
 from qat_server.devices.inventory import PhysicalFunction
-from qat_server.parsing.values import shown
 from qat_server.provisioning import qat_conf, qat_toml
 from qat_server.provisioning.qat_conf import ConfigurationError, QatConf, Services
 from qat_server.provisioning.qat_toml import PfSettings, QatToml
 from qat_server.provisioning.steps import on_off
+from qat_shared.values import shown
 
 _T = TypeVar("_T")
 

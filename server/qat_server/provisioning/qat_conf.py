@@ -14,7 +14,8 @@ from typing import Final
 from msgspec import Struct
 
 from qat_server.devices.naming import SERVICES
-from qat_server.parsing.values import listed, shown
+from qat_server.parsing.values import listed
+from qat_shared.values import shown
 
 FILE: Final = "qat.conf"
 

@@ -29,10 +29,10 @@ from msgspec import Meta, Struct
 
 from qat_server.devices.inventory import PhysicalFunction
 from qat_server.parsing import values
-from qat_server.parsing.values import shown
 from qat_server.provisioning.qat_conf import ConfigurationError, Services, parse_services
 from qat_shared.devices import PHYSICAL
 from qat_shared.pci import PciAddress
+from qat_shared.values import shown
 
 FILE: Final = "qat.toml"
 ALL: Final = "all"

@@ -120,3 +120,19 @@ def test_every_variable_is_its_own() -> None:
 def test_the_nodes_name_is_in_its_usual_variable_too() -> None:
     assert from_environment({"NODE_NAME": "n1"}) == {"node-name": "n1"}
     assert from_environment({"NODE_NAME": "n1", "QAT_PLUGIN_NODE_NAME": "n2"}) == {"node-name": "n2"}
+
+
+UNKNOWN = {
+    "QAT_PLUGIN_MAX_DEVICES": "did you mean QAT_PLUGIN_MAX_NUM_DEVICES?",
+    "QAT_PLUGIN_REQUIRE_SANDBOXES": "did you mean QAT_PLUGIN_REQUIRE_SANDBOX?",
+    "QAT_PLUGIN_SERVICE_HOST": "a Service of this name sets it; set enableServiceLinks: false in the pod",
+    "QAT_PLUGIN_PORT_9090_TCP_PROTO": "a Service of this name sets it; set enableServiceLinks: false in the pod",
+}
+
+
+@pytest.mark.parametrize(("name", "said"), UNKNOWN.items(), ids=UNKNOWN)
+def test_an_unknown_variable_is_refused(name: str, said: str) -> None:
+    """A misspelt one would have no effect, and nobody would notice."""
+    with pytest.raises(FlagError) as caught:
+        from_environment({name: "1", "QAT_HELPER_POLICY": "/x"})
+    assert str(caught.value) == f"unknown variable {name}: {said}"

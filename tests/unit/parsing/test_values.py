@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from qat_server.parsing.values import HostPort, duration, host_port, integer, vmodule
+from qat_server.parsing.values import HostPort, duration, host_port, vmodule
+from qat_shared.values import integer
 
 GOOD: dict[str, tuple[Callable[[], object], object]] = {
     "plain seconds": (lambda: duration("5", 0.01), 5.0),

@@ -18,7 +18,8 @@ MAX_MESSAGE: Final = 64 * 1024
 """The longest message in bytes, in either direction."""
 
 RequestId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
-Reason = Annotated[str, Meta(max_length=200)]
+Reason = Annotated[str, Meta(max_length=64, pattern=r"\A[ !#-\[\]-~]*\Z")]
+"""Printable ASCII without quotes and backslashes: the audit log need not escape it, so escaping cannot lengthen it."""
 WaitMs = Annotated[int, Meta(ge=0, le=10_000)]
 
 

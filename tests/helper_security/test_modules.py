@@ -72,8 +72,8 @@ def modules() -> list[tuple[str, set[str]]]:
         running.start("--require-sandbox")
         with running.connect() as client:
             for request in (
-                ReadHeartbeat(id=1, address=address(PF), reason="ünusual \n"),
-                BindDriver(id=2, address=address(VF), driver=DpdkDriver.VFIO_PCI, reason="ünusual \n"),
+                ReadHeartbeat(id=1, address=address(PF), reason="unusual: it's | ~"),
+                BindDriver(id=2, address=address(VF), driver=DpdkDriver.VFIO_PCI, reason="unusual: it's | ~"),
                 BindDriver(id=3, address=address(PF), driver=DpdkDriver.VFIO_PCI),
                 PrepareSocketDirectory(id=4),
                 OpenKubeletSocket(id=5, service=KubeletService.REGISTRATION),

@@ -227,7 +227,7 @@ def test_binding_is_checked_and_audited(running: Helper) -> None:
 
         def bind(where: str) -> AnyReply:
             return client.ask(
-                BindDriver(id=1, address=address(where), driver=DpdkDriver.VFIO_PCI, reason='a "reason"\n')
+                BindDriver(id=1, address=address(where), driver=DpdkDriver.VFIO_PCI, reason="a 'reason'")
             )
 
         reply = bind(VF)

@@ -53,7 +53,7 @@ except ImportError:
 _FIRST: Final = "0" * 64
 _LINE_LIMIT: Final = 16 * 1024
 _TAIL: Final = 4 * _LINE_LIMIT  # enough to hold one whole line
-_TEXT_LIMIT: Final = 600  # characters of a client's text, after escaping
+_TEXT_LIMIT: Final = 300  # characters of one text, after escaping
 _ATTEMPTS: Final = 100
 """Attempts to lock the file, over 2 s: a killed helper's child holds the lock until it closes what it inherited."""
 
@@ -106,7 +106,7 @@ class _Link(Struct):
 
 
 def printable(text: str) -> str:
-    """A client's text as plain ASCII, escaped and truncated."""
+    """A text from outside as plain ASCII, escaped and truncated."""
     return text.encode("unicode_escape").decode("ascii")[:_TEXT_LIMIT]
 
 

@@ -150,3 +150,26 @@ def test_a_directory_is_one_of_two_words(directory: object) -> None:
 def test_the_default_directory_is_that_of_device_plugins() -> None:
     request = decode_request(msgspec.msgpack.encode({"op": "PrepareSocketDirectory", "id": 1}))
     assert request == PrepareSocketDirectory(id=1, directory=SocketDirectory.DEVICE_PLUGINS)
+
+
+REASON = "serve it to pods; it's 1|2 ~"
+BAD_REASONS = {
+    "a quote": 'so "x',
+    "a backslash": "so \\x",
+    "a line break": "so\n",
+    "a line break at the end": f"{REASON}\n",
+    "an escape sequence": "\x1b[2K",
+    "delete": "\x7f",
+    "not ASCII": "\u202egnihtyna",
+    "an astral character": "\U0001d11e",
+    "too long": "x" * 65,
+}
+
+
+@pytest.mark.parametrize("reason", BAD_REASONS.values(), ids=BAD_REASONS)
+def test_a_reason_that_escaping_would_lengthen_or_that_is_long_is_refused(reason: str) -> None:
+    packet = {"op": "PrepareSocketDirectory", "id": 1}
+    for good in ("", REASON, "x" * 64):
+        assert decode_request(msgspec.msgpack.encode(packet | {"reason": good})).reason == good
+    with pytest.raises(ProtocolError, match="reason"):
+        decode_request(msgspec.msgpack.encode(packet | {"reason": reason}))

@@ -1,0 +1,15 @@
+"""The longest line of the audit log, which bounds what a client can make the helper write."""
+
+from qat_helper.operations.table import NAMES
+from support.longest_lines import longest_lines, longest_request
+
+LONGEST_LINE = 1793
+LONGEST_REQUEST = 1938
+"""Bytes, as docs/audit.md states them. A request has two lines."""
+
+
+def test_the_longest_line_of_each_operation() -> None:
+    lengths = longest_lines()
+    assert set(lengths) == set(NAMES) | {"Hello"}
+    assert max(lengths.values()) == LONGEST_LINE, lengths
+    assert longest_request() == LONGEST_REQUEST

@@ -4,10 +4,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from qat_helper.audit.copies import Copy, copier
 from qat_helper.audit.log import AuditError, AuditLog, Entry, Fields, Sync
@@ -22,23 +21,18 @@ from qat_helper.serve import Server
 from qat_shared import VERSION
 from qat_shared.confinement import missing
 from qat_shared.sysfs import SysfsError, pci_directory
-from qat_shared.values import boolean, check_variables, integer, shown
+from qat_shared.values import boolean, by_name, check_variables, integer, one_of
 
-_E = TypeVar("_E", bound=StrEnum)
 _PREFIX: Final = "QAT_HELPER_"
 NOBODY: Final = 65534
 """The overflow uid and gid: what the kernel shows for every id that has no mapping in a user namespace."""
-_MOST_KIB: Final = 1024 * 1024
+_SYNC: Final = partial(one_of, by_name(list(Sync)))
+_COPY: Final = partial(one_of, by_name(list(Copy)))
+_KIB: Final = partial(integer, minimum=0, maximum=1024 * 1024)
 
 
 class StartError(Exception):
     """The helper cannot run here. The message is one sentence."""
-
-
-def _path(text: str) -> Path:
-    if not text:
-        raise ValueError("a path is missing")
-    return Path(text)
 
 
 def _id(text: str) -> int:
@@ -48,37 +42,23 @@ def _id(text: str) -> int:
     return number
 
 
-def _word(kind: type[_E]) -> Callable[[str], _E]:
-    def parse(text: str) -> _E:
-        try:
-            return kind(text)
-        except ValueError:
-            raise ValueError(f"{shown(text)} is none of {', '.join(kind)}") from None
-
-    return parse
-
-
-def _kib(text: str) -> int:
-    return integer(text, 0, _MOST_KIB)
-
-
 _OPTIONS: Final[tuple[tuple[str, str, Callable[[str], object], str | None, str], ...]] = (
-    ("sysfs-root", "PATH", _path, "/sys", "sysfs mount point"),
-    ("kubelet-dir", "PATH", _path, "/var/lib/kubelet", "the kubelet's root directory"),
-    ("socket", "PATH", _path, "/run/qat-plugin/helper.sock", "Unix socket to listen on"),
+    ("sysfs-root", "PATH", Path, "/sys", "sysfs mount point"),
+    ("kubelet-dir", "PATH", Path, "/var/lib/kubelet", "the kubelet's root directory"),
+    ("socket", "PATH", Path, "/run/qat-plugin/helper.sock", "Unix socket to listen on"),
     ("server-uid", "UID", _id, "65532", "the only uid that may send requests"),
     ("server-gid", "GID", _id, "65532", "group of the socket and of the server's endpoint directory"),
-    ("audit-log", "PATH", _path, "/var/log/qat-plugin/audit.jsonl", "audit log file"),
-    ("audit-sync", "WHEN", _word(Sync), "never", "flush to disk: never (left to the kernel) or line (after each line)"),
-    ("audit-rotate", "KIB", _kib, "65536", "start a new file after this many KiB; 0: never"),
+    ("audit-log", "PATH", Path, "/var/log/qat-plugin/audit.jsonl", "audit log file"),
+    ("audit-sync", "WHEN", _SYNC, "never", "flush to disk: never (left to the kernel) or line (after each line)"),
+    ("audit-rotate", "KIB", _KIB, "65536", "start a new file after this many KiB; 0: never"),
     (
         "audit-copy",
         "WHERE",
-        _word(Copy),
+        _COPY,
         "auto",
-        "copies of lines to: none, stdout, journal, auto (journal if started by systemd)",
+        "copy lines to: none, stdout, journal, auto (journal if started by systemd)",
     ),
-    ("policy", "PATH", _path, None, "root's TOML file, or directory of them, that restricts what may be requested"),
+    ("policy", "PATH", Path, None, "root's TOML file, or directory of them, that restricts what may be requested"),
     ("require-sandbox", "", boolean, "false", "do not start if any layer of the sandbox is missing"),
     ("traceable", "", boolean, "false", "let processes of the same user trace this one; for simulated nodes"),
 )
@@ -132,6 +112,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             source, written = variable, environment[variable]
         written = default if written is None else written
         try:
+            if written == "":
+                raise ValueError("the value is missing")
             setattr(values, field, None if written is None else parse(written))
         except ValueError as error:
             raise StartError(f"{source}: {error}") from None

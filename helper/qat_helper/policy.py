@@ -27,8 +27,9 @@ class Rate(Struct, frozen=True):
     per_second: float
 
 
-BUILTIN_RATES: Final = MappingProxyType({ALL: Rate(burst=2048, per_second=10)})
-"""All VFs of a node are bound at once at start-up; after that, the audit log must not fill the disk."""
+BUILTIN_RATES: Final = MappingProxyType({ALL: Rate(burst=2400, per_second=0.5)})
+"""16 PFs with 64 VFs each: their start takes 1,092 audited operations, a change of all services 1,091 more. Afterwards,
+PodResources is queried once a minute and after allocations, and the audit log must not fill the disk."""
 
 Id = tuple[int, int]
 """A PCI vendor and device id."""

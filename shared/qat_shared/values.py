@@ -4,8 +4,11 @@ Booleans and numbers follow Go's flag package, since users know the server's fla
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable
-from typing import Final
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Final, TypeVar
+
+_S = TypeVar("_S", bound=str)
+_T = TypeVar("_T")
 
 _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 _FALSE: Final = frozenset({"0", "f", "F", "false", "FALSE", "False"})
@@ -32,6 +35,18 @@ def integer(text: str, minimum: int | None = None, maximum: int = 2**31 - 1) -> 
     if abs(number) > maximum:
         raise ValueError(f"{number} is too large, the maximum is {maximum}")
     return number
+
+
+def by_name(names: Iterable[_S]) -> dict[str, _S]:
+    """Words of a fixed set by their text, for `one_of`."""
+    return {str(name): name for name in names}
+
+
+def one_of(known: Mapping[str, _T], text: str) -> _T:
+    """The value of a known word."""
+    if text not in known:
+        raise ValueError(f"unknown value {shown(text)}; known are {', '.join(known)}")
+    return known[text]
 
 
 def check_variables(names: Iterable[str], prefix: str, known: Collection[str], hint: Callable[[str], str]) -> None:

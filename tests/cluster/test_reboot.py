@@ -82,6 +82,14 @@ def _commands() -> str:
     return found[1]
 
 
+def _provisioning_command() -> str:
+    """What it has for the policy of a server that provisions."""
+    (found,) = re.findall(
+        r"^install -m 0644 -t /etc/qat-plugin/policy .*$", (DEPLOYMENTS / "README.md").read_text(), re.M
+    )
+    return str(found)
+
+
 def _confined(node: KubeletNode) -> None:
     """Started anew under the project's profiles, while a pod has the VFs: the server still reaches systemd."""
     run = node.guest.run
@@ -122,7 +130,8 @@ def test_with_the_units_the_plugin_is_there_first_and_a_bare_pod_gets_its_device
         installed.devices(AS_BOOTED)
         node.guest.run(
             "mkdir -p /etc/qat-plugin; echo 'ServicesEnabled=sym;asym' >/etc/qat-plugin/qat.conf;"
-            "echo QAT_PLUGIN_PROVISIONING_CONFIG=/etc/qat-plugin >/etc/qat-plugin/server.env"
+            "echo QAT_PLUGIN_PROVISIONING_CONFIG=/etc/qat-plugin >/etc/qat-plugin/server.env;"
+            f"cd {PROJECT}; install -d /etc/qat-plugin/policy; {_provisioning_command()}"
         )
         commands = _commands()
         assert "systemctl enable --now" in commands

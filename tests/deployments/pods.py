@@ -18,6 +18,7 @@ from deployments.images import image
 from deployments.rendered import BUILT, Manifest
 from qat_simulation.interception import supervisor as interception
 from qat_simulation.kernel.kernel import Kernel
+from qat_simulation.kubelet.config_map import ConfigMap
 from qat_simulation.kubelet.kubelet import Kubelet
 from qat_simulation.node.description import Node
 from qat_simulation.running_node import RunningNode, short_tmp
@@ -126,10 +127,8 @@ class PodNode(RunningNode):
                 path.chmod(0o777)
             else:
                 source = volume["configMap"]
-                path.mkdir(parents=True)
-                for key, text in self._configs[source["name"]].items():
-                    (path / key).write_text(text)
-                    (path / key).chmod(source.get("defaultMode", 0o644))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                ConfigMap(path, source.get("defaultMode", 0o644)).write(self._configs[source["name"]])
             yield name, path
 
     def _on_this_node(self, path: str) -> Path:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,8 +16,6 @@ import yaml
 from deployments import rendered
 from deployments.rendered import BUILT, COMPONENTS, DEPLOYMENTS, EXAMPLES, INSTALLATIONS, Manifest
 from qat_helper.main import _parse as helper_options
-from qat_helper.operations.table import NAMES
-from qat_helper.policy import Policy, narrow
 from qat_server.command_line import flags, settings
 from qat_server.composition import Server
 from qat_server.observability import metrics
@@ -140,9 +137,7 @@ def test_plugin_watcher_paths_agree() -> None:
     server = rendered.container(spec, "server")
     chosen = settings.parse(flags.read(server["args"], flags.SERVER_FLAGS).values)
     assert str(chosen.socket_directory) in {mount["mountPath"] for mount in server["volumeMounts"]}
-    policy = rendered.render("overlays/hardened")
-    (config,) = [each for each in rendered.of_kind(policy, "ConfigMap") if "policy.toml" in each["data"]]
-    assert chosen.registration.socket_directory.value in config["data"]["policy.toml"]
+    assert chosen.registration.socket_directory.value in str(setup_of(rendered.render("overlays/hardened")).policy)
 
 
 @pytest.mark.parametrize("which", ["helper", "server"])
@@ -156,14 +151,6 @@ def test_the_profiles_that_hardened_names_are_ours(which: str) -> None:
         assert str(file.relative_to(rendered.ROOT)) in readme  # how it comes to the node
     assert re.search(rf"^profile {apparmor}\b", files[0].read_text(), re.MULTILINE)
     assert json.loads(files[1].read_text())["defaultAction"] == "SCMP_ACT_ERRNO"
-
-
-def test_the_policy_file_is_one_that_the_helper_takes(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    (config,) = rendered.of_kind(rendered.render("overlays/hardened"), "ConfigMap")
-    (tmp_path / "policy.toml").write_text(config["data"]["policy.toml"])
-    (tmp_path / "policy.toml").chmod(0o444)
-    narrow(Policy(uids=frozenset({65532}), operations=NAMES), tmp_path / "policy.toml", os.geteuid())
 
 
 def test_the_hardware_label_is_what_nfd_sets() -> None:

@@ -34,7 +34,7 @@ from support.sysfs_tree import address
 
 MEMORY = 24 * 1024
 """KiB by which the helper may grow: more than all queues of all peers filled with the longest replies."""
-AT_ONCE, A_SECOND = 2048, 10
+AT_ONCE, A_SECOND = 2400, 0.5
 """Audited requests of one uid."""
 PATIENCE = 60
 """Seconds within which another peer is served; generous, since machines are shared."""

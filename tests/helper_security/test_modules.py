@@ -26,8 +26,8 @@ from support.sysfs_tree import address
 OURS = {
     "qat_helper": "audit audit.copies audit.log child console dispatch errors listening main operations "
     "operations.binding operations.kubelet operations.node operations.provisioning operations.reading "
-    "operations.table operations.writing policy rate_limit sandbox serve",
-    "qat_shared": "codec confinement devices messages pci seccomp sysfs",
+    "operations.table operations.writing policy policy_file rate_limit sandbox serve",
+    "qat_shared": "codec confinement devices messages pci seccomp sysfs values",
 }
 """All modules that the helper imports, by package."""
 COMMANDS = "commands commands.explain commands.run commands.show commands.verify"

@@ -2,7 +2,7 @@
 
     qat.conf -> ..data/qat.conf        ..data -> ..2026_11_24_06_00_00.1        ..2026_11_24_06_00_00.1/qat.conf
 
-Source: the kubelet's pkg/volume/util/atomic_writer.go.
+Sources: the kubelet's pkg/volume/util/atomic_writer.go; pkg/volume/emptydir/empty_dir.go for the mount's own mode.
 """
 
 import itertools
@@ -16,12 +16,14 @@ _DATA: Final = "..data"
 
 
 class ConfigMap:
-    """Empty at first; `write` replaces the version that is mounted."""
+    """Empty at first; `write` replaces the version that is mounted. `mode`: the volume's defaultMode."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, mode: int = 0o644) -> None:
         self.directory = directory
+        self._mode = mode
         self._versions = itertools.count(1)
         directory.mkdir()
+        directory.chmod(0o777)
         self.write({})
 
     def write(self, files: Mapping[str, str]) -> None:
@@ -30,8 +32,10 @@ class ConfigMap:
         before = os.readlink(data) if data.is_symlink() else None
         version = f"..2026_11_24_06_00_00.{next(self._versions)}"
         (self.directory / version).mkdir()
+        (self.directory / version).chmod(0o755)
         for name, text in files.items():
             (self.directory / version / name).write_text(text)
+            (self.directory / version / name).chmod(self._mode)
         temporary = self.directory / "..data_tmp"
         temporary.symlink_to(version)
         temporary.rename(data)

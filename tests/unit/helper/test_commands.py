@@ -253,7 +253,7 @@ def test_an_empty_policy_in_plain_words(tmp_path: Path, capfd: CAPTURE) -> None:
         "  any QAT device id",
         "Drivers that a VF may be bound to: igb_uio, vfio-pci.",
         "VFs that one PF may have: no limit.",
-        "  All audited operations together: at most 2048 at once, then 10 a second.",
+        "  All audited operations together: at most 2400 at once, then 0.5 a second.",
     ):
         assert f"{line}\n" in shown
     assert "denied" not in shown
@@ -272,7 +272,7 @@ def test_a_policy_that_cannot_be_used(tmp_path: Path, capfd: CAPTURE) -> None:
     assert main(["policy", "check", str(path)]) == 2
     shown = capfd.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith(f"qat-helper: {path} line 1: operations: unknown operation 'Reboot'; known are BindDr")
+    assert shown.err.startswith(f"qat-helper: {path} line 1: operations: unknown value 'Reboot'; known are BindDr")
     assert shown.err.count("\n") == 1
 
 

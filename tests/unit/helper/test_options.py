@@ -4,7 +4,7 @@ import pytest
 
 from qat_helper.main import _OPTIONS, _VARIABLES, StartError, _parse, main
 
-MISSING = "a path is missing"
+MISSING = "the value is missing"
 NOT_A_NUMBER = "'x' is not a whole number"
 WRONG = {
     "sysfs-root": {"": MISSING},
@@ -12,7 +12,7 @@ WRONG = {
     "socket": {"": MISSING},
     "server-uid": {
         "x": NOT_A_NUMBER,
-        "": "'' is not a whole number",
+        "": MISSING,
         "-1": "-1 is too small, the minimum is 0",
         "65534": "65534 stands for every id that has no name of its own: use another",
         "4294967295": "4294967295 is too large, the maximum is 4294967294",
@@ -24,7 +24,7 @@ WRONG = {
         "4294967295": "4294967295 is too large, the maximum is 4294967294",
     },
     "audit-log": {"": MISSING},
-    "audit-sync": {"sometimes": "'sometimes' is none of never, line", "": "'' is none of never, line"},
+    "audit-sync": {"sometimes": "unknown value 'sometimes'; known are never, line", "": MISSING},
     "audit-rotate": {
         "x": NOT_A_NUMBER,
         "1.5": "'1.5' is not a whole number",
@@ -32,12 +32,12 @@ WRONG = {
         "1048577": "1048577 is too large, the maximum is 1048576",
         "99999999999999": "99999999999999 is too large, the maximum is 1048576",
     },
-    "audit-copy": {"everywhere": "'everywhere' is none of none, stdout, journal, auto"},
+    "audit-copy": {"everywhere": "unknown value 'everywhere'; known are none, stdout, journal, auto"},
     "policy": {"": MISSING},
     "require-sandbox": {
         "yes": "'yes' is not true or false",
         "on": "'on' is not true or false",
-        "": "'' is not true or false",
+        "": MISSING,
         "2": "'2' is not true or false",
     },
     "traceable": {"yes": "'yes' is not true or false"},

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qat_shared.messages import (
     SocketDirectory,
 )
 from qat_shared.pci import PciAddress
+from qat_simulation.kubelet.config_map import ConfigMap
 from support.policy_files import BUILTIN, policy_file, rule_of, write
 from support.sysfs_tree import address
 
@@ -95,51 +97,50 @@ UNUSABLE: dict[str, tuple[str | bytes, str]] = {
     "a list of numbers": ("addresses = [1]", " line 1: addresses: is not a list of texts in quotes, such as"),
     "unknown driver": (
         'max_vfs = 1\ndrivers = [\n  "vfio-pci",  # "e1000" is not one\n  "e1000",\n]\n',
-        " line 4: drivers: unknown driver 'e1000'; known are igb_uio, vfio-pci",
+        " line 4: drivers: unknown value 'e1000'; known are igb_uio, vfio-pci",
     ),
     "unknown service": (
         'kubelet_services = ["kubelet.sock"]',
-        " line 1: kubelet_services: unknown service 'kubelet.sock'; known are pod-resources, registration",
+        " line 1: kubelet_services: unknown value 'kubelet.sock'; known are pod-resources, registration",
     ),
     "unknown directory": (
         'directories = ["plugins_registry"]',
-        " line 1: directories: unknown directory 'plugins_registry'; known are device-plugins, plugins-registry",
+        " line 1: directories: unknown value 'plugins_registry'; known are device-plugins, plugins-registry",
     ),
     "unknown operation": (
         'operations = ["Reboot"]',
-        f" line 1: operations: unknown operation 'Reboot'; known are {OPERATION_NAMES}",
+        f" line 1: operations: unknown value 'Reboot'; known are {OPERATION_NAMES}",
     ),
-    "Hello cannot be forbidden": ('operations = ["Hello"]', " line 1: operations: unknown operation 'Hello'; known"),
+    "Hello cannot be forbidden": ('operations = ["Hello"]', " line 1: operations: unknown value 'Hello'; known"),
     "no domain": (
         'addresses = ["6b:00.1"]',
-        " line 1: addresses: '6b:00.1' is not a PCI address as sysfs writes it, in lower case and with its domain: "
-        "0000:6b:00.1",
+        " line 1: addresses: '6b:00.1' is not a PCI address as sysfs writes it, in lower case: 0000:6b:00.1",
     ),
     "upper case": (
         'addresses = [\n  "0000:6b:00.1",\n  "0000:6B:00.1",\n]',
-        " line 3: addresses: '0000:6B:00.1' is not a PCI address as sysfs writes it, in lower case and with its",
+        " line 3: addresses: '0000:6B:00.1' is not a PCI address as sysfs writes it, in lower case: 0000:6b:00.1",
     ),
-    "no id": ('device_ids = ["8086"]', " line 1: device_ids: '8086' is not the id of a QAT device; known are 8086:"),
-    "an id in upper case": ('device_ids = ["8086:37C8"]', " line 1: device_ids: '8086:37C8' is not the id of a QAT"),
+    "no id": ('device_ids = ["8086"]', " line 1: device_ids: unknown value '8086'; known are 8086:"),
+    "an id in upper case": ('device_ids = ["8086:37C8"]', " line 1: device_ids: unknown value '8086:37C8'"),
     "an id that is not QAT's": (
         'device_ids = ["8086:1592"]',
-        " line 1: device_ids: '8086:1592' is not the id of a QAT",
+        " line 1: device_ids: unknown value '8086:1592'",
     ),
     "a negative number of VFs": ("max_vfs = -1", " line 1: max_vfs: is not a whole number from 0 to 65535"),
     "no number of VFs": ("max_vfs = true", " line 1: max_vfs: is not a whole number from 0 to 65535"),
     "a limit of no operation": (
         "rates.Reboot = { burst = 1, per_second = 1 }",
-        " line 1: rates: unknown operation 'Reboot'; known are BindDriver, ",
+        " line 1: rates: Reboot: unknown value 'Reboot'; known are BindDriver, ",
     ),
-    "a limit of Hello": ("rates.Hello = { burst = 1, per_second = 1 }", " line 1: rates: unknown operation 'Hello'"),
-    "no limits": ("rates = 1", " line 1: rates: is not a table by operation, such as rates.all = { burst = 64, per"),
+    "a limit of Hello": ("rates.Hello = { burst = 1, per_second = 1 }", " line 1: rates: Hello: unknown value 'Hello'"),
+    "no limits": ("rates = 1", " line 1: rates: is not of the form rates.NAME = { burst = 64, per_second = 2 }"),
     "half a limit": (
         "[rates]\nBindDriver = { burst = 1 }",
-        " line 2: rates: BindDriver is not of the form { burst = 64, per_second = 2 }",
+        " line 2: rates: BindDriver: is not of the form rates.NAME = { burst = 64, per_second = 2 }",
     ),
     "a limit with more": (
         "rates.all = { burst = 1, per_second = 1, per_hour = 1 }",
-        " line 1: rates: all is not of the form { burst = 64, per_second = 2 }",
+        " line 1: rates: all: is not of the form rates.NAME = { burst = 64, per_second = 2 }",
     ),
     "a limit that lets nothing pass": (
         "rates.all = { burst = 0, per_second = 1 }",
@@ -147,7 +148,7 @@ UNUSABLE: dict[str, tuple[str | bytes, str]] = {
     ),
     "a limit that never recovers": (
         "[rates.all]\nburst = 1\nper_second = 0",
-        f" line 3: rates: all: per_second is not {PER_SECOND}",
+        f" line 1: rates: all: per_second is not {PER_SECOND}",
     ),
     "no number": (
         "rates.all = { burst = 1, per_second = nan }",
@@ -156,7 +157,7 @@ UNUSABLE: dict[str, tuple[str | bytes, str]] = {
     "no bound": ("rates.all = { burst = 1, per_second = inf }", f" line 1: rates: all: per_second is not {PER_SECOND}"),
     "no truth": ("rates.all = { burst = true, per_second = 1 }", f" line 1: rates: all: burst is not {BURST}"),
     "too long": ("#" * 70_000, "longer than"),
-    "deeply nested": ("x = " + "[" * 20_000, ": not valid TOML: nested too deeply"),
+    "deeply nested": ("x = " + "[" * 20_000, " line 1: not valid TOML: nested too deeply"),
 }
 INTERNALS = ("$", "`", "object", "Struct", "codec", "\n")
 """What only a reader of msgspec's or Python's source would understand."""
@@ -276,3 +277,35 @@ def test_what_is_no_plain_file_is_refused_without_waiting(tmp_path: Path) -> Non
     ):
         with pytest.raises(PolicyError, match=said):
             narrow(BUILTIN, path, os.geteuid())
+
+
+@pytest.mark.parametrize("name", ["", "serve.toml"], ids=["the mount", "a file in it"])
+def test_a_config_map_as_the_kubelet_writes_it(tmp_path: Path, name: str) -> None:
+    """The mount itself is 0777 and holds links; what they lead to is the kubelet's alone."""
+    mount = ConfigMap(tmp_path / "policy", 0o444)
+    mount.write({"serve.toml": 'operations = ["BindDriver"]\n', "driver.toml": 'drivers = ["vfio-pci"]\n'})
+    path = mount.directory / name
+    assert stat.S_IMODE(mount.directory.stat().st_mode) == 0o777
+    assert (mount.directory / "serve.toml").is_symlink()
+    policy = narrow(BUILTIN, path, os.geteuid())
+    assert (policy.operations, len(policy.drivers)) == ({"BindDriver"}, 2 if name else 1)
+    mount.write({"serve.toml": 'operations = ["BindDriver", "SetNumVfs"]\n'})
+    assert narrow(BUILTIN, path, os.geteuid()).operations == {"BindDriver", "SetNumVfs"}
+    version = (mount.directory / "..data").resolve()
+    for mode in (0o775, 0o757):
+        version.chmod(mode)
+        with pytest.raises(PolicyError, match=f"{version}, where .* is, can be written by others"):
+            narrow(BUILTIN, path, os.geteuid())
+    version.chmod(0o755)
+    mount.write({})
+    if not name:
+        with pytest.raises(PolicyError, match="has no policy file"):
+            narrow(BUILTIN, path, os.geteuid())
+
+
+def test_what_is_beside_a_config_maps_data_is_not_read(tmp_path: Path) -> None:
+    """Its mount is 0777: only the kubelet's own directory in it counts."""
+    mount = ConfigMap(tmp_path / "policy", 0o444)
+    mount.write({"serve.toml": "operations = []\n"})
+    write(mount.directory / "more.toml", 'operations = ["SetNumVfs"]\n')
+    assert narrow(BUILTIN, mount.directory, os.geteuid()).operations == frozenset()

@@ -16,8 +16,9 @@ from msgspec import Meta, Struct
 
 from qat_helper.errors import denied
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
-from qat_shared.messages import DPDK_DRIVERS, DpdkDriver, KubeletService, SocketDirectory
+from qat_shared.messages import DPDK_DRIVERS, DpdkDriver, SocketDirectory
 from qat_shared.pci import PciAddress
+from qat_shared.resources import RESOURCES
 from qat_shared.sysfs import PciDevice
 
 FILE_LIMIT: Final = 64 * 1024
@@ -36,8 +37,15 @@ class Rate(Struct, frozen=True, forbid_unknown_fields=True):
     per_second: Annotated[float, Meta(gt=0, le=1_000_000)]
 
 
-BUILTIN_RATES: Final = MappingProxyType({ALL: Rate(burst=2048, per_second=10)})
-"""All VFs of a node are bound at once at start-up; after that, the audit log must not fill the disk."""
+BUILTIN_RATES: Final = MappingProxyType(
+    {
+        ALL: Rate(burst=2048, per_second=10),
+        "RegisterResource": Rate(burst=256, per_second=0.1),
+        "OpenPodResources": Rate(burst=128, per_second=2),
+    }
+)
+"""All VFs of a node are bound at once at start-up; after that, the audit log must not fill the disk. The kubelet keeps
+one connection to the endpoint for each registration, for as long as the server does not close it."""
 
 Id = tuple[int, int]
 """A PCI vendor and device id."""
@@ -55,7 +63,6 @@ class Policy(Struct, frozen=True):
     addresses: frozenset[PciAddress] | None = None
     drivers: frozenset[DpdkDriver] = frozenset(DpdkDriver)
     directories: frozenset[SocketDirectory] = frozenset(SocketDirectory)
-    services: frozenset[KubeletService] = frozenset(KubeletService)
     device_ids: frozenset[Id] | None = None
     max_vfs: int | None = None
     rates: Mapping[str, Rate] = BUILTIN_RATES
@@ -78,9 +85,10 @@ class Policy(Struct, frozen=True):
         """Raises OperationError."""
         _check_allowed("directories", directory, self.directories)
 
-    def check_service(self, service: KubeletService) -> None:
+    def check_resource(self, name: str) -> None:
         """Raises OperationError."""
-        _check_allowed("kubelet_services", service, self.services)
+        if name not in RESOURCES:
+            raise denied("resource-name", f"{name} is not a resource of QAT devices")
 
     def check_vf_count(self, address: PciAddress, count: int) -> None:
         """`count`: the VFs that the PF would then have, whatever number was requested. Raises OperationError."""
@@ -149,7 +157,6 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     device_ids: frozenset[str] | None = None
     drivers: frozenset[DpdkDriver] | None = None
     directories: frozenset[SocketDirectory] | None = None
-    kubelet_services: frozenset[KubeletService] | None = None
     max_vfs: Annotated[int, Meta(ge=0)] | None = None
     rates: dict[str, Rate] = {}
     extra_virtual_ids: tuple[str, ...] = ()
@@ -174,7 +181,6 @@ def narrow(builtin: Policy, path: Path, owner: int) -> Policy:
             device_ids=None if file.device_ids is None else _ids("device_ids", file.device_ids, qat=True),
             drivers=builtin.drivers if file.drivers is None else file.drivers,
             directories=builtin.directories if file.directories is None else file.directories,
-            services=builtin.services if file.kubelet_services is None else file.kubelet_services,
             max_vfs=file.max_vfs,
             rates={**builtin.rates, **file.rates},
             extra_virtual_ids=_ids("extra_virtual_ids", file.extra_virtual_ids, qat=False),

@@ -10,7 +10,7 @@ import pytest
 
 from qat_helper.errors import OperationError
 from qat_helper.operations.table import NAMES, OPERATIONS
-from qat_helper.policy import Policy, PolicyError, Rate, deny_foreign, narrow
+from qat_helper.policy import BUILTIN_RATES, Policy, PolicyError, Rate, deny_foreign, narrow
 from qat_shared.devices import PHYSICAL, VIRTUAL
 from qat_shared.messages import (
     DPDK_DRIVERS,
@@ -19,8 +19,6 @@ from qat_shared.messages import (
     DpdkDriver,
     ErrorCode,
     Hello,
-    KubeletService,
-    OpenKubeletSocket,
     PrepareSocketDirectory,
     SocketDirectory,
 )
@@ -180,7 +178,6 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
         addresses = ["0000:6b:00.1", "10000:e1:00.1"]
         drivers = ["igb_uio"]
         directories = ["plugins-registry"]
-        kubelet_services = ["pod-resources"]
         device_ids = ["8086:4941"]
         max_vfs = 8
         extra_virtual_ids = ["8086:10ca", "1af4:1041"]
@@ -194,7 +191,8 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
     assert policy.extra_virtual_ids == {(0x8086, 0x10CA), (0x1AF4, 0x1041)}
     assert policy.extra_physical_ids == {(0x8086, 0x10C9)}
     assert (policy.device_ids, policy.max_vfs) == (frozenset({(0x8086, 0x4941)}), 8)
-    assert policy.rates == {"all": Rate(burst=100, per_second=2), "BindDriver": Rate(burst=10, per_second=0.5)}
+    given = {"all": Rate(burst=100, per_second=2), "BindDriver": Rate(burst=10, per_second=0.5)}
+    assert policy.rates == {**BUILTIN_RATES, **given}
     assert rule_of(lambda: policy.check_operation("BindDriver")) == ""
     assert rule_of(lambda: policy.check_operation("ReadHeartbeat")) == "operations"
 
@@ -204,13 +202,6 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
 
     assert prepare(SocketDirectory.PLUGINS_REGISTRY) == ""
     assert prepare(SocketDirectory.DEVICE_PLUGINS) == "directories"
-
-    def connect(service: KubeletService) -> str:
-        request = OpenKubeletSocket(id=1, service=service)
-        return rule_of(lambda: OPERATIONS[OpenKubeletSocket].rule(policy, request))
-
-    assert connect(KubeletService.POD_RESOURCES) == ""
-    assert connect(KubeletService.REGISTRATION) == "kubelet_services"
 
     def bind(where: PciAddress, driver: DpdkDriver) -> str:
         request = BindDriver(id=1, address=where, driver=driver)
@@ -228,7 +219,6 @@ UNUSABLE = {
     "unknown key": ("allow_everything = true", "allow_everything"),
     "wrong type": ('drivers = "vfio-pci"', "drivers"),
     "unknown driver": ('drivers = ["e1000"]', "drivers"),
-    "unknown service": ('kubelet_services = ["kubelet.sock"]', "kubelet_services"),
     "unknown directory": ('directories = ["plugins_registry"]', "directories"),
     "unknown operation": ('operations = ["Reboot"]', "Reboot is not an operation"),
     "Hello cannot be forbidden": ('operations = ["Hello"]', "Hello is not an operation"),

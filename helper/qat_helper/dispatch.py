@@ -108,7 +108,7 @@ def _fields_of(message: AnyRequest | AnyReply) -> Fields:
         if value is None or isinstance(value, int)
         else printable(";".join(value) if isinstance(value, tuple) else str(value))
         for name, value in msgspec.structs.asdict(message).items()
-        if name not in ("id", "reason", "audit") and value != ""
+        if name not in ("id", "reason", "audit", "answer") and value != ""
     }
 
 

@@ -12,8 +12,9 @@ from msgspec import Struct
 
 from qat_helper.errors import denied
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
-from qat_shared.messages import DPDK_DRIVERS, DpdkDriver, KubeletService, SocketDirectory
+from qat_shared.messages import DPDK_DRIVERS, DpdkDriver, SocketDirectory
 from qat_shared.pci import PciAddress
+from qat_shared.resources import RESOURCES
 from qat_shared.sysfs import PciDevice
 
 ALL: Final = "all"
@@ -27,9 +28,16 @@ class Rate(Struct, frozen=True):
     per_second: float
 
 
-BUILTIN_RATES: Final = MappingProxyType({ALL: Rate(burst=2400, per_second=0.5)})
+BUILTIN_RATES: Final = MappingProxyType(
+    {
+        ALL: Rate(burst=2400, per_second=0.5),
+        "RegisterResource": Rate(burst=256, per_second=0.1),
+        "OpenPodResources": Rate(burst=128, per_second=2),
+    }
+)
 """16 PFs with 64 VFs each: their start takes 1,092 audited operations, a change of all services 1,091 more. Afterwards,
-PodResources is queried once a minute and after allocations, and the audit log must not fill the disk."""
+PodResources is queried once a minute and after allocations, and the audit log must not fill the disk. The kubelet keeps
+one connection to the endpoint for each registration, for as long as the server does not close it."""
 
 Id = tuple[int, int]
 """A PCI vendor and device id."""
@@ -46,7 +54,6 @@ class Policy(Struct, frozen=True):
     addresses: frozenset[PciAddress] | None = None
     drivers: frozenset[DpdkDriver] = frozenset(DpdkDriver)
     directories: frozenset[SocketDirectory] = frozenset(SocketDirectory)
-    services: frozenset[KubeletService] = frozenset(KubeletService)
     device_ids: frozenset[Id] | None = None
     max_vfs: int | None = None
     rates: Mapping[str, Rate] = BUILTIN_RATES
@@ -67,9 +74,10 @@ class Policy(Struct, frozen=True):
         """Raises OperationError."""
         _check_allowed("directories", directory, self.directories)
 
-    def check_service(self, service: KubeletService) -> None:
+    def check_resource(self, name: str) -> None:
         """Raises OperationError."""
-        _check_allowed("kubelet_services", service, self.services)
+        if name not in RESOURCES:
+            raise denied("resource-name", f"{name} is not a resource of QAT devices")
 
     def check_vf_count(self, address: PciAddress, count: int) -> None:
         """`count`: the VFs that the PF would then have, whatever number was requested. Raises OperationError."""

@@ -15,7 +15,7 @@ import msgspec
 
 from qat_helper.policy import ALL, Policy, Rate
 from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
-from qat_shared.messages import DpdkDriver, KubeletService, SocketDirectory
+from qat_shared.messages import DpdkDriver, SocketDirectory
 from qat_shared.pci import PciAddress
 from qat_shared.values import by_name, one_of
 
@@ -42,7 +42,6 @@ def narrow(builtin: Policy, path: Path, owner: int) -> Policy:
         "device_ids": partial(_list, partial(one_of, ids)),
         "drivers": partial(_list, _known(list(DpdkDriver))),
         "directories": partial(_list, _known(list(SocketDirectory))),
-        "kubelet_services": partial(_list, _known(list(KubeletService))),
         "max_vfs": partial(_whole, 0, 0xFFFF),
         "rates": partial(_rates, _known(builtin.operations | {ALL})),
     }
@@ -60,8 +59,6 @@ def narrow(builtin: Policy, path: Path, owner: int) -> Policy:
                 message, *words = error.args
                 raise PolicyError(f"{file} line {_line(text, key, *words)}: {key}: {message}") from None
     changes["rates"] = {**builtin.rates, **changes.get("rates", {})}
-    if "kubelet_services" in changes:
-        changes["services"] = changes.pop("kubelet_services")
     return msgspec.structs.replace(builtin, **changes)
 
 

@@ -28,8 +28,9 @@ from qat_helper.console import log
 from qat_helper.dispatch import Dispatcher
 from qat_helper.errors import OperationError
 from qat_helper.operations.node import Node, Outcome
+from qat_helper.passed import PassedConnections
 from qat_shared.codec import ProtocolError, decode_request, encode
-from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, OpenKubeletSocket, Welcome
+from qat_shared.messages import MAX_MESSAGE, AnyRequest, ErrorCode, Hello, OpenPodResources, Welcome
 
 MAX_PEERS: Final = 16
 MAX_UNCLOSED: Final = 32
@@ -71,6 +72,7 @@ class Server:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._peers: list[Peer] = []
         self._unclosed: list[socket.socket] = []
+        self._passed = PassedConnections()
         self._stopping = False
         self._listening = False
         self._dispatcher = Dispatcher(node, audit, self._watch_child, self._unwatch)
@@ -188,7 +190,7 @@ class Server:
             self._send(peer, Outcome(error.reply(request.id)))
         else:
             peer.in_flight += 1
-            if isinstance(request, OpenKubeletSocket) and not self._may_pass_descriptor(peer):
+            if isinstance(request, OpenPodResources) and not self._may_pass_descriptor(peer):
                 self._complete(peer, Outcome(_TOO_MANY_PASSED.reply(request.id)))
                 return
             self._dispatcher.submit(peer.caller, request, partial(self._complete, peer), peer)
@@ -208,6 +210,7 @@ class Server:
         if outcome.descriptor is not None and peer.open:
             if self._may_pass_descriptor(peer):
                 peer.passed += 1
+                self._passed.add(peer, outcome.descriptor)
             else:  # it requested all of them before the first was passed
                 os.close(outcome.descriptor)
                 outcome = Outcome(_TOO_MANY_PASSED.reply(outcome.reply.id))
@@ -262,6 +265,7 @@ class Server:
         for _, descriptor in peer.queue:
             _close(descriptor)
         peer.queue.clear()
+        self._passed.end_all(peer)
         self._listen()
 
     def _close_dropped(self) -> None:

@@ -3,7 +3,8 @@
 One message is one packet on a Unix SEQPACKET socket: msgpack, tagged by its type, at most 64 KiB; unknown fields are
 refused (codec.py). A client sends Hello first; a helper with another protocol replies with a Failure that names both
 versions. The client chooses each request's id; the reply repeats it. Replies may arrive in another order than the
-requests, so that a slow device delays no other. No request holds a path, a file name or bytes to write.
+requests, so that a slow device delays no other. No request holds a path or bytes to write; the only file name in one
+is that of a socket in the server's own directory (RegisterResource).
 """
 
 from enum import StrEnum
@@ -13,7 +14,7 @@ from msgspec import Meta, Struct
 
 from qat_shared.pci import PciAddress
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MAX_MESSAGE: Final = 64 * 1024
 """The longest message in bytes, in either direction."""
 
@@ -21,6 +22,10 @@ RequestId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Reason = Annotated[str, Meta(max_length=64, pattern=r"\A[ !#-\[\]-~]*\Z")]
 """Printable ASCII without quotes and backslashes: the audit log need not escape it, so escaping cannot lengthen it."""
 WaitMs = Annotated[int, Meta(ge=0, le=10_000)]
+Resource = Annotated[str, Meta(pattern=r"\A[a-z0-9.-]{1,63}/[A-Za-z0-9._-]{1,63}\Z")]
+"""A full resource name, of any plugin: policy denies those that are not ours, so that the audit log names them."""
+SocketName = Annotated[str, Meta(pattern=r"\A[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?\.sock\Z")]
+"""The name of a socket file, neither hidden nor in another directory."""
 
 
 class DpdkDriver(StrEnum):
@@ -43,13 +48,6 @@ class Service(StrEnum):
     DCC = "dcc"
 
 
-class KubeletService(StrEnum):
-    """The kubelet's sockets to which the helper may connect."""
-
-    REGISTRATION = "registration"
-    POD_RESOURCES = "pod-resources"
-
-
 class SocketDirectory(StrEnum):
     """The kubelet's directories in which the helper may create one for the server's sockets."""
 
@@ -65,7 +63,8 @@ class ErrorCode(StrEnum):
     DENIED = "denied"  # by policy: Failure.rule names the rule
     BUSY = "busy"  # in use, or an earlier operation on it has not finished
     VANISHED = "vanished"  # no such device, or it was removed during the operation
-    UNAVAILABLE = "unavailable"  # the kubelet's socket or a file of the driver does not exist
+    UNAVAILABLE = "unavailable"  # the kubelet does not answer, or a file of the driver does not exist
+    UNSUPPORTED = "unsupported"  # the kubelet runs, but does not have the service
     KERNEL = "kernel"  # the kernel refused: Failure.errno
     TIMED_OUT = "timed-out"  # not finished within the deadline; it may still complete
     AUDIT = "audit"  # the audit log cannot be written, so nothing is done
@@ -146,13 +145,24 @@ class PrepareSocketDirectory(Request, frozen=True, kw_only=True, tag="PrepareSoc
     directory: SocketDirectory = SocketDirectory.DEVICE_PLUGINS
 
 
-class OpenKubeletSocket(Request, frozen=True, kw_only=True, tag="OpenKubeletSocket"):
-    """Connect to a socket of the kubelet, waiting up to `wait_ms` for it to exist.
+class RegisterResource(Request, frozen=True, kw_only=True, tag="RegisterResource"):
+    """Register a resource with the kubelet, waiting up to `wait_ms` for the kubelet to listen. Answer: Registered.
 
-    Answer: Connected, with one descriptor.
+    `endpoint` is the socket's name in the kubelet's device-plugins/qat.intel.com.
     """
 
-    service: KubeletService
+    resource: Resource
+    endpoint: SocketName
+    wait_ms: WaitMs = 0
+
+
+class OpenPodResources(Request, frozen=True, kw_only=True, tag="OpenPodResources"):
+    """Connect to the kubelet's PodResources service, waiting up to `wait_ms` for it. Answer: Connected.
+
+    The answer carries one descriptor. The helper shuts the connection down when it passes newer ones (MAX_OPEN), and
+    at the end of the client's own connection.
+    """
+
     wait_ms: WaitMs = 0
 
 
@@ -167,7 +177,8 @@ AnyRequest = (
     | SetAutoReset
     | SetNumVfs
     | PrepareSocketDirectory
-    | OpenKubeletSocket
+    | RegisterResource
+    | OpenPodResources
 )
 
 
@@ -227,6 +238,16 @@ class DeviceConfig(Reply, frozen=True, kw_only=True, tag="DeviceConfig"):
     text: str
 
 
+class Registered(Reply, frozen=True, kw_only=True, tag="Registered"):
+    """The kubelet has answered. `accepted`: with a message, which it sends only if it has registered the resource.
+
+    `answer`: the HTTP/2 frames of its answer, 16 KiB at most. They hold its reason if it has not.
+    """
+
+    accepted: bool
+    answer: bytes
+
+
 class Connected(Reply, frozen=True, kw_only=True, tag="Connected"):
     """The packet carries the connected stream socket as SCM_RIGHTS."""
 
@@ -240,4 +261,4 @@ class Failure(Reply, frozen=True, kw_only=True, tag="Failure"):
     rule: str = ""
 
 
-AnyReply = Welcome | Done | Bound | Provisioned | Heartbeat | DeviceConfig | Connected | Failure
+AnyReply = Welcome | Done | Bound | Provisioned | Heartbeat | DeviceConfig | Registered | Connected | Failure

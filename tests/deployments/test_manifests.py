@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from deployments import rendered
+from deployments.overlays import setup_of
 from deployments.rendered import BUILT, COMPONENTS, DEPLOYMENTS, EXAMPLES, INSTALLATIONS, Manifest
 from qat_helper.main import _parse as helper_options
 from qat_server.command_line import flags, settings

@@ -18,11 +18,11 @@ from qat_shared.messages import (
     BindDriver,
     DpdkDriver,
     Hello,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
     PrepareSocketDirectory,
     ReadDeviceConfig,
     ReadHeartbeat,
+    RegisterResource,
     ReleaseDriver,
     Service,
     SetAutoReset,
@@ -92,8 +92,13 @@ REQUESTS: Final[dict[type[AnyRequest], Callable[[random.Random, int, str], AnyRe
     PrepareSocketDirectory: lambda dice, n, why: PrepareSocketDirectory(
         id=n, reason=why, directory=dice.choice(list(SocketDirectory))
     ),
-    OpenKubeletSocket: lambda dice, n, why: OpenKubeletSocket(
-        id=n, reason=why, service=dice.choice(list(KubeletService)), wait_ms=dice.choice((0, 0, 0, 1, 50))
+    OpenPodResources: lambda dice, n, why: OpenPodResources(id=n, reason=why, wait_ms=dice.choice((0, 0, 0, 1, 50))),
+    RegisterResource: lambda dice, n, why: RegisterResource(
+        id=n,
+        reason=why,
+        resource=dice.choice(("qat.intel.com/cy", "qat.intel.com/generic", "nvidia.com/gpu", "qat.intel.com/x")),
+        endpoint=dice.choice(("cy.sock", "generic.sock", "a.sock")),
+        wait_ms=dice.choice((0, 0, 0, 1, 50)),
     ),
 }
 """For each kind of request, a factory (generator, id, reason). test_fuzzing.py fails if a kind is missing."""

@@ -15,10 +15,10 @@ import qat_shared
 from qat_shared.messages import (
     BindDriver,
     DpdkDriver,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
     PrepareSocketDirectory,
     ReadHeartbeat,
+    RegisterResource,
 )
 from support.helper_process import PF, VF, helper
 from support.sysfs_tree import address
@@ -26,8 +26,8 @@ from support.sysfs_tree import address
 OURS = {
     "qat_helper": "audit audit.copies audit.log child console dispatch errors listening main operations "
     "operations.binding operations.kubelet operations.node operations.provisioning operations.reading "
-    "operations.table operations.writing policy policy_file rate_limit sandbox serve",
-    "qat_shared": "codec confinement devices messages pci seccomp sysfs values",
+    "operations.registration operations.table operations.writing passed policy policy_file rate_limit sandbox serve",
+    "qat_shared": "codec confinement devices messages pci resources seccomp sysfs values",
 }
 """All modules that the helper imports, by package."""
 COMMANDS = "commands commands.explain commands.run commands.show commands.verify"
@@ -40,7 +40,7 @@ keyword linecache locale marshal math ntpath numbers opcode operator os pathlib 
 re reprlib select selectors signal site socket stat string struct sys termios textwrap time token
 tokenize types typing urllib uuid warnings zipimport"""
 """Modules of the standard library and of its own parts, whose names begin with an underscore."""
-LINES = 2272
+LINES = 2399
 """The present number, as a limit against growth; the aim is 1,200."""
 
 BUILD = """
@@ -76,7 +76,8 @@ def modules() -> list[tuple[str, set[str]]]:
                 BindDriver(id=2, address=address(VF), driver=DpdkDriver.VFIO_PCI, reason="unusual: it's | ~"),
                 BindDriver(id=3, address=address(PF), driver=DpdkDriver.VFIO_PCI),
                 PrepareSocketDirectory(id=4),
-                OpenKubeletSocket(id=5, service=KubeletService.REGISTRATION),
+                OpenPodResources(id=5),
+                RegisterResource(id=6, resource="qat.intel.com/cy", endpoint="cy.sock"),
             ):
                 client.ask(request)
             client.ask(b"nonsense")

@@ -15,7 +15,7 @@ import pytest
 from helper_security.chain import interrupted
 from qat_helper.serve import MAX_PASSED
 from qat_shared.codec import decode_reply
-from qat_shared.messages import MAX_MESSAGE, Connected, Heartbeat, KubeletService, OpenKubeletSocket
+from qat_shared.messages import MAX_MESSAGE, Connected, Heartbeat, OpenPodResources
 from support.conditions import wait_until
 from support.helper_process import Helper, heartbeat, helper
 
@@ -146,9 +146,9 @@ def test_a_new_child_is_not_the_last_to_close_a_descriptor() -> None:
 def test_connections_that_a_peer_does_not_take_are_bounded(running: Helper) -> None:
     """Descriptors in transit count against all processes of root without capabilities, not only the helper."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet, running.connect() as client:
-        kubelet.bind(str(running.directory / "kubelet/device-plugins/kubelet.sock"))
+        kubelet.bind(str(running.directory / "kubelet/pod-resources/kubelet.sock"))
         kubelet.listen(1024)
-        ask = OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION)
+        ask = OpenPodResources(id=1)
         for _ in range(60):
             client.send(ask)
         wait_until(

@@ -18,8 +18,7 @@ from qat_shared.messages import (
     Failure,
     Heartbeat,
     Hello,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
     ReadHeartbeat,
 )
 from support.conditions import wait_until
@@ -136,7 +135,7 @@ def test_a_peer_that_is_killed_in_the_middle_leaves_what_was_begun_audited(runni
     if pid == 0:
         with running.connect() as client:
             for number in range(64):
-                client.send(OpenKubeletSocket(id=number, service=KubeletService.REGISTRATION, wait_ms=300))
+                client.send(OpenPodResources(id=number, wait_ms=300))
             os.write(begin, b"x")
             signal.pause()
     os.read(begin_end, 1)

@@ -301,4 +301,5 @@ async def test_as_in_production_without_ever_touching_the_kubelets_socket(
         assert not (running_one.kubelet.directory / "device-plugins" / "qat.intel.com").exists()
         said = running_one.audit_log.read_text()
         assert '"directory":"plugins-registry"' in said
-        assert "OpenKubeletSocket" not in said or '"operation":"OpenKubeletSocket","verdict":"ok"' not in said
+        assert '"event":"asked","operation":"RegisterResource"' not in said
+        assert '"event":"asked","operation":"OpenPodResources"' not in said

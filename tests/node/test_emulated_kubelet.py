@@ -388,7 +388,7 @@ async def test_held_devices_are_unknown_with_a_reason(node: Node) -> None:
         await held_devices(helper, directory / "missing")
 
     await node.kubelet.stop(kill=True)
-    with pytest.raises(PodResourcesError, match="no kubelet at"):
+    with pytest.raises(PodResourcesError, match="the kubelet is not listening on"):
         await held_devices(helper, directory)
 
     old = grpc.aio.server()

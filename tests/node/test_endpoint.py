@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 import uvloop
 
+from qat_helper.operations import registration
 from qat_server.instrumentation.counters import Counters
 from qat_server.kubelet.allocation import AllocationPolicy
 from qat_server.kubelet.device_plugin import DevicePlugin
@@ -35,7 +36,6 @@ QUICK = Timing(
     after_failure=0.05,
     after_stream=0.05,
     settled=0.3,
-    register=0.5,
     stream_first=0.1,
     stream_last=1.0,  # enough for a stream to open on a busy machine
     kubelet_wait=5.0,
@@ -237,9 +237,14 @@ async def test_several_resources_register_concurrently(kubelet: Kubelet) -> None
     ],
 )
 async def test_registration_with_a_hostile_kubelet_is_retried_with_growing_pauses(
-    kubelet: Kubelet, hostility: Hostility, error: str, caplog: pytest.LogCaptureFixture
+    kubelet: Kubelet,
+    hostility: Hostility,
+    error: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO, "qat_server.kubelet.endpoint")
+    monkeypatch.setattr(registration, "ANSWER_TIMEOUT", 0.5)
     kubelet.hostility = hostility
     await kubelet.restart()
     helper = DirectHelper(kubelet.directory)

@@ -31,7 +31,7 @@ ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=4, 
 async def test_the_server_works_if_policy_forbids_to_prepare_it(
     way: Registration, helper_policy: Callable[[str], None]
 ) -> None:
-    helper_policy('operations = ["BindDriver", "OpenKubeletSocket"]\n')
+    helper_policy('operations = ["BindDriver", "RegisterResource", "OpenPodResources"]\n')
     async with running_node(ONE_PF, (f"--registration={way}",)) as node:
         for each in ("device-plugins", "plugins_registry"):
             os.makedirs(node.kubelet.directory / each / "qat.intel.com", exist_ok=True)

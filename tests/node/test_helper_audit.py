@@ -23,8 +23,7 @@ from qat_shared.messages import (
     ErrorCode,
     Failure,
     Heartbeat,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
     PrepareSocketDirectory,
     ReadHeartbeat,
 )
@@ -87,8 +86,8 @@ def test_an_interrupted_operation_is_shown_as_such() -> None:
     with helper() as running:
         with running.connect() as client:
             assert isinstance(prepare(client), Done)
-            client.send(OpenKubeletSocket(id=2, service=KubeletService.REGISTRATION, wait_ms=10_000, reason="waits"))
-            wait_until(lambda: running.audit_lines()[-1].get("operation") == "OpenKubeletSocket")
+            client.send(OpenPodResources(id=2, wait_ms=10_000, reason="waits"))
+            wait_until(lambda: running.audit_lines()[-1].get("operation") == "OpenPodResources")
             status, said = audit("show", "--verdict", "under way", str(running.audit))
             assert said.count("\n") == 2
             running.stop(signal.SIGKILL)
@@ -100,12 +99,12 @@ def test_an_interrupted_operation_is_shown_as_such() -> None:
         assert [(row[2], row[6]) for row in rows[1:]] == [
             ("(start)", "-"),
             ("PrepareSocketDirectory", "ok"),
-            ("OpenKubeletSocket", "interrupted"),
+            ("OpenPodResources", "interrupted"),
             ("(start)", "-"),
         ]
         status, said = audit("show", "--json", "--verdict", "interrupted", str(running.audit))
         (row,) = map(json.loads, said.splitlines())
-        assert (row["operation"], row["verdict"], row["reason"]) == ("OpenKubeletSocket", "interrupted", "waits")
+        assert (row["operation"], row["verdict"], row["reason"]) == ("OpenPodResources", "interrupted", "waits")
         assert "end_sequence" not in row
 
 

@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -26,8 +27,7 @@ from qat_shared.messages import (
     Failure,
     Heartbeat,
     Hello,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
     PrepareSocketDirectory,
     ReadHeartbeat,
     Welcome,
@@ -136,13 +136,16 @@ def test_a_policy_file_narrows_what_is_welcome() -> None:
             assert isinstance(heartbeat(client), Heartbeat)
 
 
-def test_many_requests_in_flight_are_all_answered(running: Helper) -> None:
-    with running.connect() as client:
+def test_many_requests_in_flight_are_all_answered(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("rates.OpenPodResources = { burst = 300, per_second = 1 }\n")
+    policy.chmod(0o644)
+    with helper(f"--policy={policy}") as running, running.connect() as client:
         count = 300
 
         def send() -> None:
             for number in range(count):
-                client.send(OpenKubeletSocket(id=number, service=KubeletService.POD_RESOURCES, wait_ms=0))
+                client.send(OpenPodResources(id=number, wait_ms=0))
 
         thread = threading.Thread(target=send)
         thread.start()
@@ -190,7 +193,7 @@ def test_a_blocked_read_holds_up_nobody_and_no_clean_end(running: Helper) -> Non
 
 def test_a_peer_that_goes_away_leaves_an_audited_operation(running: Helper) -> None:
     with running.connect() as client:
-        client.send(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=200))
+        client.send(OpenPodResources(id=1, wait_ms=200))
         wait_until(lambda: running.audit_lines()[-1]["event"] == "asked")
     wait_until(lambda: running.audit_lines()[-1]["event"] == "done")
     assert running.audit_lines()[-1]["result"]["code"] == "unavailable"
@@ -198,9 +201,9 @@ def test_a_peer_that_goes_away_leaves_an_audited_operation(running: Helper) -> N
 
 def test_the_kubelets_socket_is_passed_once_it_is_there(running: Helper) -> None:
     with running.connect() as client, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet:
-        kubelet.bind(str(running.directory / "kubelet/device-plugins/kubelet.sock"))
+        kubelet.bind(str(running.directory / "kubelet/pod-resources/kubelet.sock"))
         idle = running.open_files()
-        client.send(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=10_000))
+        client.send(OpenPodResources(id=1, wait_ms=10_000))
         wait_until(lambda: running.audit_lines()[-1]["event"] == "asked")
         kubelet.listen()
         packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 2)
@@ -209,9 +212,10 @@ def test_the_kubelets_socket_is_passed_once_it_is_there(running: Helper) -> None
         with closing(accepted), socket.socket(fileno=descriptors[0]) as ours:
             ours.sendall(b"hello")
             assert accepted.recv(10) == b"hello"
-            wait_until(lambda: running.open_files() <= idle)
-        with closing(accepted):
-            assert accepted.fileno() == -1
+            wait_until(lambda: running.open_files() <= idle + 1)  # its copy of the connection
+            client.close()
+            assert accepted.recv(1) == b"", "the connection ends with the client's own, whoever has a copy"
+            wait_until(lambda: running.open_files() < idle)
 
 
 def test_the_socket_directory(running: Helper) -> None:

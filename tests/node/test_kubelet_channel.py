@@ -11,10 +11,8 @@ import pytest
 from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
 from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub
 from qat_server.kubelet.sockets import kubelet_channel
-from qat_shared.messages import KubeletService
 from qat_simulation.kubelet.kubelet import Kubelet
 from support.conditions import until
-from support.kubelet_sockets import DirectHelper
 
 
 async def test_the_relay_works_from_a_directory_too_deep_for_a_socket(directory: Path) -> None:
@@ -22,7 +20,8 @@ async def test_the_relay_works_from_a_directory_too_deep_for_a_socket(directory:
     await kubelet.start()
     deep = directory / ("d" * 100)
     deep.mkdir()
-    connected = await DirectHelper(directory).open_kubelet_socket(KubeletService.REGISTRATION)
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connected.connect(f"{kubelet.plugin_directory}/kubelet.sock")
     async with kubelet_channel.open_channel(connected, deep) as channel:
         assert os.listdir(deep) == []
         with pytest.raises(grpc.aio.AioRpcError, match="not supported by kubelet"):
@@ -44,6 +43,23 @@ async def test_a_call_on_the_relay_fails_at_once_when_the_peer_closes(directory:
                 await attempt
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert os.listdir(directory) == []
+
+
+async def test_the_connection_ends_although_the_helper_has_a_copy(directory: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with ours.dup(), theirs:
+        async with kubelet_channel.open_channel(ours, directory) as channel:
+            assert channel.get_state() is not grpc.ChannelConnectivity.SHUTDOWN
+        theirs.setblocking(False)
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(60):
+            while await loop.sock_recv(theirs, 65536):
+                pass
+        unused, other = socket.socketpair()
+        with unused.dup(), other, pytest.raises(OSError, match="No such file"):
+            async with kubelet_channel.open_channel(unused, directory / "missing"):
+                pass
+        assert other.fileno() == -1
 
 
 async def test_the_relay_is_cancelled_cleanly_at_any_moment(directory: Path) -> None:

@@ -57,8 +57,8 @@ async def test_from_start_to_pods_and_restarts_without_the_kubelets_socket(
         records = [json.loads(line) for line in node.audit_lines()]
     prepared = [each for each in records if each.get("operation") == "PrepareSocketDirectory"]
     assert {each["arguments"]["directory"] for each in prepared} == {"plugins-registry"}
-    opened = [each for each in records if each.get("operation") == "OpenKubeletSocket"]
-    assert {(each["event"], each["arguments"]["service"]) for each in opened} <= {("refused", "pod-resources")}
+    opened = [each for each in records if each.get("operation") in ("RegisterResource", "OpenPodResources")]
+    assert {(each["event"], each["operation"]) for each in opened} <= {("refused", "OpenPodResources")}
 
 
 async def test_what_the_policy_forbids_is_the_reason_shown(helper_policy: Callable[[str], None]) -> None:

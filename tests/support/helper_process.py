@@ -109,7 +109,8 @@ class Helper:
         (self.debugfs / "heartbeat").mkdir(parents=True)
         self.heartbeat = self.debugfs / "heartbeat/status"
         self.heartbeat.write_text("0\n")
-        (directory / "kubelet/device-plugins").mkdir(parents=True)
+        for folder in ("device-plugins", "pod-resources"):
+            (directory / "kubelet" / folder).mkdir(parents=True)
         self.socket = directory / "helper.sock"
         self.audit = directory / "audit.jsonl"
         self.log = directory / "log"

@@ -11,17 +11,31 @@ from qat_helper.audit.log import Caller, Entry, printable
 from qat_helper.dispatch import Job
 from qat_helper.errors import MESSAGE_LIMIT
 from qat_helper.operations.table import OPERATIONS
-from qat_shared.messages import AnyReply, AnyRequest, AuditHead, Bound, Connected, Done, Failure, Provisioned
+from qat_shared.messages import (
+    AnyReply,
+    AnyRequest,
+    AuditHead,
+    Bound,
+    Connected,
+    Done,
+    Failure,
+    Provisioned,
+    Registered,
+)
 from qat_shared.pci import PciAddress
 
 _LETTERS: Final = ("x", '"', "\\", "\0", "\U0001d11e")
 """Letters that escaping lengthens by different factors, before and after the text is truncated."""
 _ADDRESS: Final = PciAddress(0xFFFFFFFF, 0xFF, 0x1F, 7)
 _CALLER: Final = Caller(pid=2**31 - 1, uid=2**32 - 2, gid=2**32 - 2)
-_REPLIES: Final = (Bound, Connected, Done, Failure, Provisioned)
+_REPLIES: Final = (Bound, Connected, Done, Failure, Provisioned, Registered)
 """The replies to operations that are audited; Failure is also that to others."""
 _LONGEST_IN_REPLY: Final = {"driver": 255, "before": 60, "now": 60, "message": MESSAGE_LIMIT, "rule": 64}
 """Characters: a file name (NAME_MAX), what provisioning reads of an attribute, errors.py, and a rule's name."""
+
+
+_LONGEST_OF_PATTERN: Final = {"resource": f"{63 * 'x'}/{63 * 'x'}", "endpoint": f"{32 * 'x'}.sock"}
+"""Texts that only a pattern limits (messages.py: Resource, SocketName)."""
 
 
 def longest_lines() -> dict[str, int]:
@@ -85,6 +99,13 @@ def _value(kind: inspect.Type, name: str, limits: dict[str, int]) -> Any:
             return max(
                 (_value(each, name, limits) for each in types if not isinstance(each, inspect.NoneType)), key=len
             )
+        case inspect.StrType(pattern=str(pattern)) if name in _LONGEST_OF_PATTERN:
+            text = _LONGEST_OF_PATTERN[name]
+            assert re.search(pattern, text), name
+            assert not re.search(pattern, f"x{text}"), name
+            return text
+        case inspect.BytesType():
+            return b""  # not part of a line
         case inspect.StrType(max_length=most, pattern=pattern):
             number = limits[name] if most is None else most
             return max((letter * number for letter in _LETTERS if re.search(pattern or "", letter)), key=_escaped)

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from qat_helper.operations.table import NAMES, OPERATIONS
 from qat_helper.policy import ALL, BUILTIN_RATES, Id, Policy, Rate
 from qat_shared.devices import PHYSICAL
-from qat_shared.messages import DpdkDriver, KubeletService, SocketDirectory
+from qat_shared.messages import DpdkDriver, SocketDirectory
 
 _CONSEQUENCES = {
     "PrepareSocketDirectory": "the server cannot serve unless its directory already exists",
-    "OpenKubeletSocket": "the server cannot register through the kubelet's socket or see which pods hold devices",
+    "RegisterResource": "the server cannot register, unless it uses the kubelet's plugin watcher",
+    "OpenPodResources": "the server does not see which pods hold devices",
     "BindDriver": "the server serves only VFs that were bound by other means",
     "ReadHeartbeat": "the server does not notice a PF whose firmware hangs",
     "ReadDeviceConfig": "VFs whose PF has no services in sysfs are served as generic",
@@ -56,9 +57,6 @@ def _limits(policy: Policy) -> Iterator[str]:
     yield (
         f"Kubelet directories in which the server may serve: {_list(sorted(policy.directories)) or 'none'}"
         + _rule("directories", narrowed=policy.directories != frozenset(SocketDirectory))
-    )
-    yield f"Kubelet services that the server may connect to: {_list(sorted(policy.services)) or 'none'}" + _rule(
-        "kubelet_services", narrowed=policy.services != frozenset(KubeletService)
     )
     yield (
         "VFs that one PF may have: "

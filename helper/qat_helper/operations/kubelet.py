@@ -1,9 +1,9 @@
-"""PrepareSocketDirectory and OpenKubeletSocket: limited access to the kubelet's root-only directory.
+"""PrepareSocketDirectory and OpenPodResources: limited access to the kubelet's root-only directory.
 
 <kubelet dir>/device-plugins/qat.intel.com     created, with the server's group, for the server's endpoints
 <kubelet dir>/plugins_registry/qat.intel.com   the same, for the kubelet's plugin watcher
-<kubelet dir>/device-plugins/kubelet.sock      connected to; the connection is passed to the server
-<kubelet dir>/pod-resources/kubelet.sock       the same
+<kubelet dir>/pod-resources/kubelet.sock       connected to; the connection is passed to the server
+<kubelet dir>/device-plugins/kubelet.sock      connected to, for registration.py
 """
 
 import errno
@@ -12,6 +12,7 @@ import socket
 import stat
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from qat_helper.errors import PENDING_HEAD, OperationError
@@ -21,21 +22,21 @@ from qat_shared.messages import (
     Connected,
     Done,
     ErrorCode,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
     PrepareSocketDirectory,
     SocketDirectory,
 )
 
 MODE: Final = 0o2770
+DEVICE_PLUGINS: Final = "device-plugins"
 _DIRECTORIES: Final = {
-    SocketDirectory.DEVICE_PLUGINS: "device-plugins",
+    SocketDirectory.DEVICE_PLUGINS: DEVICE_PLUGINS,
     SocketDirectory.PLUGINS_REGISTRY: "plugins_registry",
 }
-_SERVICES: Final = {KubeletService.REGISTRATION: "device-plugins", KubeletService.POD_RESOURCES: "pod-resources"}
 _SOCKET: Final = "kubelet.sock"
 _RETRY: Final = 0.005  # the kubelet re-admits pods from before a reboot a few milliseconds after it starts to listen
-_NOT_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ECONNREFUSED, errno.EAGAIN})
+_NO_SOCKET: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
+_NOT_THERE: Final = _NO_SOCKET | {errno.ECONNREFUSED, errno.EAGAIN}
 
 
 def prepare_socket_directory(node: Node, request: PrepareSocketDirectory) -> Outcome:
@@ -79,14 +80,30 @@ def _create(parent: int, gid: int) -> None:
         os.close(directory)
 
 
-def open_kubelet_socket(node: Node, request: OpenKubeletSocket) -> Outcome:
-    """Connect to a kubelet socket, waiting up to `wait_ms` for it. Raises OperationError."""
-    folder = node.kubelet_dir / _SERVICES[request.service]
-    deadline = time.monotonic() + request.wait_ms / 1000
+def open_pod_resources(node: Node, request: OpenPodResources) -> Outcome:
+    """Connect to the kubelet's PodResources socket. Raises OperationError."""
+    folder = node.kubelet_dir / "pod-resources"
+    try:
+        return Outcome(Connected(id=request.id, audit=PENDING_HEAD), connect(folder, request.wait_ms))
+    except OperationError as error:
+        # A socket that refuses connections was left by a kubelet that had the service. Without a socket, either no
+        # kubelet is running or it has no such service; whether it listens for registrations tells which.
+        if error.errno not in _NO_SOCKET:
+            raise
+        with suppress(OSError):
+            os.close(_connect(os.fspath(node.kubelet_dir / DEVICE_PLUGINS)))
+            why = f"the kubelet is running, but there is no {folder / _SOCKET}"
+            raise OperationError(ErrorCode.UNSUPPORTED, why, error.errno) from error
+        raise
+
+
+def connect(folder: Path, wait_ms: int) -> int:
+    """A connection to kubelet.sock in `folder`, waiting up to `wait_ms` for it. Raises OperationError."""
+    deadline = time.monotonic() + wait_ms / 1000
     parent = os.getppid()
     while True:
         try:
-            return Outcome(Connected(id=request.id, audit=PENDING_HEAD), _connect(os.fspath(folder)))
+            return _connect(os.fspath(folder))
         except OSError as error:
             number = error.errno or 0
             if number not in _NOT_THERE:

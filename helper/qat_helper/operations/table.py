@@ -13,10 +13,11 @@ from msgspec import Struct
 
 from qat_helper.errors import PENDING_HEAD, OperationError
 from qat_helper.operations.binding import bind_driver, release_driver
-from qat_helper.operations.kubelet import open_kubelet_socket, prepare_socket_directory
+from qat_helper.operations.kubelet import open_pod_resources, prepare_socket_directory
 from qat_helper.operations.node import Node, Outcome
 from qat_helper.operations.provisioning import set_auto_reset, set_num_vfs, set_pm_idle, set_services
 from qat_helper.operations.reading import read_device_config, read_heartbeat
+from qat_helper.operations.registration import register_resource
 from qat_helper.policy import Policy
 from qat_shared import VERSION
 from qat_shared.messages import (
@@ -25,10 +26,11 @@ from qat_shared.messages import (
     BindDriver,
     ErrorCode,
     Hello,
-    OpenKubeletSocket,
+    OpenPodResources,
     PrepareSocketDirectory,
     ReadDeviceConfig,
     ReadHeartbeat,
+    RegisterResource,
     ReleaseDriver,
     Request,
     SetAutoReset,
@@ -42,7 +44,8 @@ R = TypeVar("R", bound=Request)
 
 DEADLINE: Final = 5.0
 LONG: Final = 15.0
-"""The kernel takes a second to remove VFs, and loads firmware each time a PF goes up."""
+"""The kernel takes a second to remove VFs, and loads firmware each time a PF goes up. The kubelet connects to an
+endpoint before it answers Register, and waits ten seconds for that."""
 PF: Final = "pf"
 """In the column `exclusive`: a PF with all its VFs. It also excludes driver operations on those VFs."""
 
@@ -105,8 +108,8 @@ def _directory(policy: Policy, request: PrepareSocketDirectory) -> None:
     policy.check_directory(request.directory)
 
 
-def _service(policy: Policy, request: OpenKubeletSocket) -> None:
-    policy.check_service(request.service)
+def _resource(policy: Policy, request: RegisterResource) -> None:
+    policy.check_resource(request.resource)
 
 
 def _no_rule(policy: Policy, request: Request) -> None:
@@ -126,7 +129,8 @@ _TABLE: Final[tuple[Operation[Any], ...]] = (
     Operation(SetAutoReset,           _address,            set_auto_reset,           PF,          True,    16),
     Operation(SetNumVfs,              _address,            set_num_vfs,              PF,          True,    16, LONG),
     Operation(PrepareSocketDirectory, _directory,          prepare_socket_directory, "directory", True,    1),
-    Operation(OpenKubeletSocket,      _service,            open_kubelet_socket,      None,        True,    4),
+    Operation(RegisterResource,       _resource,           register_resource,        None,        True,    2, LONG),
+    Operation(OpenPodResources,       _no_rule,            open_pod_resources,       None,        True,    4),
 )
 # fmt: on
 
@@ -137,6 +141,5 @@ NAMES: Final = frozenset(row.name for row in _TABLE if row.request is not Hello)
 
 def deadline_of(request: AnyRequest) -> float:
     """Seconds after which the client receives a timed-out Failure."""
-    return OPERATIONS[type(request)].deadline + (
-        request.wait_ms / 1000 if isinstance(request, OpenKubeletSocket) else 0
-    )
+    wait_ms = request.wait_ms if isinstance(request, RegisterResource | OpenPodResources) else 0
+    return OPERATIONS[type(request)].deadline + wait_ms / 1000

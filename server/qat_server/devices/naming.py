@@ -12,12 +12,7 @@ from typing import Final
 from qat_server.devices.inventory import Inventory, PhysicalFunction, VirtualFunction
 from qat_shared.devices import VIRTUAL
 from qat_shared.pci import PciAddress
-
-GENERIC: Final = "generic"
-_CRYPTO: Final = "cy"
-
-SERVICES: Final = ("asym", "sym", "dc", "decomp", "dcc")
-"""All services, in the order of the kernel's adf_cfg_services.c, which is the order of the words in a name."""
+from qat_shared.resources import CRYPTO, GENERIC, SERVICES, name_of
 
 LONGEST_NAME: Final = "asym-sym-decomp"
 """The longest name that services make: a Gen6 device takes three of them."""
@@ -49,7 +44,7 @@ def resource_name(vf: VirtualFunction, pf: PhysicalFunction | None, config: str 
 
 def is_resource_name(name: str) -> bool:
     """Whether the name is made of our words. It also accepts words in another order."""
-    return name in (GENERIC, _CRYPTO) or set(name.split("-")) <= set(SERVICES)
+    return name in (GENERIC, CRYPTO) or set(name.split("-")) <= set(SERVICES)
 
 
 def needs_config(pf: PhysicalFunction) -> bool:
@@ -62,8 +57,7 @@ def name_of_services(services: str | None) -> str:
     words = [word.strip() for word in (services or "").split(";")]
     if len(set(words)) != len(words) or not set(words) <= set(SERVICES):
         return GENERIC
-    ordered = [service for service in SERVICES if service in words]
-    return _CRYPTO if ordered == ["asym", "sym"] else "-".join(ordered)
+    return name_of(words)
 
 
 def _shows_services(pf: PhysicalFunction) -> bool:

@@ -43,12 +43,13 @@ from qat_shared.messages import (
     Failure,
     Heartbeat,
     Hello,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
     PrepareSocketDirectory,
     Provisioned,
     ReadDeviceConfig,
     ReadHeartbeat,
+    Registered,
+    RegisterResource,
     SocketDirectory,
     Welcome,
 )
@@ -58,7 +59,7 @@ __all__ = ["HelperClient", "HelperError", "HelperNotRespondingError", "HelperUna
 
 log = logs.get(__name__)
 
-CALL_TIMEOUT: Final = 20.0
+CALL_TIMEOUT: Final = 30.0
 """Seconds for one call. Longer than every deadline in the helper, so that the helper's own answer comes first."""
 RECONNECT_FIRST: Final = 0.05
 RECONNECT_LAST: Final = 1.0
@@ -193,16 +194,27 @@ class HelperClient:
         """Create the endpoints' directory and give it to the server's group. Raises HelperError."""
         await self._call(lambda i: PrepareSocketDirectory(id=i, directory=directory, reason="serve endpoints"), Done)
 
-    async def open_kubelet_socket(self, service: KubeletService, wait_ms: int = 0) -> socket.socket:
-        """A stream socket connected to the kubelet, which the caller must close. Raises HelperError.
+    async def register_resource(self, resource: str, endpoint: str, wait_ms: int = 0) -> Registered:
+        """Register a resource (its full name) with the kubelet; return the kubelet's answer. Raises HelperError.
+
+        `endpoint`: the name of its socket in device-plugins/qat.intel.com. `wait_ms`: milliseconds for which the helper
+        waits for the kubelet.
+        """
+        return await self._call(
+            lambda i: RegisterResource(
+                id=i, resource=resource, endpoint=endpoint, wait_ms=wait_ms, reason="serve the resource"
+            ),
+            Registered,
+        )
+
+    async def open_pod_resources(self, wait_ms: int = 0) -> socket.socket:
+        """A stream socket connected to the kubelet's PodResources, which the caller must close. Raises HelperError.
 
         `wait_ms`: milliseconds for which the helper waits for the kubelet.
         """
         connection = self._require()
         request_id = connection.next_id()
-        request = OpenKubeletSocket(
-            id=request_id, service=service, wait_ms=wait_ms, reason=f"speak to the kubelet: {service}"
-        )
+        request = OpenPodResources(id=request_id, wait_ms=wait_ms, reason="list the devices that pods hold")
         reply, passed = await self._exchange(connection, request)
         if isinstance(reply, Connected) and passed is not None:
             try:

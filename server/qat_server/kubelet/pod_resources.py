@@ -1,6 +1,5 @@
 """Which pod holds which device: one List call to the kubelet's PodResources service (podresources/v1)."""
 
-import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -15,16 +14,15 @@ from qat_server.kubelet.device import Holder
 from qat_server.kubelet.generated import podresources_v1_pb2 as pb
 from qat_server.kubelet.generated.podresources_v1_pb2_grpc import PodResourcesListerStub
 from qat_server.kubelet.sockets import kubelet_channel
-from qat_server.kubelet.sockets.kubelet_channel import KubeletDialer
+from qat_server.kubelet.sockets.kubelet_channel import PodResourcesDialer
 from qat_shared import NAMESPACE
-from qat_shared.messages import ErrorCode, KubeletService
+from qat_shared.messages import ErrorCode
 from qat_shared.pci import PciAddress
 
 log = logs.get(__name__)
 
 _TIMEOUT: Final = 5.0  # seconds that the kubelet has to answer
 _PREFIX: Final = f"{NAMESPACE}/"
-_NO_SUCH_SOCKET: Final = (errno.ENOENT, errno.ENOTDIR)
 
 Holders = Mapping[str, Mapping[PciAddress, Holder]]
 """Resource name without its namespace to a map of its held devices to their holders."""
@@ -58,17 +56,17 @@ class KubeletDownError(PodResourcesError):
     """The kubelet is not running."""
 
 
-async def held_devices(helper: KubeletDialer, directory: Path, wait_ms: int = 0) -> Answer:
+async def held_devices(helper: PodResourcesDialer, directory: Path, wait_ms: int = 0) -> Answer:
     """Call List, waiting up to `wait_ms` for the kubelet to listen.
 
     Only this user may be able to write to `directory` (see kubelet_channel.open_channel). Raises PodResourcesError.
     """
     try:
-        connected = await helper.open_kubelet_socket(KubeletService.POD_RESOURCES, wait_ms)
+        connected = await helper.open_pod_resources(wait_ms)
     except HelperUnavailableError as error:
         raise NoHelperError(error.message) from error
     except HelperError as error:
-        raise await _connect_error(helper, error) from error
+        raise _connect_error(error) from error
     try:
         async with kubelet_channel.open_channel(connected, directory) as channel:
             answer = await PodResourcesListerStub(channel).List(pb.ListPodResourcesRequest(), timeout=_TIMEOUT)
@@ -81,25 +79,10 @@ async def held_devices(helper: KubeletDialer, directory: Path, wait_ms: int = 0)
     return Answer(_holders(answer), len(answer.pod_resources))
 
 
-async def _connect_error(helper: KubeletDialer, error: HelperError) -> PodResourcesError:
-    if error.code is ErrorCode.DENIED:
+def _connect_error(error: HelperError) -> PodResourcesError:
+    if error.code in (ErrorCode.DENIED, ErrorCode.UNSUPPORTED):
         return PodResourcesUnavailableError(error.message)
-    if error.code is not ErrorCode.UNAVAILABLE:
-        return PodResourcesError(error.message)
-    # A socket that refuses connections was left by a kubelet that had the service. Without a socket, either no kubelet
-    # is running or it has no such service; whether it listens for registrations tells which.
-    if error.errno in _NO_SUCH_SOCKET and await _kubelet_running(helper):
-        return PodResourcesUnavailableError(error.message)
-    return KubeletDownError(error.message)
-
-
-async def _kubelet_running(helper: KubeletDialer) -> bool:
-    """Whether the kubelet is running. True also if policy forbids finding out."""
-    try:
-        (await helper.open_kubelet_socket(KubeletService.REGISTRATION)).close()
-    except HelperError as error:
-        return error.code is ErrorCode.DENIED
-    return True
+    return (KubeletDownError if error.code is ErrorCode.UNAVAILABLE else PodResourcesError)(error.message)
 
 
 def _holders(answer: pb.ListPodResourcesResponse) -> dict[str, dict[PciAddress, Holder]]:

@@ -5,7 +5,7 @@
     AutoresetEnabled = on
 
 `ServicesEnabled` is sym, asym, dc, dcc, decomp, or several of them separated by `;`, in any order. The plan decides
-whether a device supports them (plan.py). The names of services are naming.SERVICES, in the kernel's order.
+whether a device supports them (plan.py). The names of services are resources.SERVICES, in the kernel's order.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from qat_server.devices.naming import SERVICES
 from qat_server.parsing.values import listed
+from qat_shared.resources import SERVICES
 from qat_shared.values import shown
 
 FILE: Final = "qat.conf"

@@ -12,7 +12,14 @@ from support.sysfs_tree import address
 
 PF = address("6b:00.0")
 VF = address("6b:00.1")
-ALL = ("BindDriver", "OpenKubeletSocket", "PrepareSocketDirectory", "ReadDeviceConfig", "ReadHeartbeat")
+ALL = (
+    "BindDriver",
+    "OpenPodResources",
+    "PrepareSocketDirectory",
+    "ReadDeviceConfig",
+    "ReadHeartbeat",
+    "RegisterResource",
+)
 GOOD = NodeObservations(
     functions=(
         QatFunction(PF, 0x4940, "4xxx", 1, num_vfs=1, total_vfs=16),

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat_server.devices.inventory import PhysicalFunction, VirtualFunction
-from qat_server.devices.naming import needs_config, resource_name
+from qat_server.devices.naming import name_of_services, needs_config, resource_name
+from qat_shared.resources import RESOURCES
 from support.sysfs_tree import address
 
 PF, VF = address("6b:00.0"), address("6b:00.1")
@@ -51,6 +52,12 @@ def test_services(services: str, name: str) -> None:
     assert resource_name(virtual(), physical(services=services), None) == name
     config = f"[GENERAL]\nServicesEnabled = {services}\n"
     assert resource_name(virtual(), physical(state=None, services=None), config) == name, "in dev_cfg"
+
+
+@given(st.lists(st.sampled_from(["asym", "sym", "dc", "decomp", "dcc", "magic"])))
+def test_every_name_can_be_registered(services: list[str]) -> None:
+    assert f"qat.intel.com/{name_of_services(';'.join(services))}" in RESOURCES
+    assert len(RESOURCES) == 32
 
 
 DEV_CFG = """\

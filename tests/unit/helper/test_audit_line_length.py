@@ -4,7 +4,7 @@ from qat_helper.operations.table import NAMES
 from support.longest_lines import longest_lines, longest_request
 
 LONGEST_LINE = 1793
-LONGEST_REQUEST = 1938
+LONGEST_REQUEST = 2238
 """Bytes, as docs/audit.md states them. A request has two lines."""
 
 

@@ -21,8 +21,7 @@ from qat_shared.messages import (
     ErrorCode,
     Failure,
     Heartbeat,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
 )
 from support.dispatcher_bench import CALLER, Bench, Function, Gate, bind, bind_device, done, failure, report_pid
 
@@ -226,9 +225,9 @@ def test_a_child_holds_nothing_of_its_parent(bench: Bench) -> None:
 
 def test_a_late_descriptor_is_closed(bench: Bench) -> None:
     gate = Gate(bench, lambda node, request: Outcome(Heartbeat(id=1, audit=PENDING_HEAD, alive=True), os.dup(2)))
-    bench.operation(OpenKubeletSocket, gate)
+    bench.operation(OpenPodResources, gate)
     before = len(os.listdir("/proc/self/fd"))
-    bench.ask(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION, wait_ms=1000))
+    bench.ask(OpenPodResources(id=1, wait_ms=1000))
     assert bench.dispatcher.timeout() == 6.0
     bench.now += 6
     bench.dispatcher.expire()
@@ -242,8 +241,8 @@ def test_a_descriptor_is_passed_on(bench: Bench) -> None:
     def open_null(node: Node, request: AnyRequest) -> Outcome:
         return Outcome(Heartbeat(id=1, audit=PENDING_HEAD, alive=True), os.open("/dev/null", os.O_RDONLY))
 
-    bench.operation(OpenKubeletSocket, open_null)
-    bench.ask(OpenKubeletSocket(id=1, service=KubeletService.REGISTRATION))
+    bench.operation(OpenPodResources, open_null)
+    bench.ask(OpenPodResources(id=1))
     bench.run(lambda: bench.replies)
     assert os.readlink(f"/proc/self/fd/{bench.descriptors[0]}") == "/dev/null"
     assert not os.get_inheritable(bench.descriptors[0])

@@ -53,8 +53,8 @@ def day(path: Path) -> AuditLog:
     )
     asked("ReleaseDriver", address="0000:6b:00.3")
     log.append(Entry(event="start", arguments={"version": "0.1.0", "pid": 1, "uid": 0}))
-    fourth = asked("OpenKubeletSocket", service="registration")
-    done(fourth, "OpenKubeletSocket", "late")
+    fourth = asked("RegisterResource", resource="qat.intel.com/cy", endpoint="cy.sock")
+    done(fourth, "RegisterResource", "late")
     asked("PrepareSocketDirectory", directory="device-plugins")
     return log
 
@@ -74,7 +74,7 @@ line  time                      operation               device        uid    pid
 6     2026-01-01T08:05:00.000Z  ReleaseDriver           0000:6b:00.1  65532  812  denied       -     not among the operations
 7     2026-01-01T08:06:00.000Z  ReleaseDriver           0000:6b:00.3  65532  812  interrupted  -     serve it to pods
 8     2026-01-01T08:07:00.000Z  (start)                 -             -      -    -            -     version=0.1.0 pid=1 uid=0
-9     2026-01-01T08:08:00.000Z  OpenKubeletSocket       -             65532  812  late         12.3  service=registration; serve it to pods
+9     2026-01-01T08:08:00.000Z  RegisterResource        -             65532  812  late         12.3  resource=qat.intel.com/cy endpoint=cy.sock; serve it to pods
 11    2026-01-01T08:10:00.000Z  PrepareSocketDirectory  -             65532  812  under way    -     directory=device-plugins; serve it to pods
 """  # noqa: E501  a table
 
@@ -198,7 +198,6 @@ addresses = ["0000:6b:00.2", "0000:6b:00.1"]
 device_ids = ["8086:4940", "8086:4941"]
 drivers = ["vfio-pci"]
 directories = ["device-plugins"]
-kubelet_services = ["pod-resources"]
 max_vfs = 8
 rates.BindDriver = { burst = 64, per_second = 0.5 }
 rates.all = { burst = 100, per_second = 2 }
@@ -213,15 +212,15 @@ EXPLAINED = (
     "  PrepareSocketDirectory: Create qat.intel.com in a directory of the kubelet, writable by the server's group.",
     "  All audited operations together: at most 100 at once, then 2 a second.",
     "Denied operations (rule operations):",
-    "  OpenKubeletSocket: the server cannot register through the kubelet's socket or see which pods hold devices",
+    "  OpenPodResources: the server does not see which pods hold devices",
     "  ReadDeviceConfig: VFs whose PF has no services in sysfs are served as generic",
+    "  RegisterResource: the server cannot register, unless it uses the kubelet's plugin watcher",
     "  ReleaseDriver",
     "Allowed devices:",
     "  only these addresses: 0000:6b:00.1, 0000:6b:00.2 (rule addresses)",
     "  only these device ids: 8086:4940 (a PF), 8086:4941 (rule device_ids)",
     "Drivers that a VF may be bound to: vfio-pci (rule drivers).",
     "Kubelet directories in which the server may serve: device-plugins (rule directories).",
-    "Kubelet services that the server may connect to: pod-resources (rule kubelet_services).",
     "VFs that one PF may have: at most 8; QAT drivers enable all VFs of a PF, so a PF with more gets none "
     "(rule max_vfs).",
 )

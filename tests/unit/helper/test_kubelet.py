@@ -21,8 +21,7 @@ from qat_shared.messages import (
     ErrorCode,
     Failure,
     Heartbeat,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
     PrepareSocketDirectory,
     ReadDeviceConfig,
     ReadHeartbeat,
@@ -31,14 +30,14 @@ from qat_shared.messages import (
 from support.sysfs_tree import SysfsTree, address
 
 PF, VF = "6b:00.0", "6b:00.1"
-FOLDERS = {KubeletService.REGISTRATION: "device-plugins", KubeletService.POD_RESOURCES: "pod-resources"}
+FOLDERS = ("device-plugins", "pod-resources")
 
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     # Deep: a socket path is limited to 107 bytes, and the kubelet's directory may be anywhere.
     kubelet = tmp_path / ("deep" * 20) / ("deeper" * 10)
-    for folder in FOLDERS.values():
+    for folder in FOLDERS:
         (kubelet / folder).mkdir(parents=True)
     tree = SysfsTree(tmp_path / "sys")
     tree.pf(PF)
@@ -61,8 +60,8 @@ def listen(folder: Path) -> socket.socket:
     return listener
 
 
-def open_socket(node: Node, service: KubeletService, wait_ms: int = 0) -> Outcome:
-    return perform(node, OpenKubeletSocket(id=7, service=service, wait_ms=wait_ms))
+def open_socket(node: Node, wait_ms: int = 0) -> Outcome:
+    return perform(node, OpenPodResources(id=7, wait_ms=wait_ms))
 
 
 def code(outcome: Outcome) -> ErrorCode:
@@ -71,10 +70,9 @@ def code(outcome: Outcome) -> ErrorCode:
     return outcome.reply.code
 
 
-@pytest.mark.parametrize("service", KubeletService)
-def test_the_kubelets_socket_is_connected_to(node: Node, service: KubeletService) -> None:
-    with listen(node.kubelet_dir / FOLDERS[service]) as kubelet:
-        reply, descriptor = open_socket(node, service)
+def test_the_kubelets_socket_is_connected_to(node: Node) -> None:
+    with listen(node.kubelet_dir / "pod-resources") as kubelet:
+        reply, descriptor = open_socket(node)
         assert isinstance(reply, Connected)
         assert reply.id == 7
         with socket.socket(fileno=descriptor) as ours, kubelet.accept()[0] as theirs:
@@ -84,11 +82,21 @@ def test_the_kubelets_socket_is_connected_to(node: Node, service: KubeletService
 
 
 def test_without_a_kubelet_there_is_no_socket(node: Node) -> None:
-    assert code(open_socket(node, KubeletService.REGISTRATION)) is ErrorCode.UNAVAILABLE
-    listen(node.kubelet_dir / "device-plugins").close()  # a stale socket
-    assert code(open_socket(node, KubeletService.REGISTRATION)) is ErrorCode.UNAVAILABLE
+    assert code(open_socket(node)) is ErrorCode.UNAVAILABLE
+    listen(node.kubelet_dir / "pod-resources").close()  # a stale socket
+    assert code(open_socket(node)) is ErrorCode.UNAVAILABLE
+    (node.kubelet_dir / "pod-resources/kubelet.sock").unlink()
     (node.kubelet_dir / "pod-resources").rmdir()
-    assert code(open_socket(node, KubeletService.POD_RESOURCES)) is ErrorCode.UNAVAILABLE
+    assert code(open_socket(node)) is ErrorCode.UNAVAILABLE
+
+
+def test_a_kubelet_without_the_service_is_told_from_none(node: Node) -> None:
+    with listen(node.kubelet_dir / "device-plugins") as kubelet:
+        assert code(open_socket(node)) is ErrorCode.UNSUPPORTED
+        with kubelet.accept()[0] as probe:
+            assert probe.recv(1) == b"", "the probe is closed at once, and nobody has a copy"
+        listen(node.kubelet_dir / "pod-resources").close()
+        assert code(open_socket(node)) is ErrorCode.UNAVAILABLE, "it has had the service, and will have it again"
 
 
 def test_it_waits_for_a_kubelet_that_starts_late(node: Node) -> None:
@@ -98,11 +106,11 @@ def test_it_waits_for_a_kubelet_that_starts_late(node: Node) -> None:
     def later() -> None:
         while time.monotonic() < begun + 0.15:
             time.sleep(0.01)
-        listeners.append(listen(node.kubelet_dir / "device-plugins"))
+        listeners.append(listen(node.kubelet_dir / "pod-resources"))
 
     thread = threading.Thread(target=later)
     thread.start()
-    reply, descriptor = open_socket(node, KubeletService.REGISTRATION, wait_ms=10_000)
+    reply, descriptor = open_socket(node, wait_ms=10_000)
     thread.join()
     assert isinstance(reply, Connected)
     assert descriptor is not None
@@ -111,10 +119,10 @@ def test_it_waits_for_a_kubelet_that_starts_late(node: Node) -> None:
 
 
 def test_a_socket_of_another_type_is_a_kernel_error(node: Node) -> None:
-    folder = os.open(node.kubelet_dir / "device-plugins", os.O_PATH)
+    folder = os.open(node.kubelet_dir / "pod-resources", os.O_PATH)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(f"/proc/self/fd/{folder}/kubelet.sock")
-        assert code(open_socket(node, KubeletService.REGISTRATION, wait_ms=10_000)) is ErrorCode.KERNEL
+        assert code(open_socket(node, wait_ms=10_000)) is ErrorCode.KERNEL
     os.close(folder)
 
 

@@ -19,7 +19,7 @@ from support.longest_lines import longest_lines, longest_request
 
 DAY = 86_400
 ALLOWED = BUILTIN_RATES[ALL].burst + int(DAY * BUILTIN_RATES[ALL].per_second)
-DOCUMENTED = 90_000_000
+DOCUMENTED = 105_000_000
 """Bytes that the server's uid can make the helper write in the first day, as docs/helper.md states them."""
 PROVISIONING = 1092 + 1091
 """Audited operations of a start, and of a change of all services, on 16 PFs with 64 VFs each; measured."""

@@ -15,8 +15,6 @@ from qat_helper.policy_file import PolicyError, narrow
 from qat_shared.messages import (
     BindDriver,
     DpdkDriver,
-    KubeletService,
-    OpenKubeletSocket,
     PrepareSocketDirectory,
     SocketDirectory,
 )
@@ -38,7 +36,6 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
         addresses = ["0000:6b:00.1", "10000:e1:00.1"]
         drivers = ["igb_uio"]
         directories = ["plugins-registry"]
-        kubelet_services = ["pod-resources"]
         device_ids = ["8086:4941"]
         max_vfs = 8
         [rates]
@@ -48,7 +45,8 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
     policy = narrow(BUILTIN, policy_file(tmp_path, text), os.geteuid())
     assert policy.uids == {65532}
     assert (policy.device_ids, policy.max_vfs) == (frozenset({(0x8086, 0x4941)}), 8)
-    assert policy.rates == {"all": Rate(burst=100, per_second=2), "BindDriver": Rate(burst=10, per_second=0.5)}
+    given = {"all": Rate(burst=100, per_second=2), "BindDriver": Rate(burst=10, per_second=0.5)}
+    assert policy.rates == {**BUILTIN.rates, **given}
     assert rule_of(lambda: policy.check_operation("BindDriver")) == ""
     assert rule_of(lambda: policy.check_operation("ReadHeartbeat")) == "operations"
 
@@ -58,13 +56,6 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
 
     assert prepare(SocketDirectory.PLUGINS_REGISTRY) == ""
     assert prepare(SocketDirectory.DEVICE_PLUGINS) == "directories"
-
-    def connect(service: KubeletService) -> str:
-        request = OpenKubeletSocket(id=1, service=service)
-        return rule_of(lambda: OPERATIONS[OpenKubeletSocket].rule(policy, request))
-
-    assert connect(KubeletService.POD_RESOURCES) == ""
-    assert connect(KubeletService.REGISTRATION) == "kubelet_services"
 
     def bind(where: PciAddress, driver: DpdkDriver) -> str:
         request = BindDriver(id=1, address=where, driver=driver)
@@ -77,7 +68,7 @@ def test_a_full_file_narrows_and_each_denial_names_its_rule(tmp_path: Path) -> N
 
 
 OPERATION_NAMES = ", ".join(sorted(NAMES))
-KEYS = "operations, addresses, device_ids, drivers, directories, kubelet_services, max_vfs, rates"
+KEYS = "operations, addresses, device_ids, drivers, directories, max_vfs, rates"
 BURST, PER_SECOND = "a whole number from 1 to 1000000", "a number above 0 and up to 1000000"
 UNUSABLE: dict[str, tuple[str | bytes, str]] = {
     "no TOML": ("\n= nonsense", " line 2: not valid TOML: Invalid statement"),
@@ -98,10 +89,6 @@ UNUSABLE: dict[str, tuple[str | bytes, str]] = {
     "unknown driver": (
         'max_vfs = 1\ndrivers = [\n  "vfio-pci",  # "e1000" is not one\n  "e1000",\n]\n',
         " line 4: drivers: unknown value 'e1000'; known are igb_uio, vfio-pci",
-    ),
-    "unknown service": (
-        'kubelet_services = ["kubelet.sock"]',
-        " line 1: kubelet_services: unknown value 'kubelet.sock'; known are pod-resources, registration",
     ),
     "unknown directory": (
         'directories = ["plugins_registry"]',
@@ -218,7 +205,8 @@ def test_the_files_of_a_directory_add_up(tmp_path: Path) -> None:
     write(directory / ".c.toml.swp", "not read")
     policy = narrow(BUILTIN, directory, os.geteuid())
     assert policy.operations == {"BindDriver", "SetNumVfs"}
-    assert (policy.drivers, policy.max_vfs) == ({DpdkDriver.VFIO_PCI}, 4)
+    assert policy.drivers == {DpdkDriver.VFIO_PCI}
+    assert policy.max_vfs == 4
     assert policy.rates == {**BUILTIN.rates, "BindDriver": Rate(burst=1, per_second=1)}
     for text, said in (
         ("max_vfs = 5", "c.toml line 1: max_vfs: is set in another file too: keep one of them"),
@@ -288,7 +276,8 @@ def test_a_config_map_as_the_kubelet_writes_it(tmp_path: Path, name: str) -> Non
     assert stat.S_IMODE(mount.directory.stat().st_mode) == 0o777
     assert (mount.directory / "serve.toml").is_symlink()
     policy = narrow(BUILTIN, path, os.geteuid())
-    assert (policy.operations, len(policy.drivers)) == ({"BindDriver"}, 2 if name else 1)
+    assert policy.operations == {"BindDriver"}
+    assert len(policy.drivers) == (2 if name else 1)
     mount.write({"serve.toml": 'operations = ["BindDriver", "SetNumVfs"]\n'})
     assert narrow(BUILTIN, path, os.geteuid()).operations == {"BindDriver", "SetNumVfs"}
     version = (mount.directory / "..data").resolve()

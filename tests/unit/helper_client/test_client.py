@@ -27,7 +27,6 @@ from qat_shared.messages import (
     Failure,
     Heartbeat,
     Hello,
-    KubeletService,
     Welcome,
 )
 from qat_shared.pci import PciAddress
@@ -153,7 +152,7 @@ async def test_a_passed_socket_arrives() -> None:
         return Connected(id=request.id, audit=HEAD), [ours.fileno()]
 
     async with connected(answer) as (client, _):
-        with await client.open_kubelet_socket(KubeletService.REGISTRATION) as passed:
+        with await client.open_pod_resources() as passed:
             passed.sendall(b"hello")
             assert kubelet.recv(10) == b"hello"
     ours.close()

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 
 import qat_server
-from qat_shared.messages import AnyRequest, KubeletService, Reason, SocketDirectory
+from qat_shared.messages import AnyRequest, Reason, SocketDirectory
 
 REQUESTS = {kind.__name__ for kind in AnyRequest.__args__}
-LONGEST_WORD = max((*KubeletService, *SocketDirectory), key=len)
+LONGEST_WORD = max(SocketDirectory, key=len)
 """Stands for a placeholder of a reason: only words of the protocol may be one."""
 
 

@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from qat_server.devices.inventory import PhysicalFunction
-from qat_server.devices.naming import SERVICES
 from qat_server.provisioning.actual_state import ActualState
 from qat_server.provisioning.configuration import Configuration
 from qat_server.provisioning.plan import services_problem
 from qat_server.provisioning.qat_conf import Services, canonical
 from qat_server.provisioning.steps import SetAutoReset, SetNumVfs, SetPmIdle, SetServices, Step
+from qat_shared.resources import SERVICES
 from qat_simulation.node.services import services_allowed
 from support.provisioning_plans import POD, VFS, a_pf, a_state, configured, plan_of
 

@@ -19,11 +19,12 @@ from qat_shared.messages import (
     ErrorCode,
     Failure,
     Hello,
-    KubeletService,
-    OpenKubeletSocket,
+    OpenPodResources,
     PrepareSocketDirectory,
     ReadDeviceConfig,
     ReadHeartbeat,
+    Registered,
+    RegisterResource,
     ReleaseDriver,
     SocketDirectory,
 )
@@ -38,11 +39,13 @@ REQUESTS: list[AnyRequest] = [
     ReadHeartbeat(id=3, address=VF),
     ReadDeviceConfig(id=4, address=VF),
     PrepareSocketDirectory(id=5, directory=SocketDirectory.PLUGINS_REGISTRY),
-    OpenKubeletSocket(id=6, service=KubeletService.POD_RESOURCES, wait_ms=10_000),
+    OpenPodResources(id=6, wait_ms=10_000),
+    RegisterResource(id=7, resource="qat.intel.com/cy", endpoint="cy.sock", wait_ms=10_000),
 ]
 REPLIES: list[AnyReply] = [
     Bound(id=1, audit=HEAD, driver=None, changed=False),
     Failure(id=2, audit=HEAD, code=ErrorCode.BUSY, message="wait"),
+    Registered(id=3, audit=HEAD, accepted=True, answer=bytes(range(256))),
 ]
 GOOD = {"op": "BindDriver", "id": 1, "address": [0, 0x6B, 0, 1], "driver": "vfio-pci"}
 

@@ -11,6 +11,7 @@ from typing import Final
 from qat_server.command_line.doctor.findings import Finding, Level
 from qat_server.command_line.doctor.observations import NO_HEARTBEAT, NodeObservations, QatFunction
 from qat_server.command_line.settings import Settings
+from qat_server.kubelet.registration.directories import Registration
 from qat_shared.devices import PHYSICAL, VIRTUAL
 from qat_shared.messages import DPDK_DRIVERS, DpdkDriver
 
@@ -227,7 +228,8 @@ def _helper(node: NodeObservations, settings: Settings) -> Iterator[Finding]:
         )
         return
     yield Finding(check, Level.OK, f"the helper answers, version {helper.version}")
-    for operation in ("BindDriver", "ReadHeartbeat", "OpenKubeletSocket", "PrepareSocketDirectory"):
+    registers = ("RegisterResource",) if settings.registration is Registration.KUBELET_SOCKET else ()
+    for operation in ("BindDriver", "ReadHeartbeat", *registers, "OpenPodResources", "PrepareSocketDirectory"):
         if operation not in helper.operations:
             advice = "if this is unintended, add it to operations in the helper's policy file"
             yield Finding(check, Level.NOTE, f"the helper's policy forbids {operation}", advice)

@@ -1,34 +1,33 @@
-"""Registration through the kubelet's own socket: a Register call over a connection that the helper has made."""
+"""Registration through the kubelet's own socket: the helper calls Register, and the answer is decoded here."""
 
 from pathlib import Path
+from typing import Protocol
 
 import grpc.aio
 
 from qat_server.helper_client.client import HelperError
-from qat_server.kubelet.device_plugin import OPTIONS
-from qat_server.kubelet.generated import deviceplugin_v1beta1_pb2 as pb
-from qat_server.kubelet.generated.deviceplugin_v1beta1_pb2_grpc import RegistrationStub
-from qat_server.kubelet.registration.registrar import VERSION, CannotRegisterError, Timing
-from qat_server.kubelet.sockets import kubelet_channel
-from qat_server.kubelet.sockets.kubelet_channel import KubeletDialer
+from qat_server.kubelet.registration.answer import refusal
+from qat_server.kubelet.registration.registrar import CannotRegisterError, Timing
 from qat_server.kubelet.watch_streams import WatchStreams
 from qat_shared import NAMESPACE
-from qat_shared.messages import KubeletService
+from qat_shared.messages import Registered
+
+
+class Registering(Protocol):
+    """Registers resources, as the helper's client does."""
+
+    async def register_resource(self, resource: str, endpoint: str, wait_ms: int = 0) -> Registered:
+        """Register a resource (its full name) whose socket is `endpoint`. Raises HelperError."""
 
 
 class SocketRegistrar:
     """Registers one resource, whose endpoint socket is in `directory` (device-plugins/qat.intel.com)."""
 
-    def __init__(self, name: str, directory: Path, helper: KubeletDialer, timing: Timing | None = None) -> None:
+    def __init__(self, name: str, directory: Path, helper: Registering, timing: Timing | None = None) -> None:
         self.socket_path = directory / f"{name}.sock"
+        self._resource = f"{NAMESPACE}/{name}"
         self._helper = helper
         self._timing = timing or Timing()
-        self._request = pb.RegisterRequest(
-            version=VERSION,
-            endpoint=f"{NAMESPACE}/{self.socket_path.name}",
-            resource_name=f"{NAMESPACE}/{name}",
-            options=OPTIONS,
-        )
 
     async def needs_new_socket(self, streams: WatchStreams) -> bool:
         """Never: Register can be called any number of times for the same socket."""
@@ -38,16 +37,11 @@ class SocketRegistrar:
         """Add nothing: the kubelet calls no service but DevicePlugin."""
 
     async def register(self, streams: WatchStreams) -> None:
-        """Call Register once. Raises CannotRegisterError."""
+        """Have Register called once. Raises CannotRegisterError."""
+        wait_ms = round(self._timing.kubelet_wait * 1000)
         try:
-            connected = await self._helper.open_kubelet_socket(
-                KubeletService.REGISTRATION, wait_ms=round(self._timing.kubelet_wait * 1000)
-            )
-            async with kubelet_channel.open_channel(connected, self.socket_path.parent) as channel:
-                await RegistrationStub(channel).Register(self._request, timeout=self._timing.register)
+            registered = await self._helper.register_resource(self._resource, self.socket_path.name, wait_ms)
         except HelperError as error:
             raise CannotRegisterError(error.message) from error
-        except OSError as error:
-            raise CannotRegisterError(f"cannot connect to the kubelet: {error}") from error
-        except grpc.aio.AioRpcError as error:
-            raise CannotRegisterError(kubelet_channel.describe(error)) from error
+        if not registered.accepted:
+            raise CannotRegisterError(refusal(registered.answer))

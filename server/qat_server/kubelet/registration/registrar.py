@@ -22,7 +22,6 @@ class Timing(Struct, frozen=True):
     after_failure: float = 1.0  # the longest pause after a failed registration
     after_stream: float = 0.4  # the longest pause after a short stream; a kubelet that restarts often must not wait
     settled: float = 1.0  # a stream that lived this long did not end because of us: no pause is needed
-    register: float = 12.0  # timeout of Register; the kubelet gives up on its call back after ten seconds
     # Until the kubelet opens the stream. It takes milliseconds; the timeout doubles, since the kubelet may be busy.
     stream_first: float = 1.0
     stream_last: float = 10.0

@@ -19,7 +19,6 @@ import grpc
 import grpc.aio
 
 from qat_server.kubelet.sockets.socket_files import short_path, temporary_directory
-from qat_shared.messages import KubeletService
 
 _CHUNK: Final = 64 * 1024
 _ACCEPT_TIMEOUT: Final = 5.0
@@ -34,21 +33,21 @@ _OPTIONS: Final = (
 )
 
 
-class KubeletDialer(Protocol):
-    """Connects to the kubelet's sockets, as the helper's client does."""
+class PodResourcesDialer(Protocol):
+    """Connects to the kubelet's PodResources, as the helper's client does."""
 
-    async def open_kubelet_socket(self, service: KubeletService, wait_ms: int = 0) -> socket.socket:
+    async def open_pod_resources(self, wait_ms: int = 0) -> socket.socket:
         """A connected stream socket, which the caller closes. Raises HelperError."""
 
 
 @asynccontextmanager
 async def open_channel(kubelet: socket.socket, directory: Path) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel over `kubelet`, a connected stream socket. The socket is closed at the end in every case.
+    """A channel over `kubelet`, a connected stream socket. The connection is ended in every case.
 
     The temporary socket is made in `directory`, which only this user may be able to write to. Raises OSError.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(kubelet)
+        stack.callback(_end, kubelet)
         kubelet.setblocking(False)
         channel, relayed = await _connect(directory)
         stack.enter_context(relayed)
@@ -109,7 +108,14 @@ async def _pump(ours: socket.socket, kubelet: socket.socket) -> None:
         pass
     finally:
         ours.close()
-        kubelet.close()
+        _end(kubelet)
+
+
+def _end(kubelet: socket.socket) -> None:
+    """Shut the connection down, and not only close it: the helper has a copy of the descriptor."""
+    with contextlib.suppress(OSError):
+        kubelet.shutdown(socket.SHUT_RDWR)
+    kubelet.close()
 
 
 async def _copy(source: socket.socket, sink: socket.socket) -> NoReturn:

@@ -146,7 +146,7 @@ def used(node: RunningNode) -> Used:
     counted: Counter[str] = Counter()
     for line in lines:
         if line["event"] == "stop":
-            counted.update(line["arguments"])
+            counted.update(line.get("arguments", {}))
     values = {
         field: frozenset(line["arguments"][field] for line in asked if field in line["arguments"])
         for field in ("driver", "directory")

@@ -138,7 +138,10 @@ def test_a_wrong_option_is_refused() -> None:
         for option in (
             "--server-uid=root",
             "--server-uid=-1",
+            "--server-uid=65534",
+            "--server-gid=65534",
             "--server-gid=4294967295",
+            "--audit-rotate=-5",
             "--no-such-option",
             "--sysfs=/sys",
         ):
@@ -149,6 +152,10 @@ def test_options_come_from_the_environment_too() -> None:
     with helper(start=False) as running:
         said = running.start_failure(env=os.environ | {"QAT_HELPER_POLICY": "/nowhere/policy.toml"})
         assert "/nowhere/policy.toml" in said
+        for name in ("QAT_HELPER_POLCY", "QAT_HELPER_PORT"):
+            assert f"unknown variable {name}: " in running.start_failure(env=os.environ | {name: "/x"})
+        said = running.start_failure(env=os.environ | {"QAT_HELPER_REQUIRE_SANDBOX": "yes"})
+        assert said == "qat-helper: QAT_HELPER_REQUIRE_SANDBOX: 'yes' is not true or false\n"
 
 
 def run_as(uid: int, running: Helper, *options: str) -> int:
@@ -175,6 +182,18 @@ def test_on_the_real_sysfs_it_must_be_root() -> None:
     with helper(start=False) as running:
         assert run_as(1234, running, "--sysfs-root=/sys/./") == 2
         assert "run the helper as root" in running.log_text()
+
+
+@needs_root
+@pytest.mark.parametrize("option", ["--server-uid=0", "--server-gid=0"])
+def test_on_the_real_sysfs_the_server_is_not_root(option: str) -> None:
+    if not os.path.isdir("/sys/bus/pci/devices"):
+        pytest.skip("this machine has no PCI bus in /sys")
+    with helper(start=False) as running:
+        said = running.start_failure("--sysfs-root=/sys", "--server-uid=65532", "--server-gid=65532", option)
+        assert said == (
+            "qat-helper: --server-uid and --server-gid: 0 is root's: give the server a uid and a group of its own\n"
+        )
 
 
 @needs_root

@@ -1,4 +1,4 @@
-"""Other overlays in a cluster: `hardened`, registered by the plugin watcher; `vm`, VFs without PFs."""
+"""Other overlays in a cluster: `hardened`, with the project's profiles; `vm`, VFs without PFs."""
 
 from typing import Final
 
@@ -12,7 +12,7 @@ from kubelet.nodes import CY, GENERIC
 _AUDIT: Final = "/var/log/qat-plugin/audit.jsonl"
 
 
-def test_hardened_registers_by_the_plugin_watcher(cluster: Cluster) -> None:
+def test_hardened_registers_by_the_helper(cluster: Cluster) -> None:
     cluster.run(f"set -e; {profile_commands()}")
     cluster.clear()
     cluster.guest.run(f"mv {_AUDIT} {_AUDIT}.before", check=False)
@@ -22,7 +22,7 @@ def test_hardened_registers_by_the_plugin_watcher(cluster: Cluster) -> None:
     for name, label in (("helper", "qat-helper (enforce)"), ("server", "qat-server (enforce)")):
         pid = cluster.node.pid(cluster.plugin(), name)
         assert cluster.guest.run(f"cat /proc/{pid}/attr/current").strip() == label
-    assert cluster.guest.run("ls -A /var/lib/kubelet/plugins_registry/qat.intel.com") != ""
+    assert cluster.guest.run("ls -A /var/lib/kubelet/device-plugins/qat.intel.com") != ""
     cluster.apply(workload("two", {CY: 2}))
     assert len(cluster.client("two")["devices"]) == 2
     with step("hardened: rollout restart, until another pod is ready and eight are allocatable"):
@@ -32,9 +32,9 @@ def test_hardened_registers_by_the_plugin_watcher(cluster: Cluster) -> None:
         cluster.until_allocatable(cy=8)
     cluster.apply(workload("late", {CY: 6}))
     assert len(cluster.client("late")["devices"]) == 6
-    # The helper was never asked for a connection to kubelet.sock.
-    audit = cluster.guest.run(f"grep OpenKubeletSocket {_AUDIT}").splitlines()
-    assert [line for line in audit if "pod-resources" not in line] == []
+    # Each registration is in the log, and nothing was made in the plugin watcher's directory.
+    assert '"resource":"qat.intel.com/cy"' in cluster.guest.run(f"grep RegisterResource {_AUDIT}")
+    assert cluster.guest.run("ls -A /var/lib/kubelet/plugins_registry") == ""
 
 
 def test_in_a_vm_vfs_without_pfs_are_served(cluster: Cluster) -> None:

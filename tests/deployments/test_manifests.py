@@ -133,7 +133,7 @@ def test_paths_agree_with_the_programs_defaults() -> None:
     }
 
 
-def test_plugin_watcher_paths_agree() -> None:
+def test_the_paths_and_the_policy_of_hardened_agree() -> None:
     spec = rendered.pod_spec(rendered.render("overlays/hardened"))
     server = rendered.container(spec, "server")
     chosen = settings.parse(flags.read(server["args"], flags.SERVER_FLAGS).values)

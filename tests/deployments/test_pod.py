@@ -78,15 +78,16 @@ async def test_the_demo_by_the_images_as_the_base_says() -> None:
 
 
 async def test_the_demo_by_the_images_as_hardened_says() -> None:
-    """The project's seccomp profiles, plugin-watcher registration, the policy file; AppArmor is not of every kernel."""
+    """The project's seccomp profiles, the policy file; AppArmor is not of every kernel."""
     async with pod_node(NODE, rendered.render("overlays/hardened")) as node:
         assert "the chain of hashes is intact" in await _demo(node)
         assert {json.loads(line).get("operation") for line in node.audit_log.read_bytes().splitlines()} & {
-            "OpenKubeletSocket",
+            "OpenPodResources",
             "PrepareSocketDirectory",
-        } == {"PrepareSocketDirectory", "OpenKubeletSocket"}  # the second for PodResources only
+            "RegisterResource",
+        } == {"PrepareSocketDirectory", "OpenPodResources", "RegisterResource"}
         assert node.kubelet.registrations[0].error == ""
-        assert not (node.kubelet_directory / "device-plugins/qat.intel.com").exists()
+        assert not (node.kubelet_directory / "plugins_registry/qat.intel.com").exists()
 
 
 async def test_pfs_without_vfs_are_provisioned_as_the_overlay_says() -> None:

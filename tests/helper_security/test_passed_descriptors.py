@@ -7,12 +7,13 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import msgspec
 import pytest
 
 from helper_security.chain import interrupted
+from qat_helper.passed import MAX_OPEN
 from qat_helper.serve import MAX_PASSED
 from qat_shared.codec import decode_reply
 from qat_shared.messages import MAX_MESSAGE, Connected, Heartbeat, OpenPodResources
@@ -166,3 +167,35 @@ def test_connections_that_a_peer_does_not_take_are_bounded(running: Helper) -> N
         packet, descriptors, _, _ = socket.recv_fds(client.sock, MAX_MESSAGE, 4)
         assert isinstance(decode_reply(packet), Connected), "after they are received, more are passed"
         os.close(descriptors[0])
+
+
+def test_few_connections_stay_open_whatever_a_peer_keeps(running: Helper) -> None:
+    """The kubelet's ends: all but the newest are at their end, and all of them when the peer has left."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as kubelet, ExitStack() as held:
+        kubelet.bind(str(running.directory / "kubelet/pod-resources/kubelet.sock"))
+        kubelet.listen(64)
+        witness, *peers = (held.enter_context(running.connect()) for _ in range(4))
+        heartbeat(witness)
+        before = running.open_files_when_idle(witness)
+        ends: list[socket.socket] = []
+        for number in range(30):
+            peer = peers[number % len(peers)]
+            peer.send(OpenPodResources(id=1))
+            _, (descriptor,), _, _ = socket.recv_fds(peer.sock, MAX_MESSAGE, 4)
+            held.enter_context(socket.socket(fileno=descriptor))
+            ends.append(held.enter_context(kubelet.accept()[0]))
+            ends[-1].setblocking(False)
+            assert sum(is_open(end) for end in ends) <= MAX_OPEN
+            assert is_open(ends[-1]), "the newest"
+        for peer in peers:
+            peer.close()
+        wait_until(lambda: not any(is_open(end) for end in ends))
+        wait_until(lambda: running.open_files_when_idle(witness) <= before - len(peers))
+        assert isinstance(heartbeat(witness), Heartbeat)
+
+
+def is_open(end: socket.socket) -> bool:
+    try:
+        return end.recv(1) != b""
+    except BlockingIOError:
+        return True

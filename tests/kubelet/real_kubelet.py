@@ -54,8 +54,17 @@ class _Status(msgspec.Struct):
     containers: dict[str, dict[str, dict[str, str]]]
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """A plugin of another type than DevicePlugin that the plugin manager has passed to that type's handler."""
+
+    type: str
+    name: str
+    endpoint: str
+
+
 class _Watcher(msgspec.Struct):
     settled: bool
+    claimed: tuple[Claim, ...]
 
 
 class _Started(msgspec.Struct):
@@ -194,6 +203,16 @@ class RealKubelet:
     async def settled(self) -> bool:
         """Whether the plugin watcher has registered all that it has found, and will change nothing by itself."""
         return (await self._harness.ask("watcher", _Watcher)).settled
+
+    async def claimed(self) -> tuple[Claim, ...]:
+        """What the plugin watcher has found that claims to be a plugin of another type, and was believed."""
+        return (await self._harness.ask("watcher", _Watcher)).claimed
+
+    @property
+    def pid(self) -> int:
+        """The pid of its process, which must run."""
+        assert self._harness.process is not None
+        return self._harness.process.pid
 
     async def healthy(self) -> bool:
         """The device manager's part of /healthz."""

@@ -22,8 +22,6 @@ ANSWER_LIMIT: Final = 16 * 1024
 _DATA, _HEADERS, _RST_STREAM, _SETTINGS = 0, 1, 3, 4
 _END_STREAM, _END_HEADERS = 1, 4
 _STREAM: Final = 1
-
-
 _HEADER_FIELDS: Final = (
     b"\x83\x86"  # :method POST, :scheme http
     b"\x04\x1e/v1beta1.Registration/Register"  # :path

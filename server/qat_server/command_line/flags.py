@@ -61,7 +61,12 @@ SERVER_FLAGS: Final = (
     Flag("sysfs-root", "/sys", "DIR", "sysfs mount point"),
     Flag("kubelet-dir", "/var/lib/kubelet", "DIR", "the kubelet's --root-dir"),
     Flag("helper-socket", "/run/qat-plugin/helper.sock", "PATH", "socket that qat-helper listens on"),
-    Flag("registration", "kubelet-socket", "METHOD", "registration with the kubelet: kubelet-socket or plugin-watcher"),
+    Flag(
+        "registration",
+        "kubelet-socket",
+        "METHOD",
+        "registration with the kubelet: kubelet-socket, or plugin-watcher, which lets the server pose as any plugin",
+    ),
     Flag(
         "metrics-address",
         "",

@@ -86,8 +86,16 @@ type checkResult struct {
 	Resources  map[string]*resourceBooks `json:"resources"`
 }
 
+// claim is a plugin of another type that the plugin manager has passed to its handler.
+type claim struct {
+	Type     string `json:"type"`
+	Name     string `json:"name"`
+	Endpoint string `json:"endpoint"`
+}
+
 type watcherResult struct {
-	Settled bool `json:"settled"`
+	Settled bool    `json:"settled"`
+	Claimed []claim `json:"claimed"`
 }
 
 type ageArguments struct {

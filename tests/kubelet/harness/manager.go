@@ -48,6 +48,8 @@ type life struct {
 	topology     topologymanager.Manager
 	admission    sync.Mutex  // the kubelet admits one pod at a time
 	sourcesReady atomic.Bool // false while the pods known from before are admitted again
+	claimsMutex  sync.Mutex
+	claimed      []claim
 	over         chan struct{}
 	tasks        sync.WaitGroup
 }
@@ -114,6 +116,9 @@ func (k *kubelet) start(arguments startArguments) (*startResult, error) {
 	l.tasks.Go(l.logUpdates)
 	l.plugins = pluginmanager.NewPluginManager(k.registryDirectory(), &record.FakeRecorder{})
 	l.plugins.AddHandler(watcherapi.DevicePlugin, l.devices.GetWatcherHandler())
+	for _, kind := range []string{watcherapi.CSIPlugin, watcherapi.DRAPlugin} {
+		l.plugins.AddHandler(kind, &claims{kind: kind, of: l})
+	}
 	l.tasks.Go(func() { l.plugins.Run(context.Background(), ready, l.over) })
 
 	result := &startResult{Refused: []refusedPod{}}

@@ -246,7 +246,9 @@ func (k *kubelet) watcher(empty) (*watcherResult, error) {
 	for _, plugin := range found {
 		settled = settled && registered.PluginExistsWithCorrectUUID(plugin)
 	}
-	return &watcherResult{settled}, nil
+	l.claimsMutex.Lock()
+	defer l.claimsMutex.Unlock()
+	return &watcherResult{settled, append([]claim{}, l.claimed...)}, nil
 }
 
 // age makes a stopped endpoint older: the kubelet forgets its resource after five minutes.

@@ -46,11 +46,11 @@ class StartError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Exit status: 0 after a clean stop, 2 if it could not start."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    own, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     if arguments[:1] and arguments[0] in ("audit", "policy"):
         from qat_helper.commands.run import run  # noqa: PLC0415  the serving process must not load these
 
-        return run(arguments)
+        return run(arguments, confined=own)
     try:
         _serve(_parse(arguments))
     except (StartError, SysfsError, PolicyError, AuditError, ListenError) as error:

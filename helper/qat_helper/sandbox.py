@@ -1,8 +1,7 @@
 """The helper's self-confinement before it serves: group, inherited descriptors, files, system calls.
 
     read    <sysfs>/devices, bus/pci, kernel/debug
-    write   in <sysfs>: the directory above each QAT device that is present at start, or only `driver_override` of a VF
-            without its PF; bus/pci/drivers, bus/pci/drivers_probe
+    write   <sysfs>/devices/.../<parent of each QAT device present at start>, bus/pci/drivers, bus/pci/drivers_probe
     create  a directory in the kubelet's two plugin directories; log files next to the audit log
     remove  its own socket; log files next to the audit log
 
@@ -27,6 +26,7 @@ from qat_shared.seccomp import read_profile
 from qat_shared.sysfs import SysfsError, open_device
 
 PROFILE: Final = Path(__file__).with_name("seccomp.json")
+_KINDS: Final = PHYSICAL.keys() | VIRTUAL.keys()
 _HOST_BRIDGE: Final = re.compile(r"/pci[0-9a-f]{4,}:[0-9a-f]{2}/", re.ASCII)
 
 
@@ -68,16 +68,15 @@ def _rules(sysfs: Path, kubelet: Path, socket: Path, audit_log: Path) -> Iterato
 
 
 def _device_places(sysfs: Path) -> set[Path]:
-    """The places of the QAT devices present now, in which the helper writes: a rule needs its path to exist."""
+    """The directories that have the QAT devices present now: a rule needs its path to exist.
+
+    A PF's VFs come and go in the PF's own parent directory (the kernel's pci_iov_add_virtfn).
+    """
     found = set()
     for name in os.listdir(sysfs / "bus/pci/devices"):
         # Not an address, or removed in the meantime.
         with suppress(ValueError, SysfsError), open_device(sysfs, PciAddress.parse(name)) as device:
-            number, place = device.read_int("device", 16), Path(device.place)
-            qat = device.read_int("vendor", 16) == VENDOR_INTEL and number in PHYSICAL.keys() | VIRTUAL.keys()
-            if qat and _HOST_BRIDGE.search(device.place):
-                # A PF's VFs come and go in the directory that has the PF (the kernel's pci_iov_add_virtfn), so that one
-                # is granted. A VM's VFs, without their PF, are often next to its disks, and stay: one file is enough.
-                alone = number in VIRTUAL and device.link("physfn") is None and place.parent.name.startswith("pci")
-                found.add(place / "driver_override" if alone else place.parent)
+            intel = device.read_int("vendor", 16) == VENDOR_INTEL
+            if intel and device.read_int("device", 16) in _KINDS and _HOST_BRIDGE.search(device.place):
+                found.add(Path(device.place).parent)
     return found

@@ -274,12 +274,12 @@ PLACES = {
         "pci0000:00/0000:00:0e.0/pci10000:00/10000:00:01.0",
     ),
     "platform/soc/40000000.pcie/pci0002:00/0002:00:00.0": ("4946", "platform/soc/40000000.pcie/pci0002:00"),
-    # In a VM: next to its disks, and in a slot of its own.
-    "pci0000:00/0000:00:05.0": ("4941", "pci0000:00/0000:00:05.0/driver_override"),
+    # In a VM: next to its disks, in a slot of its own, and in a domain of its own.
+    "pci0000:00/0000:00:05.0": ("4941", "pci0000:00"),
     "pci0000:00/0000:00:06.0/0000:06:00.0": ("37c9", "pci0000:00/0000:00:06.0"),
     "LNXSYSTM:00/LNXSYBUS:00/VMBUS:00/f8ef-11/pci0001:00/0001:00:00.0": (
         "4943",
-        "LNXSYSTM:00/LNXSYBUS:00/VMBUS:00/f8ef-11/pci0001:00/0001:00:00.0/driver_override",
+        "LNXSYSTM:00/LNXSYBUS:00/VMBUS:00/f8ef-11/pci0001:00",
     ),
     # Not QAT.
     "pci0000:17/0000:17:00.0": ("1592", None),
@@ -303,8 +303,10 @@ def test_writes_are_granted_next_to_qat_devices_only(tmp_path: Path) -> None:
     (tmp_path / "devices/pci0000:fe").mkdir()  # a host bridge with nothing behind it
     (devices / "odd").mkdir()
     (devices / "0000:99:00.0").symlink_to("../../../devices/gone")
-    granted = {os.path.relpath(place, tmp_path / "devices") for place in sandbox._device_places(tmp_path)}
-    assert granted == {place for _, place in PLACES.values() if place}
+    rules = sandbox._rules(tmp_path, tmp_path / "kubelet", tmp_path / "run/helper.sock", tmp_path / "log/audit.jsonl")
+    granted = {os.path.realpath(path) for path, rights in rules if rights == confinement.WRITE_FILE}
+    expected = {f"devices/{place}" for _, place in PLACES.values() if place}
+    assert granted == {str(tmp_path / name) for name in (*expected, "bus/pci/drivers", "bus/pci/drivers_probe")}
 
 
 def test_only_the_pci_tree_can_be_written_in_sysfs(helped: Helper) -> None:

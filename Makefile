@@ -61,7 +61,7 @@ test-cluster: $(VENV)/.deployments ## a whole cluster, in QEMU: kubectl, the REA
 	@tests/cluster/prepare
 	@tests/cluster/build etcd kube-apiserver kube-controller-manager kube-scheduler kubectl
 	@tests/cluster/build nfd-manifests kubectl-nfd nfd-master nfd-worker
-	@$(BIN)/pytest -q tests/cluster/test_nfd_rule.py tests/cluster/test_accepted.py tests/cluster/test_cluster*.py
+	@$(BIN)/pytest -q tests/cluster/test_nfd_rule.py tests/cluster/test_accepted.py tests/cluster/test_admission.py tests/cluster/test_cluster*.py
 
 .PHONY: test-security
 test-security: $(READY) ## the sandboxes from inside; hostile clients: fuzzing, floods, races, kills (root for all of it)

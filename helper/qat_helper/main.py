@@ -12,6 +12,7 @@ from qat_helper.audit.copies import Copy, copier
 from qat_helper.audit.log import AuditError, AuditLog, Entry, Fields, Sync
 from qat_helper.console import log
 from qat_helper.listening import ListenError, listening
+from qat_helper.operations.kubelet import UMASK, repair_socket_directories
 from qat_helper.operations.node import Node
 from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy
@@ -68,11 +69,11 @@ _VARIABLES: Final = {name: f"{_PREFIX}{name.replace('-', '_').upper()}" for name
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Exit status: 0 after a clean stop, 2 if it could not start."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    own, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     if arguments[:1] and arguments[0] in ("audit", "policy"):
         from qat_helper.commands.run import run  # noqa: PLC0415  the serving process must not load these
 
-        return run(arguments)
+        return run(arguments, confined=own)
     try:
         _serve(_parse(arguments))
     except (StartError, SysfsError, PolicyError, AuditError, ListenError) as error:
@@ -135,6 +136,8 @@ def _serve(options: argparse.Namespace) -> None:
     limit, copy = options.audit_rotate * 1024, copier(options.audit_copy)
     audit = AuditLog(options.audit_log, sync=options.audit_sync, limit=limit, copy=copy)
     join_group(options.server_gid)
+    os.umask(UMASK)
+    repair_socket_directories(options.kubelet_dir, options.server_gid)
     with listening(options.socket, options.server_gid) as listener:
         sandbox = confine(root, options.kubelet_dir, options.socket, options.audit_log, traceable=options.traceable)
         gaps = missing(sandbox)

@@ -1,7 +1,7 @@
 """The helper's self-confinement before it serves: group, inherited descriptors, files, system calls.
 
     read    <sysfs>/devices, bus/pci, kernel/debug
-    write   <sysfs>/devices/pciDDDD:BB (each host bridge present at start), bus/pci/drivers, bus/pci/drivers_probe
+    write   <sysfs>/devices/.../<parent of each QAT device present at start>, bus/pci/drivers, bus/pci/drivers_probe
     create  a directory in the kubelet's two plugin directories; log files next to the audit log
     remove  its own socket; log files next to the audit log
 
@@ -20,10 +20,14 @@ from typing import Final
 from qat_helper.listening import FIRST_PASSED
 from qat_shared import confinement
 from qat_shared.confinement import MAKE_DIR, MAKE_REG, READ, READ_DIR, REMOVE_FILE, WRITE_FILE, nearest
+from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.pci import PciAddress
 from qat_shared.seccomp import read_profile
+from qat_shared.sysfs import SysfsError, open_device
 
 PROFILE: Final = Path(__file__).with_name("seccomp.json")
-_TREE: Final = re.compile(r".*?/pci[0-9a-f]{4,}:[0-9a-f]{2}(?=/)", re.ASCII)
+_KINDS: Final = PHYSICAL.keys() | VIRTUAL.keys()
+_HOST_BRIDGE: Final = re.compile(r"/pci[0-9a-f]{4,}:[0-9a-f]{2}/", re.ASCII)
 
 
 def close_inherited() -> None:
@@ -56,19 +60,23 @@ def confine(sysfs: Path, kubelet: Path, socket: Path, audit_log: Path, *, tracea
 
 def _rules(sysfs: Path, kubelet: Path, socket: Path, audit_log: Path) -> Iterator[tuple[Path, int]]:
     yield from ((sysfs / name, READ) for name in ("devices", "bus/pci", "kernel/debug"))
-    yield from ((tree, WRITE_FILE) for tree in _pci_trees(sysfs))
+    yield from ((place, WRITE_FILE) for place in _device_places(sysfs))
     yield from ((sysfs / "bus/pci" / name, WRITE_FILE) for name in ("drivers", "drivers_probe"))
     yield from ((nearest(kubelet / name), READ_DIR | MAKE_DIR) for name in ("device-plugins", "plugins_registry"))
     yield socket.parent, REMOVE_FILE
     yield audit_log.parent, READ | WRITE_FILE | MAKE_REG | REMOVE_FILE
 
 
-def _pci_trees(sysfs: Path) -> set[Path]:
-    """The host bridges' directories, wherever they are. A Landlock rule needs its path to exist."""
-    devices = sysfs / "bus/pci/devices"
-    found = set((sysfs / "devices").glob("pci*"))
-    for name in os.listdir(devices):
-        with suppress(OSError):  # removed in the meantime
-            if match := _TREE.match(os.readlink(devices / name)):
-                found.add(devices / match[0])
+def _device_places(sysfs: Path) -> set[Path]:
+    """The directories that have the QAT devices present now: a rule needs its path to exist.
+
+    A PF's VFs come and go in the PF's own parent directory (the kernel's pci_iov_add_virtfn).
+    """
+    found = set()
+    for name in os.listdir(sysfs / "bus/pci/devices"):
+        # Not an address, or removed in the meantime.
+        with suppress(ValueError, SysfsError), open_device(sysfs, PciAddress.parse(name)) as device:
+            intel = device.read_int("vendor", 16) == VENDOR_INTEL
+            if intel and device.read_int("device", 16) in _KINDS and _HOST_BRIDGE.search(device.place):
+                found.add(Path(device.place).parent)
     return found

@@ -89,7 +89,7 @@ def test_nothing_that_is_the_helpers_can_be_written_by_the_server(node: KubeletN
     said = node.python("qat-plugin", "server", "refused.py").splitlines()
     assert [line for line in said if line.startswith("DONE")] == []
     assert len(said) == 27, said
-    assert said[-1] == "mine 0o2770 0 65532"
+    assert said[-1] == "mine 0o770 0 65532"
 
 
 def test_metrics_status_and_doctor(node: KubeletNode) -> None:

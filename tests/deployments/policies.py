@@ -140,6 +140,15 @@ def _container(spec: Spec, each: Spec) -> Iterator[str]:
         yield f"{name}: a hostPort"
 
 
+def sandbox(spec: Spec) -> Iterator[str]:
+    """The containers that would start with an incomplete sandbox."""
+    for each, variable in (("helper", "QAT_HELPER_REQUIRE_SANDBOX"), ("server", "QAT_PLUGIN_REQUIRE_SANDBOX")):
+        (found,) = [container for container in containers(spec) if container["name"] == each]
+        values = [entry.get("value") for entry in found.get("env", ()) if entry["name"] == variable]
+        if values != ["true"]:
+            yield f"{each}: does not require the sandbox ({variable} is {values})"
+
+
 def _mounts(spec: Spec) -> Iterator[str]:
     hosts = {volume["name"]: volume["hostPath"]["path"] for volume in spec["volumes"] if "hostPath" in volume}
     mounted = set()

@@ -134,7 +134,7 @@ print("mine", oct(os.stat("/var/lib/kubelet/device-plugins/qat.intel.com").st_mo
         assert answer.returncode == 0, answer.stderr
         assert "DONE" not in answer.stdout
         assert answer.stdout.count("\n") == 19
-        assert "mine 0o2770" in answer.stdout
+        assert "mine 0o770" in answer.stdout
         assert "socket 0o140660 65532" in answer.stdout
         # Nor can it see the helper, whose processes are in another namespace.
         seen = node.made["server"].run_inside(

@@ -1,6 +1,7 @@
 """No privilege in any manifest but what has a reason; and the checks themselves find each thing that they are for."""
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -8,6 +9,8 @@ import pytest
 
 from deployments import policies, rendered
 from deployments.rendered import COMPONENTS, EXAMPLES, INSTALLATIONS
+from qat_helper.main import _parse as helper_options
+from qat_server.command_line import flags, settings
 
 pytestmark = pytest.mark.usefixtures("kustomize")
 
@@ -21,6 +24,22 @@ def test_an_installation_keeps_our_rules(name: str) -> None:
 
 def test_all_components_together_keep_our_rules(tmp_path: Any) -> None:
     assert list(policies.ours(rendered.pod_spec(rendered.combined(tmp_path, COMPONENTS)))) == []
+
+
+@pytest.mark.parametrize("name", INSTALLATIONS)
+def test_both_containers_require_their_sandbox(name: str) -> None:
+    """As the programs read the variables; in all installations but the one for kernels without Landlock."""
+    spec = rendered.pod_spec(rendered.render(name))
+    given_up = ["helper", "server"] if name == "overlays/without_landlock" else []
+    assert [line.partition(":")[0] for line in policies.sandbox(spec)] == given_up
+    with pytest.MonkeyPatch.context() as patch:
+        for each in ("helper", "server"):
+            for variable in rendered.container(spec, each)["env"]:
+                if "value" in variable:
+                    patch.setenv(variable["name"], variable["value"])
+        server = settings.parse(flags.from_environment(os.environ))
+        required = (helper_options([]).require_sandbox, server.require_sandbox)
+    assert required == (not given_up, not given_up)
 
 
 @pytest.mark.parametrize("name", INSTALLATIONS)

@@ -22,7 +22,7 @@ from qat_server.host.startup import START_TIMEOUT
 from qat_simulation.node.description import demo_node
 
 UNITS: Final = DEPLOYMENTS / "systemd"
-SERVICES: Final = {"qat-helper.service": 1.0, "qat-plugin.service": 1.5}
+SERVICES: Final = {"qat-helper.service": 0.8, "qat-plugin.service": 1.5}
 """By service, the most that its exposure (0 is best, 10 worst) may be."""
 _ANALYZE: Final = shutil.which("systemd-analyze")
 
@@ -103,6 +103,13 @@ def test_paths_agree_with_the_programs_defaults() -> None:
     assert helper["Before"] == server["Before"] == ["kubelet.service"]
 
 
+def test_both_services_require_their_sandbox() -> None:
+    """The files of variables are read after Environment=, so an administrator can say otherwise."""
+    assert "QAT_HELPER_REQUIRE_SANDBOX=true" in settings_of("qat-helper.service")["Environment"]
+    assert "QAT_PLUGIN_REQUIRE_SANDBOX=true" in settings_of("qat-plugin.service")["Environment"]
+    assert settings_of("qat-helper.service")["RestrictSUIDSGID"] == ["yes"]
+
+
 def test_the_way_to_the_servers_directories_is_open() -> None:
     """Parents of mount points that systemd itself makes get UMask='s mode: each has a file system of its own, 0755."""
     server = settings_of("qat-plugin.service")
@@ -164,7 +171,7 @@ def test_users_and_directories_are_made(tmp_path: Path) -> None:
     assert made == {
         "run/qat-plugin": (0o750, 0, int(gid)),
         "var/lib/kubelet/device-plugins": (0o750, 0, 0),
-        "var/lib/kubelet/device-plugins/qat.intel.com": (0o2770, 0, int(gid)),
+        "var/lib/kubelet/device-plugins/qat.intel.com": (0o770, 0, int(gid)),
     }
 
 

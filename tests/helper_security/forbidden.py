@@ -8,6 +8,7 @@ import ctypes
 import errno
 import json
 import os
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Final
 
 _AF_INET, _AF_INET6, _AF_NETLINK, _AF_VSOCK = 2, 10, 16, 40
 _SIGCHLD, _FS, _VM, _SIGHAND, _THREAD, _NEWNS = 17, 0x200, 0x100, 0x800, 0x10000, 0x20000
-_MAP_PRIVATE_ANONYMOUS: Final = 0x22
-_READ_EXEC: Final = 5
+_MAP_SHARED, _MAP_PRIVATE, _MAP_SHARED_VALIDATE, _MAP_ANONYMOUS = 1, 2, 3, 0x20
+_MAP_PRIVATE_ANONYMOUS: Final = _MAP_PRIVATE | _MAP_ANONYMOUS
+_READ_WRITE, _READ_EXEC = 3, 5
+_CREATE: Final = os.O_WRONLY | os.O_CREAT
+_SET_UID, _SET_GID = 0o4755, 0o2770
 
 Arguments = tuple[int | None, ...]
 CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
@@ -54,6 +58,33 @@ CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
     "landlock_create_ruleset": ("landlock_create_ruleset", lambda: (None, 0, 1)),
     "seccomp": ("seccomp", lambda: (2, 0, None)),
     "wait4": ("wait4", lambda: (-1, None, 1, None)),
+    "openat(set-uid)": ("openat", lambda: (-1, None, _CREATE, _SET_UID)),
+    "openat(set-gid)": ("openat", lambda: (-1, None, _CREATE, _SET_GID)),
+    "openat(O_TMPFILE, set-uid)": ("openat", lambda: (-1, None, os.O_WRONLY | os.O_TMPFILE, _SET_UID)),
+    "openat2": ("openat2", lambda: (-1, None, None, 0)),
+    "open(set-uid)": ("open", lambda: (None, _CREATE, _SET_UID)),
+    "creat": ("creat", lambda: (None, _SET_UID)),
+    "mkdirat(set-gid)": ("mkdirat", lambda: (-1, None, _SET_GID)),
+    "mknod": ("mknod", lambda: (None, stat.S_IFREG | _SET_UID, 0)),
+    "mknodat": ("mknodat", lambda: (-1, None, stat.S_IFREG | _SET_UID, 0)),
+    "fchmod(set-uid)": ("fchmod", lambda: (-1, _SET_UID)),
+    "fchmod(set-gid)": ("fchmod", lambda: (-1, _SET_GID)),
+    "chmod(set-uid)": ("chmod", lambda: (None, _SET_UID)),
+    "fchmodat(set-gid)": ("fchmodat", lambda: (-1, None, _SET_GID)),
+    "fchmodat2": ("fchmodat2", lambda: (-1, None, 0o600, 0)),
+    "fchown": ("fchown", lambda: (-1, 0, -1)),
+    "chown": ("chown", lambda: (None, 0, 0)),
+    "lchown": ("lchown", lambda: (None, -1, 0)),
+    "fchownat": ("fchownat", lambda: (-1, None, -1, 0, 0)),
+    "setxattr": ("setxattr", lambda: (None, None, None, 0, 0)),
+    "lsetxattr": ("lsetxattr", lambda: (None, None, None, 0, 0)),
+    "fsetxattr": ("fsetxattr", lambda: (-1, None, None, 0, 0)),
+    "link": ("link", lambda: (None, None)),
+    "linkat": ("linkat", lambda: (-1, None, -1, None, 0)),
+    "mmap(MAP_SHARED)": ("mmap", lambda: (None, 4096, _READ_WRITE, _MAP_SHARED | _MAP_ANONYMOUS, -1, 0)),
+    "mmap(MAP_SHARED of a file)": ("mmap", lambda: (None, 4096, _READ_WRITE, _MAP_SHARED, -1, 0)),
+    "mmap(MAP_SHARED_VALIDATE)": ("mmap", lambda: (None, 4096, _READ_WRITE, _MAP_SHARED_VALIDATE, -1, 0)),
+    "remap_file_pages": ("remap_file_pages", lambda: (None, 0, 0, 0, 0)),
 }
 """Refused in both processes. By name: the system call and its arguments."""
 HELPER_CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
@@ -61,6 +92,17 @@ HELPER_CALLS: Final[dict[str, tuple[str, Callable[[], Arguments]]]] = {
     "clone(thread)": ("clone", lambda: (_VM | _THREAD, None, None, None, None)),
     "mmap(PROT_EXEC)": ("mmap", lambda: (None, 4096, _READ_EXEC, _MAP_PRIVATE_ANONYMOUS, -1, 0)),
     "mprotect(PROT_EXEC)": ("mprotect", lambda: (None, 0, _READ_EXEC)),
+    "mmap(MAP_SHARED to read)": ("mmap", lambda: (None, 4096, 1, _MAP_SHARED, -1, 0)),
+    "mmap(a file)": ("mmap", lambda: (None, 4096, 1, _MAP_PRIVATE, -1, 0)),
+    "openat(0644)": ("openat", lambda: (-1, None, _CREATE, 0o644)),
+    "openat(O_TMPFILE)": ("openat", lambda: (-1, None, os.O_WRONLY | os.O_TMPFILE, 0o600)),
+    "mkdirat(0777)": ("mkdirat", lambda: (-1, None, 0o777)),
+    "fchmod(0770)": ("fchmod", lambda: (-1, 0o770)),
+    "fchown(group)": ("fchown", lambda: (-1, -1, 0)),
+    "renameat2(exchange)": ("renameat2", lambda: (-1, None, -1, None, 2)),
+    "symlinkat": ("symlinkat", lambda: (None, -1, None)),
+    "pwrite64": ("pwrite64", lambda: (-1, None, 0, 4)),
+    "lseek(a place)": ("lseek", lambda: (-1, 4, 0)),
     "bind": ("bind", lambda: (-1, None, 0)),
     "listen": ("listen", lambda: (-1, 0)),
 }

@@ -87,6 +87,57 @@ def test_once_it_serves_neither_the_helper_nor_its_children_can_do_what_is_forbi
         print(f"\n{len(tried[0])} forbidden things tried in the helper and in a child of it: each refused")
 
 
+SET_ID = """
+import json, os, sys
+from pathlib import Path
+from qat_helper import main, serve
+directory, begins = Path(sys.argv.pop(1)), serve.Server._listen
+def created(mode, then=lambda descriptor: None):
+    descriptor = os.open(directory / "program", os.O_WRONLY | os.O_CREAT, mode)
+    try:
+        os.write(descriptor, b"#!/bin/sh")
+        then(descriptor)
+    finally:
+        os.close(descriptor)
+def log():
+    return os.open(directory / "audit.jsonl", os.O_RDONLY)
+ways = {
+    "created": lambda: created(0o6755),
+    "created set-gid": lambda: created(0o2600),
+    "created, then changed": lambda: created(0o600, lambda descriptor: os.fchmod(descriptor, 0o4755)),
+    "changed by name": lambda: os.chmod(directory / "program", 0o4755),
+    "the log, changed": lambda: os.fchmod(log(), 0o4755),
+    "the log, to the server's group": lambda: os.fchmod(log(), 0o770),
+    "the log, given away": lambda: os.fchown(log(), 1234, -1),
+}
+def attempt(way):
+    try:
+        way()
+    except OSError as error:
+        return error.errno
+def serves(server):
+    begins(server)
+    os.write(2, f"set-id: {json.dumps({name: attempt(way) for name, way in ways.items()})}\\n".encode())
+serve.Server._listen = serves
+sys.exit(main.main())
+"""
+
+
+def test_no_set_uid_file_can_be_made_next_to_the_audit_log(helped: Helper) -> None:
+    """Landlock mediates no chmod and lets the helper write there. Any user could run such a file as root."""
+    helped.audit = helped.directory / "audit/audit.jsonl"
+    helped.audit.parent.mkdir()
+    helped.command = [sys.executable, "-c", SET_ID, str(helped.audit.parent)]
+    helped.start("--require-sandbox")
+    wait_until(lambda: "set-id: " in helped.log_text() and helped.log_text().endswith("\n"))
+    (line,) = [line for line in helped.log_text().splitlines() if line.startswith("set-id: ")]
+    found = json.loads(line.partition(" ")[2])
+    modes = {path.name: oct(path.stat().st_mode & 0o7777) for path in helped.audit.parent.iterdir()}
+    assert modes == {"audit.jsonl": "0o600", "program": "0o600"}
+    assert helped.audit.stat().st_uid == os.geteuid()
+    assert found == dict.fromkeys(found, errno.EPERM)
+
+
 def test_a_complete_sandbox_is_reported_everywhere(helped: Helper) -> None:
     process = helped.start("--require-sandbox")
     assert "sandbox: capabilities, no-new-privs, no-core-dumps, landlock, seccomp" in helped.log_text()
@@ -213,27 +264,49 @@ def test_the_kubelets_directories_may_come_after_the_helper(helped: Helper) -> N
     assert (folder / "qat.intel.com").is_dir()
 
 
-def test_pci_trees_are_found_wherever_they_are(tmp_path: Path) -> None:
+PLACES = {
+    "pci0000:6b/0000:6b:00.0": ("4940", "pci0000:6b"),
+    "pci0000:6b/0000:6b:00.1": ("4941 of 0000:6b:00.0", "pci0000:6b"),
+    # Behind a switch, and behind a VMD controller.
+    "pci0000:3a/0000:3a:00.0/0000:3b:00.0": ("37c8", "pci0000:3a/0000:3a:00.0"),
+    "pci0000:00/0000:00:0e.0/pci10000:00/10000:00:01.0/10000:01:00.0": (
+        "4944",
+        "pci0000:00/0000:00:0e.0/pci10000:00/10000:00:01.0",
+    ),
+    "platform/soc/40000000.pcie/pci0002:00/0002:00:00.0": ("4946", "platform/soc/40000000.pcie/pci0002:00"),
+    # In a VM: next to its disks, in a slot of its own, and in a domain of its own.
+    "pci0000:00/0000:00:05.0": ("4941", "pci0000:00"),
+    "pci0000:00/0000:00:06.0/0000:06:00.0": ("37c9", "pci0000:00/0000:00:06.0"),
+    "LNXSYSTM:00/LNXSYBUS:00/VMBUS:00/f8ef-11/pci0001:00/0001:00:00.0": (
+        "4943",
+        "LNXSYSTM:00/LNXSYBUS:00/VMBUS:00/f8ef-11/pci0001:00",
+    ),
+    # Not QAT.
+    "pci0000:17/0000:17:00.0": ("1592", None),
+    "pci0000:00/0000:00:1f.2": ("a182", None),
+}
+"""Devices: their ids, and what of sysfs is granted for each."""
+
+
+def test_writes_are_granted_next_to_qat_devices_only(tmp_path: Path) -> None:
     devices = tmp_path / "bus/pci/devices"
     devices.mkdir(parents=True)
-    for name, target in {
-        "0000:6b:00.0": "pci0000:6b/0000:6b:00.0",
-        "0000:6b:00.1": "pci0000:6b/0000:6b:00.1",
-        "10000:01:00.0": "pci0000:00/0000:00:0e.0/pci10000:00/10000:00:01.0/10000:01:00.0",  # behind a VMD controller
-        "0001:00:00.0": "LNXSYSTM:00/LNXSYBUS:00/VMBUS:00/f8ef-11/pci0001:00/0001:00:00.0",
-        "0002:00:00.0": "platform/soc/40000000.pcie/pci0002:00/0002:00:00.0",
-    }.items():
-        (devices / name).symlink_to(f"../../../devices/{target}")
-    (tmp_path / "devices/pci0000:fe").mkdir(parents=True)  # a host bridge with nothing behind it yet
+    for path, (what, _) in PLACES.items():
+        number, _, pf = what.partition(" of ")
+        place = tmp_path / "devices" / path
+        place.mkdir(parents=True)
+        (devices / place.name).symlink_to(f"../../../devices/{path}")
+        (place / "vendor").write_text("0x8086\n")
+        (place / "device").write_text(f"0x{number}\n")
+        if pf:
+            (place / "physfn").symlink_to(f"../{pf}")
+    (tmp_path / "devices/pci0000:fe").mkdir()  # a host bridge with nothing behind it
     (devices / "odd").mkdir()
-    real = {os.path.normpath(tree) for tree in sandbox._pci_trees(tmp_path)}
-    assert {os.path.relpath(tree, tmp_path / "devices") for tree in real} == {
-        "pci0000:00",
-        "pci0000:6b",
-        "pci0000:fe",
-        "LNXSYSTM:00/LNXSYBUS:00/VMBUS:00/f8ef-11/pci0001:00",
-        "platform/soc/40000000.pcie/pci0002:00",
-    }
+    (devices / "0000:99:00.0").symlink_to("../../../devices/gone")
+    rules = sandbox._rules(tmp_path, tmp_path / "kubelet", tmp_path / "run/helper.sock", tmp_path / "log/audit.jsonl")
+    granted = {os.path.realpath(path) for path, rights in rules if rights == confinement.WRITE_FILE}
+    expected = {f"devices/{place}" for _, place in PLACES.values() if place}
+    assert granted == {str(tmp_path / name) for name in (*expected, "bus/pci/drivers", "bus/pci/drivers_probe")}
 
 
 def test_only_the_pci_tree_can_be_written_in_sysfs(helped: Helper) -> None:

@@ -161,7 +161,7 @@ def test_what_it_plants_in_the_directory_that_it_was_given(running: Helper, word
     assert run_as_user(UID, GID, [plant, prepare]) == 0
     status = os.fstat(at)
     os.close(at)
-    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, GID, 0o2770)
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, GID, 0o770)
     assert (secret.read_text(), secret.stat().st_gid, stat.S_IMODE(secret.stat().st_mode)) == ("root's", 0, 0o600)
     assert [line["verdict"] for line in verified(running.audit) if line["event"] == "done"] == ["ok"] * 2
     tried("things planted in the directory that the server was given", len(PLANTS))

@@ -3,18 +3,22 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import pytest
 from msgspec.structs import replace
 
 from helper_security import forbidden
+from helper_security.build_writable import files
 from helper_security.forbidden import unexpected
 from helper_security.test_confinement import answers
 from kernel.nodes import PF, SMALL, TWO_SMALL, VF
@@ -50,10 +54,15 @@ def of_our_own(directory: Path) -> Path:
 
 def build(words: list[str], name: str, outside: Path) -> list[str]:
     """A command with the build for tests instead of the program."""
+    script = f"build_{'helper' if name == 'helper' else 'server'}.py"
+    return with_script(words, name, outside, script, os.fspath(outside))
+
+
+def with_script(words: list[str], name: str, outside: Path, script: str, *options: str) -> list[str]:
+    """A command with a script of tests/helper_security instead of the program."""
     at = words.index(command(f"qat-{name}")[0])
-    script = outside / f"code/helper_security/build_{'helper' if name == 'helper' else 'server'}.py"
-    program = ["env", f"PYTHONPATH={outside / 'code'}", sys.executable, os.fspath(script), os.fspath(outside)]
-    return [*words[:at], *program, *words[at + 1 :]]
+    path = os.fspath(outside / "code/helper_security" / script)
+    return [*words[:at], "env", f"PYTHONPATH={outside / 'code'}", sys.executable, path, *options, *words[at + 1 :]]
 
 
 def test_without_the_sandbox_root_may_do_all_of_it(tmp_path: Path) -> None:
@@ -92,6 +101,65 @@ async def test_what_is_forbidden_is_refused_in_both_processes(
         for call, _ in calls.values():
             assert {(call, "EPERM"), (call, "ENOSYS")} & seen, f"{call}: refused, and not seen by what looks for it"
     assert ("openat", "EACCES") in seen, "Landlock's refusals are seen too"
+
+
+POWER: Final = ("power/async", "power/autosuspend_delay_ms", "power/control", "uevent")
+OF_EACH_FUNCTION: Final = (
+    *("broken_parity_status", "config", "d3cold_allowed", "driver_override", "enable", "msi_bus", "numa_node", "reset"),
+    *("reset_method", *POWER),
+)
+WRITABLE: Final = {
+    "bus/pci": ("drivers_probe",),
+    "bus/pci/drivers/DRIVER": ("bind", "new_id", "remove_id", "uevent", "unbind"),
+    "devices/pci0000:6b": POWER,
+    "devices/pci0000:6b/pci_bus/0000:6b": ("rescan", *POWER),
+    "devices/pci0000:6b/PF": (
+        *(*OF_EACH_FUNCTION, "remove", "rescan", "sriov_drivers_autoprobe", "sriov_numvfs"),
+        *("qat/auto_reset", "qat/cfg_services", "qat/pm_idle_enabled", "qat/rp2srv", "qat/state"),
+        "qat_ras/reset_error_counters",
+    ),
+    "devices/pci0000:6b/VF": (*OF_EACH_FUNCTION, "sriov_vf_msix_count"),
+    "devices/pci0000:6b/VF/vfio-dev/vfioN": POWER,
+}
+"""What the helper can open for writing of a real sysfs, by directory: Debian 12's kernel, and the devices of the test
+module. Look at what a newer kernel adds before you add it here; docs/confinement.md says what the list means."""
+
+
+async def test_exactly_these_files_of_sysfs_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+) -> None:
+    """The guest's own devices, on another host bridge, are not among them."""
+    async with real_node(SMALL) as node:
+        outside = of_our_own(node.directory)
+        helper = with_script(node.helper_command(), "helper", outside, "build_writable.py")
+        monkeypatch.setattr(node, "helper_command", lambda: helper)
+        await node.start({CY: 4})
+        await node.until("it has tried", lambda: writable(node.log("helper")) != [])
+        (found,) = writable(node.log("helper"))
+        everything = {path for path in files("/sys") if os.stat(path).st_mode & stat.S_IWUSR}
+    drivers = "|".join(map(re.escape, os.listdir("/sys/bus/pci/drivers")))
+    kinds = {
+        re.escape(PF): "PF",
+        r"0000:6b:00\.[1-4]": "VF",
+        f"(?<=/drivers/)({drivers})": "DRIVER",
+        r"vfio\d+": "vfioN",
+    }
+    patterns = set()
+    for path in found:
+        for kind, name in kinds.items():
+            path = re.sub(rf"(?<=/){kind}(?=/)", name, path)  # noqa: PLW2901
+        patterns.add(path.removeprefix("/sys/"))
+    assert patterns == {f"{folder}/{name}" for folder, names in WRITABLE.items() for name in names}
+    others = {path for path in everything - set(found) if path.startswith("/sys/devices/pci0000:00/")}
+    assert len({path for path in others if path.endswith("/remove")}) > 1, "there are other devices"
+    record_property(
+        "measured", f"files of sysfs that root may write: {len(everything)}; that the helper can: {len(found)}"
+    )
+
+
+def writable(log: str) -> list[list[str]]:
+    lines = (line for line in log.splitlines(keepends=True) if line.endswith("\n"))
+    return [json.loads(line.partition(" ")[2]) for line in lines if line.startswith("writable: ")]
 
 
 UNPROVISIONED = Node(pfs=tuple(replace(pf, num_vfs=0) for pf in TWO_SMALL.pfs))

@@ -95,6 +95,13 @@ class ProductionNode(Processes, Generic[K]):
         """Where the server's sockets are."""
         return self.kubelet_directory / SOCKETS[self.registration]
 
+    def start_helper(self) -> None:
+        """The kubelet makes all volumes of a pod, DirectoryOrCreate ones too, before it starts the first container."""
+        if not why_one_user():
+            with contextlib.suppress(FileExistsError):
+                self.sockets.mkdir(mode=0o755)
+        super().start_helper()
+
     async def start(self, allocatable: Mapping[str, int]) -> float:
         """Start both processes, the helper first; seconds from the server's start until allocatable is so."""
         self.start_helper()

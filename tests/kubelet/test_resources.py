@@ -36,7 +36,7 @@ async def test_the_processes_may_no_more_than_in_production(registration: Regist
             status = (node.kubelet_directory / name).stat()
             assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, 0, 0o750)
         status = node.sockets.stat()
-        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, SERVER_ID, 0o2770)
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, SERVER_ID, 0o770)
         as_server = ["nsenter", f"--target={node.server.pid}", "--mount", "--", "setpriv", f"--reuid={SERVER_ID}"]
         as_server += [f"--regid={SERVER_ID}", "--clear-groups", "--", "ls"]
         for path, may in ((node.sockets, False), (node.server_kubelet_directory / SOCKETS[registration], True)):

@@ -222,7 +222,7 @@ def test_the_socket_directory(running: Helper) -> None:
     with running.connect() as client:
         assert isinstance(client.ask(PrepareSocketDirectory(id=1)), Done)
     directory = running.directory / "kubelet/device-plugins/qat.intel.com"
-    assert stat.S_IMODE(directory.stat().st_mode) == 0o2770
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o770
 
 
 def test_binding_is_checked_and_audited(running: Helper) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 
 from qat_helper.audit.log import AuditError
 from qat_helper.commands import show, verify
+from qat_helper.commands.confined import read_only
 from qat_helper.commands.explain import explain
 from qat_helper.console import log
 from qat_helper.operations.table import NAMES
@@ -24,9 +25,14 @@ from qat_shared.messages import AuditHead
 DEFAULT_LOG: Final = Path("/var/log/qat-plugin/audit.jsonl")
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run a command. Exit status: 0; 1 when a log is not intact; 2 when a log or policy cannot be read or used."""
+def run(arguments: Sequence[str], *, confined: bool = False) -> int:
+    """Run a command. Exit status: 0; 1 when a log is not intact; 2 when a log or policy cannot be read or used.
+
+    `confined`: the process first gives up all but reading the command's files.
+    """
     options = _parser().parse_args(arguments)
+    if confined:
+        read_only([DEFAULT_LOG.parent, *(options.file if isinstance(options.file, list) else [options.file])])
     try:
         status: int = options.call(options)
         sys.stdout.flush()

@@ -27,20 +27,39 @@ from qat_shared.messages import (
     SocketDirectory,
 )
 
-MODE: Final = 0o2770
+MODE: Final = 0o770
+UMASK: Final = 0o007
+"""The process's umask while it serves: mkdir then makes the mode, since the sandbox allows no chmod."""
 DEVICE_PLUGINS: Final = "device-plugins"
 _DIRECTORIES: Final = {
     SocketDirectory.DEVICE_PLUGINS: DEVICE_PLUGINS,
     SocketDirectory.PLUGINS_REGISTRY: "plugins_registry",
 }
 _SOCKET: Final = "kubelet.sock"
+_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _RETRY: Final = 0.005  # the kubelet re-admits pods from before a reboot a few milliseconds after it starts to listen
 _NO_SOCKET: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
 _NOT_THERE: Final = _NO_SOCKET | {errno.ECONNREFUSED, errno.EAGAIN}
 
 
+def repair_socket_directories(kubelet_dir: Path, gid: int) -> None:
+    """Give existing endpoint directories their group and mode, before the sandbox forbids chmod and chown.
+
+    The kubelet makes them root's, 0755, for a volume of the type DirectoryOrCreate. A directory that cannot be repaired
+    is reported by the operation that needs it.
+    """
+    for name in _DIRECTORIES.values():
+        with suppress(OSError):
+            directory = os.open(kubelet_dir / name / NAMESPACE, _FLAGS)
+            try:
+                os.fchown(directory, -1, gid)
+                os.fchmod(directory, MODE)
+            finally:
+                os.close(directory)
+
+
 def prepare_socket_directory(node: Node, request: PrepareSocketDirectory) -> Outcome:
-    """Create the endpoint directory, or repair its group and mode. Raises OperationError."""
+    """Create the endpoint directory, or check an existing one's group and mode. Raises OperationError."""
     folder = node.kubelet_dir / _DIRECTORIES[request.directory]
     try:
         parent = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -57,7 +76,7 @@ def prepare_socket_directory(node: Node, request: PrepareSocketDirectory) -> Out
             ErrorCode.KERNEL,
             f"cannot create the directory {folder / NAMESPACE} with group {node.server_gid} ({os.strerror(number)}): "
             "remove anything else at that path, run the helper as root in that group, and restart it if the kubelet's "
-            "directory was recreated",
+            "directory was recreated or if this directory has another group or mode",
             number,
         ) from error
     finally:
@@ -67,17 +86,14 @@ def prepare_socket_directory(node: Node, request: PrepareSocketDirectory) -> Out
 
 def _create(parent: int, gid: int) -> None:
     with suppress(FileExistsError):
-        os.mkdir(NAMESPACE, 0o700, dir_fd=parent)
-    directory = os.open(NAMESPACE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        os.mkdir(NAMESPACE, MODE, dir_fd=parent)  # its group is the process's, the server's
+    directory = os.open(NAMESPACE, _FLAGS, dir_fd=parent)
     try:
-        if os.fstat(directory).st_gid != gid:
-            os.fchown(directory, -1, gid)
-        if stat.S_IMODE(os.fstat(directory).st_mode) != MODE:
-            os.fchmod(directory, MODE)
-        if stat.S_IMODE(os.fstat(directory).st_mode) != MODE:  # the kernel can drop the setgid bit without an error
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        status = os.fstat(directory)
     finally:
         os.close(directory)
+    if (status.st_gid, stat.S_IMODE(status.st_mode)) != (gid, MODE):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def open_pod_resources(node: Node, request: OpenPodResources) -> Outcome:

@@ -55,7 +55,7 @@ def _write_error(device: PciDevice, doing: str, number: int) -> OperationError:
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = (
             "; the helper needs uid 0 and sysfs mounted read-write; "
-            "if the device's host bridge appeared after the helper started, restart the helper"
+            "if the device appeared after the helper started, restart the helper"
         )
     return OperationError(
         ErrorCode.KERNEL, f"{device.address}: the kernel refused to {doing}: {os.strerror(number)}{hint}", number

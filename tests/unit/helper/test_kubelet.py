@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qat_helper.dispatch import perform
+from qat_helper.operations.kubelet import UMASK, repair_socket_directories
 from qat_helper.operations.node import Node, Outcome
 from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy
@@ -31,6 +32,7 @@ from support.sysfs_tree import SysfsTree, address
 
 PF, VF = "6b:00.0", "6b:00.1"
 FOLDERS = ("device-plugins", "pod-resources")
+FOLDER_OF = {SocketDirectory.DEVICE_PLUGINS: "device-plugins", SocketDirectory.PLUGINS_REGISTRY: "plugins_registry"}
 
 
 @pytest.fixture
@@ -130,6 +132,7 @@ def prepare(node: Node, directory: SocketDirectory = SocketDirectory.DEVICE_PLUG
     return perform(node, PrepareSocketDirectory(id=1, directory=directory))
 
 
+@pytest.mark.usefixtures("umask")
 def test_only_the_requested_directory_is_created(node: Node) -> None:
     (node.kubelet_dir / "plugins_registry").mkdir()
     assert isinstance(prepare(node, SocketDirectory.PLUGINS_REGISTRY).reply, Done)
@@ -138,29 +141,73 @@ def test_only_the_requested_directory_is_created(node: Node) -> None:
     ]
 
 
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """The helper's own, which it sets at its start."""
+    before = os.umask(UMASK)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
 @pytest.mark.parametrize("word", SocketDirectory)
-def test_the_socket_directory_is_created_and_repaired(node: Node, word: SocketDirectory) -> None:
-    parent = {"device-plugins": "device-plugins", "plugins-registry": "plugins_registry"}[word]
-    directory = node.kubelet_dir / parent / "qat.intel.com"
+def test_the_socket_directory_is_created(node: Node, word: SocketDirectory) -> None:
+    directory = node.kubelet_dir / FOLDER_OF[word] / "qat.intel.com"
     directory.parent.mkdir(mode=0o750, exist_ok=True)
-    before = os.umask(0o077)
-    try:
-        for _ in range(2):
-            assert isinstance(prepare(node, word).reply, Done)
-            assert stat.S_IMODE(directory.stat().st_mode) == 0o2770
-    finally:
-        os.umask(before)
-    directory.chmod(0o755)  # as the kubelet makes a DirectoryOrCreate
+    for _ in range(2):
+        assert isinstance(prepare(node, word).reply, Done)
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o770
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o2770, 0o700])
+@pytest.mark.parametrize("word", SocketDirectory)
+def test_an_existing_socket_directory_is_repaired_at_the_start_only(
+    node: Node, word: SocketDirectory, mode: int
+) -> None:
+    directory = node.kubelet_dir / FOLDER_OF[word] / "qat.intel.com"
+    directory.mkdir(parents=True)
+    directory.chmod(mode)  # 0755: as the kubelet makes a DirectoryOrCreate
+    reply = prepare(node, word).reply
+    assert code(Outcome(reply)) is ErrorCode.KERNEL
+    assert "restart it if" in getattr(reply, "message", "")
+    assert stat.S_IMODE(directory.stat().st_mode) == mode
+    repair_socket_directories(node.kubelet_dir, node.server_gid)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o770
     assert isinstance(prepare(node, word).reply, Done)
-    assert stat.S_IMODE(directory.stat().st_mode) == 0o2770
 
 
+@pytest.mark.usefixtures("umask")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is in every group")
 def test_the_socket_directory_is_given_to_the_servers_group(node: Node) -> None:
     other = Node(sysfs_root=node.sysfs_root, kubelet_dir=node.kubelet_dir, server_gid=4321, policy=node.policy)
-    assert isinstance(prepare(other).reply, Done)
-    status = (node.kubelet_dir / "device-plugins/qat.intel.com").stat()
-    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (os.geteuid(), 4321, 0o2770)
+    directory = node.kubelet_dir / "device-plugins/qat.intel.com"
+
+    def expected() -> None:
+        status = directory.stat()
+        assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (os.geteuid(), 4321, 0o770)
+
+    before = os.getegid()
+    os.setegid(4321)  # as join_group does
+    try:
+        assert isinstance(prepare(other).reply, Done)
+    finally:
+        os.setegid(before)
+    expected()
+    os.chown(directory, -1, before)
+    assert code(prepare(other)) is ErrorCode.KERNEL
+    repair_socket_directories(node.kubelet_dir, 4321)
+    expected()
+
+
+def test_the_repair_at_the_start_follows_no_link(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    place = node.kubelet_dir / "device-plugins/qat.intel.com"
+    place.symlink_to(tmp_path / "elsewhere")
+    repair_socket_directories(node.kubelet_dir, node.server_gid)
+    place.unlink()
+    place.write_text("x")
+    repair_socket_directories(node.kubelet_dir, node.server_gid)
+    assert stat.S_IMODE((tmp_path / "elsewhere").stat().st_mode) == 0o700
 
 
 def test_anything_but_a_directory_is_left_unchanged(node: Node, tmp_path: Path) -> None:

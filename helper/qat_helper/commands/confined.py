@@ -1,0 +1,33 @@
+"""Confinement of the commands that read: they parse what others wrote, and in a cluster they run as root.
+
+`kubectl exec` starts them outside the sandbox of the helper that serves.
+"""
+
+import os
+import sys
+import tomllib  # noqa: F401  (msgspec imports it on first use)
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from qat_shared.confinement import READ, WRITE_FILE, confine
+from qat_shared.seccomp import Profile, Rule
+
+_REFUSED: Final = Rule(
+    names=(
+        *("execve", "execveat", "socket", "socketpair", "ptrace", "process_vm_readv", "process_vm_writev", "kill"),
+        *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
+        *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
+    ),
+    action="SCMP_ACT_ERRNO",
+)
+
+
+def read_only(paths: Iterable[Path]) -> None:
+    """Leave this process `paths` and Python's own files to read, and what it has open. Irreversible.
+
+    Where the kernel lacks a layer, the others apply.
+    """
+    libraries = [Path(entry) for entry in sys.path if entry]
+    rules = [*((path, READ) for path in (*paths, *libraries)), (Path(os.devnull), WRITE_FILE)]
+    confine(rules, Profile(default_action="SCMP_ACT_ALLOW", default_errno_ret=1, syscalls=(_REFUSED,)))

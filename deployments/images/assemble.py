@@ -4,12 +4,14 @@
 
 Runs in a build stage. ROOT gets the interpreter, the standard library without what a server never uses, the virtual
 ENVIRONMENT with PROGRAM as its only command, the shared libraries of all these, and SBOM (CycloneDX, of the
-environment) completed by the Debian packages. The same input gives the same bytes.
+environment) completed by the Debian packages, and by the interpreter where it is none of them. Fails for a file that
+belongs to nothing in the SBOM. The same input gives the same bytes.
 """
 
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -65,8 +67,23 @@ def found_library(name: str) -> Path:
     raise SystemExit(f"{name} is not installed")
 
 
-def complete(sbom: Path, image: str, version: str, debian: dict[str, str]) -> bytes:
-    """The SBOM with the image as its subject and the Debian packages that files came from."""
+def of_interpreter(others: list[Path], venv: Path) -> list[Path]:
+    """Of files of no Debian package, those of an interpreter that is not Debian's. Exits if others have no origin."""
+    recorded = {
+        Path(os.path.normpath(record.parent.parent / line.partition(",")[0]))
+        for record in venv.rglob("*.dist-info/RECORD")
+        for line in record.read_text().splitlines()
+    }
+    made_by_venv = {venv / "pyvenv.cfg"}
+    rest = [file for file in others if file not in recorded | made_by_venv]
+    places = (f"{sys.base_prefix}/bin/", f"{sys.base_prefix}/lib/libpython", f"{_STANDARD}/")
+    if unknown := [file for file in rest if not str(file).startswith(places)]:
+        raise SystemExit(f"neither a Debian package nor a Python distribution has {', '.join(map(str, unknown))}")
+    return rest
+
+
+def complete(sbom: Path, image: str, version: str, debian: dict[str, str], with_interpreter: bool) -> bytes:
+    """The SBOM with the image as its subject, the Debian packages that files came from, and the interpreter."""
     made = json.loads(sbom.read_text())
     release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     distribution = f"{release['ID']}-{release['VERSION_ID']}".replace('"', "")
@@ -81,6 +98,11 @@ def complete(sbom: Path, image: str, version: str, debian: dict[str, str]) -> by
         }
         for name, each in debian.items()
     ]
+    if with_interpreter:
+        python = platform.python_version()
+        purl = f"pkg:generic/python@{python}"
+        component = {"type": "library", "name": "python", "version": python, "bom-ref": "python", "purl": purl}
+        made["components"].append(component)
     references = sorted(component["bom-ref"] for component in made["components"])
     made["dependencies"] = [*made.get("dependencies", []), {"ref": "image", "dependsOn": references}]
     text = json.dumps(made, indent=1, sort_keys=True)
@@ -104,18 +126,18 @@ def main() -> None:
     root: Path = given.root
     root.mkdir(mode=0o755)
     files = [*standard_library(tuple(given.without)), *environment(given.environment, given.program)]
-    debian = close(root, sorted([*files, *map(found_library, given.library)]))
+    # For interpreters whose own library is in /usr/local: the loader finds it by the cache that is made of these.
+    files += [Path("/etc/ld.so.conf"), *Path("/etc/ld.so.conf.d").iterdir()]
+    debian, others = close(root, sorted([*files, *map(found_library, given.library)]))
+    with_interpreter = bool(of_interpreter(others, given.environment))
     for name, text in (("passwd", _USERS), ("group", _GROUPS)):
         (root / "etc").mkdir(exist_ok=True)
         (root / "etc" / name).write_text(text)
-    # For interpreters whose own library is in /usr/local: the loader finds it by this cache.
-    shutil.copytree("/etc/ld.so.conf.d", root / "etc/ld.so.conf.d")
-    shutil.copy("/etc/ld.so.conf", root / "etc/ld.so.conf")
     subprocess.run(["ldconfig", "-X", "-r", root], check=True)
     (root / "var/cache/ldconfig/aux-cache").unlink(missing_ok=True)
     notes = root / "usr/share/doc/qat-plugin"
     notes.mkdir(parents=True)
-    (notes / "sbom.cdx.json").write_bytes(complete(given.sbom, given.image, given.version, debian))
+    (notes / "sbom.cdx.json").write_bytes(complete(given.sbom, given.image, given.version, debian, with_interpreter))
     shutil.copy("LICENSE", notes / "LICENSE")
     # Compiled once, here, and never looked at again: the image is read-only, and its files' times say nothing.
     compiled = [root / _STANDARD.relative_to("/"), root / given.environment.relative_to("/")]

@@ -4,7 +4,8 @@
 
 Runs in a build stage on Debian or Ubuntu. Each file comes to the place it has here, with the links that lead to it; its
 libraries are found by the loader itself (ldd); the copyright notes of all packages that files came from come along, as
-their licences ask. Prints nothing.
+their licences ask. usr/share/doc/packages lists the packages, each with its version. Prints nothing. Fails for a file
+of no package.
 """
 
 import os
@@ -60,34 +61,53 @@ def copy(file: Path, root: Path) -> Path:
     return current
 
 
-def packages(files: Iterable[Path]) -> dict[str, str]:
-    """The Debian packages that own files, with their versions; files of no package are left out."""
+def owners(files: Iterable[Path]) -> dict[Path, str]:
+    """The Debian package that owns each file; files of no package are left out."""
     # dpkg knows a path as it was before /usr was merged, or after.
-    asked = sorted({path for file in files for path in (str(file), str(file).removeprefix("/usr"))})
-    names: set[str] = set()
-    for at in range(0, len(asked), 1000):
-        done = subprocess.run(["dpkg", "-S", *asked[at : at + 1000]], capture_output=True, text=True, check=False)
-        names |= {line.partition(":")[0] for line in done.stdout.splitlines() if "," not in line.partition(":")[0]}
-    versions = {}
-    for name in sorted(names):
-        query = ["dpkg-query", "-W", "-f", "${Version}\n", name]
-        versions[name] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    return versions
+    asked = {path: file for file in files for path in (str(file), str(file).removeprefix("/usr"))}
+    paths = sorted(asked)
+    found: dict[Path, str] = {}
+    for at in range(0, len(paths), 1000):
+        done = subprocess.run(["dpkg", "-S", *paths[at : at + 1000]], capture_output=True, text=True, check=False)
+        for line in done.stdout.splitlines():
+            package, _, path = line.partition(": ")
+            if path in asked and "," not in package and not line.startswith("diversion by "):
+                found[asked[path]] = package.partition(":")[0]
+    return found
 
 
-def close(root: Path, files: Iterable[Path]) -> dict[str, str]:
-    """Copy files and their libraries; the packages that they came from."""
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """The versions of installed Debian packages, sorted by name."""
+    query = ["dpkg-query", "-W", "-f", "${Version}\n"]
+    return {
+        name: subprocess.run([*query, name], capture_output=True, text=True, check=True).stdout.split()[0]
+        for name in sorted(set(names))
+    }
+
+
+def close(root: Path, files: Iterable[Path]) -> tuple[dict[str, str], list[Path]]:
+    """Copy files and their libraries; the versions of the packages that they came from, and the files of no package."""
     real = {copy(file, root) for file in files}
     for file in sorted(real):
         if is_elf(file):
             real |= {copy(library, root) for library in libraries(file)}
-    found = packages(sorted(real))
+    owned = owners(sorted(real))
+    found = versions(owned.values())
     for name in found:
         note = Path("/usr/share/doc", name, "copyright")
         if note.exists():
             copy(note, root)
-    return found
+    return found, sorted(real - owned.keys())
+
+
+def main() -> None:
+    """See the module's docstring."""
+    root = Path(sys.argv[1])
+    found, others = close(root, map(Path, sys.argv[2:]))
+    if others:
+        raise SystemExit(f"no Debian package has {', '.join(map(str, others))}")
+    (root / "usr/share/doc/packages").write_text("".join(f"{name} {version}\n" for name, version in found.items()))
 
 
 if __name__ == "__main__":
-    close(Path(sys.argv[1]), map(Path, sys.argv[2:]))
+    main()

@@ -21,7 +21,7 @@ from qat_helper.audit.log import AuditError, AuditLog, Caller, Entry, Fields, pr
 from qat_helper.child import Child
 from qat_helper.errors import OperationError, denied
 from qat_helper.operations.node import Node, Outcome
-from qat_helper.operations.table import OPERATIONS, PF, Operation, deadline_of
+from qat_helper.operations.table import MAX_CHILDREN, OPERATIONS, PF, Operation, deadline_of
 from qat_helper.policy import ALL
 from qat_helper.rate_limit import RateLimiter
 from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure
@@ -30,7 +30,7 @@ from qat_shared.sysfs import MissingError, SysfsError
 MAX_QUEUED: Final = 128
 """Queued requests per operation."""
 MAX_IDLE: Final = 8
-"""Idle children of all operations together. Each takes one or two megabytes."""
+"""Idle children of all operations together."""
 _REJECTED_UIDS: Final = -1
 """The uid under which all rejected uids share one rate limit: there may be many of them."""
 _LISTED: Final = 32
@@ -264,6 +264,9 @@ class Dispatcher:
             if child is None and self._children[name] >= job.operation.max_children:
                 self._dismiss(name)  # idle ones of other clients: when they have exited, there is room
                 continue
+            if child is None and not self._has_room(job.operation):
+                self._dismiss(name, keep=0)
+                continue
             self._queue.remove(job)
             try:
                 child = child or Child(partial(perform, self._node))
@@ -276,6 +279,12 @@ class Dispatcher:
                 self._watch(child.channel.fileno(), partial(self._child_ready, child, name))
             self._running[child] = job
             child.begin(job.request)
+
+    def _has_room(self, operation: Operation[AnyRequest]) -> bool:
+        """Whether a child more leaves all other allowed operations the children that are reserved for them."""
+        rows = [row for row in OPERATIONS.values() if row.name in self._node.policy.operations]
+        taken = sum(max(self._children[row.name], row.least) for row in rows)
+        return self._children[operation.name] < operation.least or taken < MAX_CHILDREN
 
     def _child_ready(self, child: Child, name: str) -> None:
         """The child has sent an outcome or has exited."""
@@ -293,10 +302,10 @@ class Dispatcher:
         self._start()
         self._dismiss("" if any(other.operation.name == name for other in self._running.values()) else name)
 
-    def _dismiss(self, name: str) -> None:
-        """Dismiss the idle children of an operation, and the longest idle of all others beyond MAX_IDLE."""
+    def _dismiss(self, name: str, keep: int | None = None) -> None:
+        """Dismiss the idle children of an operation, and the longest idle of all others beyond `keep` (MAX_IDLE)."""
         for number, (child, kind) in enumerate(reversed(list(self._idle.items()))):
-            if kind[0] == name or number >= MAX_IDLE:
+            if kind[0] == name or number >= (MAX_IDLE if keep is None else keep):
                 del self._idle[child]
                 child.dismiss()
 

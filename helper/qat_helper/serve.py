@@ -17,7 +17,7 @@ import struct
 import termios
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Final
 
@@ -73,6 +73,7 @@ class Server:
         self._peers: list[Peer] = []
         self._unclosed: list[socket.socket] = []
         self._passed = PassedConnections()
+        self._closing = False
         self._stopping = False
         self._listening = False
         self._dispatcher = Dispatcher(node, audit, self._watch_child, self._unwatch)
@@ -273,25 +274,33 @@ class Server:
 
         Unread packets may hold descriptors, and the last close of one may block. A child process therefore holds copies
         until this process has closed its own. An exiting process does not wait for a lingering socket (the kernel's
-        PF_EXITING), and if it waits for anything else, this process does not. If no child can be started, which a peer
-        may have caused, the sockets stay open until the next attempt.
+        PF_EXITING), and if it waits for anything else, this process does not, and its memory is already released. If no
+        child can be started, which a peer may have caused, the sockets stay open until the next attempt. One such child
+        has memory at a time: the next is started when it has told that it exits.
         """
-        if not self._unclosed:
+        if not self._unclosed or self._closing:
             return
-        with suppress(OSError):
-            end, ours = os.pipe()
-            try:
-                if os.fork() == 0:
-                    os.close(ours)
-                    os.read(end, 1)  # until the parent has closed its copies
-                    os._exit(0)
-                for sock in self._unclosed:
-                    sock.close()
-                self._unclosed.clear()
-            finally:
-                os.close(end)
-                os.close(ours)
+        with suppress(OSError), ExitStack() as stack:
+            ours, end = (stack.enter_context(each) for each in socket.socketpair())
+            if os.fork() == 0:
+                ours.close()
+                end.recv(1)  # until the parent has closed its copies
+                end.close()
+                os._exit(0)
+            for sock in self._unclosed:
+                sock.close()
+            self._unclosed.clear()
+            stack.pop_all()
+            end.close()
+            ours.shutdown(socket.SHUT_WR)
+            self._closing = True
+            self._watch(ours.fileno(), select.EPOLLIN, partial(self._closed, ours))
             self._listen()
+
+    def _closed(self, channel: socket.socket, _: int) -> None:
+        self._unwatch(channel.fileno())
+        channel.close()
+        self._closing = False
 
 
 def _unread(sock: socket.socket) -> bool:

@@ -132,7 +132,11 @@ class Server:
             driver=settings.dpdk_driver,
         )
         status = HttpHandlers(
-            lambda: self.inventory.current, self.state, OpenVfs(settings.sysfs_root, clock), self.counters
+            lambda: self.inventory.current,
+            self.state,
+            OpenVfs(settings.sysfs_root, clock),
+            self.counters,
+            status_http=settings.status_http,
         )
         background: list[TaskFunction] = [self.helper.run]
         if metrics_sockets:

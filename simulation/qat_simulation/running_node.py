@@ -128,6 +128,7 @@ class Processes:
             f"--helper-socket={self.helper_socket}",
             f"--uevents=unix:{self.kernel.uevents_path}",
             "--metrics-address=127.0.0.1:0",
+            "--status-http",
             *(("--allow-root",) if self.server_uid == 0 else ()),
             *self._server_options,
         ]

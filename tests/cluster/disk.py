@@ -82,11 +82,11 @@ def disk(programs: Sequence[str] = ("kubelet",), with_images: Sequence[str] = ("
 
 
 def _reference(name: str) -> str:
-    """An image's full name, as the container runtime completes that in the manifests."""
+    """An image's name in the manifests, which begins with a registry's and so needs no completion."""
     if example := _EXAMPLES.get(name):
         (pod,) = rendered.render(example)
-        return f"{_LIBRARY}/{rendered.container(pod['spec'], 'main')['image']}"
-    return f"{_LIBRARY}/{rendered.container(rendered.pod_spec(rendered.render('base')), name)['image']}"
+        return str(rendered.container(pod["spec"], "main")["image"])
+    return str(rendered.container(rendered.pod_spec(rendered.render("base")), name)["image"])
 
 
 @functools.cache

@@ -18,9 +18,10 @@ from kernel.machine import PROJECT
 from kubelet.nodes import CY
 
 _PLUGIN: Final = "kubectl -n qat-plugin"
+_NEXT: Final = "helper=qat-plugin.invalid/helper:next server=qat-plugin.invalid/server:next"
 EVENTS: Final = {
     "rollout restart": f"{_PLUGIN} rollout restart ds/qat-plugin",
-    "new images": f"{_PLUGIN} set image ds/qat-plugin helper=qat-plugin-helper:next server=qat-plugin-server:next",
+    "new images": f"{_PLUGIN} set image ds/qat-plugin {_NEXT}",
     "the pod deleted": f"{_PLUGIN} delete --wait=false pod -l app.kubernetes.io/name=qat-plugin",
 }
 
@@ -53,7 +54,7 @@ def _images(cluster: Cluster, pod: str) -> list[str]:
 def test_a_running_pod_keeps_its_vfs_and_allocatable_returns(cluster: Cluster, event: str) -> None:
     cluster.install(EIGHT)
     for container in ("helper", "server"):
-        name = f"docker.io/library/{rendered.container(rendered.pod_spec(rendered.render('base')), container)['image']}"
+        name = rendered.container(rendered.pod_spec(rendered.render("base")), container)["image"]
         cluster.guest.run(f"ctr -n k8s.io images tag --force {name} {name.rpartition(':')[0]}:next")
     cluster.apply(workload("holder", {CY: 2}))
     environment = cluster.client("holder")["environment"]

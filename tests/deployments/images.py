@@ -42,6 +42,8 @@ NAMES: Final = {
     "dpdk": "qat-dpdk",
     "openssl": "qat-openssl",
 }
+"""Their names in the SBOM; the names to pull them by are those in the manifests."""
+_REGISTRY: Final = "qat-plugin.invalid"
 
 
 class Image(Struct, frozen=True):
@@ -109,8 +111,9 @@ def build(name: str, tag: str, directory: Path) -> None:
     _run([ROOT / "deployments/images/build", name], environment)
     layout, root = directory / "oci", directory / "rootfs"
     root.mkdir(parents=True)
-    _run(["buildah", "push", "-q", f"{NAMES[name]}:{tag}", f"oci:{layout}:{tag}"], environment)
-    _run(["buildah", "rmi", f"{NAMES[name]}:{tag}"], environment)
+    reference = f"{_REGISTRY}/{name}:{tag}"
+    _run(["buildah", "push", "-q", reference, f"oci:{layout}:{tag}"], environment)
+    _run(["buildah", "rmi", reference], environment)
     manifest = _manifest(layout)
     for layer in manifest["layers"]:
         _run(["tar", "-xzf", _blob(layout, layer["digest"]), "-C", root], environment)

@@ -4,6 +4,7 @@ Beyond the manifest are only two things: the server is told of the simulated nod
 (a simulated kernel has no netlink), and the simulated tree stands where /sys would be.
 """
 
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -16,6 +17,9 @@ from deployments import containers, rendered
 from deployments.containers import Container, Sandbox
 from deployments.images import image
 from deployments.rendered import BUILT, Manifest
+from qat_server.command_line.status import client
+from qat_server.kubelet.registration.directories import Registration, socket_directory
+from qat_server.observability.status_format import STATUS_SOCKET, Status
 from qat_simulation.interception import supervisor as interception
 from qat_simulation.kernel.kernel import Kernel
 from qat_simulation.kubelet.config_map import ConfigMap
@@ -88,6 +92,14 @@ class PodNode(RunningNode):
     async def get(self, path: str) -> tuple[int, bytes]:
         """From within the pod's network."""
         return self._shared.get(self.metrics_port, path)
+
+    async def status(self) -> Status:
+        """By the local socket, as `qat-plugin status` in the server's container: the network does not have it."""
+        sockets = [socket_directory(self.kubelet_directory, way) / STATUS_SOCKET for way in Registration]
+        try:
+            return client.decoded(await asyncio.to_thread(client.fetch_local, sockets))
+        except client.StatusError as error:
+            raise ConnectionRefusedError(str(error)) from error
 
     async def end(self) -> None:
         await super().end()

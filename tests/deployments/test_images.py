@@ -1,10 +1,12 @@
 """The images: what is in them, what is not, and that the same sources give the same image."""
 
+import functools
 import json
 import os
 import re
 import stat
 import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -110,6 +112,80 @@ def test_the_list_of_its_parts_names_the_packages_that_its_files_are_from(image:
     assert {"libc6", "libseccomp2"} <= debian
     for name in debian:
         assert (image.root / "usr/share/doc" / name / "copyright").exists() or name.startswith("lib"), name
+
+
+def test_each_file_belongs_to_what_the_sbom_lists_in_the_version_that_it_lists(image: Image) -> None:
+    owners, versions = _debian_of_the_base()
+    sbom = json.loads((image.root / "usr/share/doc/qat-plugin/sbom.cdx.json").read_text())
+    listed = {each["name"]: each["version"] for each in sbom["components"] if each["bom-ref"].startswith("deb:")}
+    ours = {(_normal(each["name"]), each["version"]) for each in _python_components(image)}
+    distributions = _recorded(image)
+    used, unknown = set(), []
+    for path in image.files():
+        inside = Path("/", path.relative_to(image.root))
+        if path.is_symlink() or inside in _MADE or inside.match("/opt/qat-plugin/*/pyvenv.cfg"):
+            continue
+        if inside.parent.name == "__pycache__":
+            inside = inside.parent.with_name(f"{inside.name.partition('.')[0]}.py")
+        if package := owners.get(str(inside)) or owners.get(str(inside).removeprefix("/usr")):
+            used.add(package)
+        elif distributions.get(inside) not in ours:
+            unknown.append(str(inside))
+    assert not unknown
+    assert listed == {package: versions[package] for package in used}
+
+
+_MADE: Final = {
+    *(Path("/etc", name) for name in ("passwd", "group", "ld.so.cache")),
+    *(Path("/usr/share/doc/qat-plugin", name) for name in ("sbom.cdx.json", "LICENSE")),
+}
+"""Files that the build makes, or that are this project's."""
+
+
+def _recorded(image: Image) -> dict[Path, tuple[str, str]]:
+    """The Python distribution, by name and version, of each file that one has installed."""
+    found = {}
+    for record in image.root.glob("opt/qat-plugin/*/lib/python3*/site-packages/*.dist-info/RECORD"):
+        name, version = record.parent.name.removesuffix(".dist-info").split("-")
+        for line in record.read_text().splitlines():
+            path = Path(os.path.normpath(record.parent.parent / line.partition(",")[0]))
+            found[Path("/", path.relative_to(image.root))] = (_normal(name), version)
+    return found
+
+
+@functools.cache
+def _debian_of_the_base() -> tuple[dict[str, str], dict[str, str]]:
+    """What dpkg has noted in bookworm's base: the package of each path, and the version of each package."""
+    owners, versions = {}, {}
+    with tempfile.TemporaryDirectory(dir=BUILT) as directory:
+        images.push_base(Path(directory))
+        (layer,) = [blob for blob in Path(directory).glob("blobs/sha256/*") if tarfile.is_tarfile(blob)]
+        with tarfile.open(layer) as tar:
+            for member in tar:
+                place = Path("/", member.name)
+                if place == Path("/var/lib/dpkg/status"):
+                    for entry in _text(tar, member).split("\n\n"):
+                        fields = dict(re.findall(r"^(Package|Version): (.+)$", entry, re.MULTILINE))
+                        versions[fields.get("Package", "")] = fields.get("Version", "")
+                elif place.match("/var/lib/dpkg/info/*.list"):
+                    package = place.stem.partition(":")[0]
+                    owners.update(dict.fromkeys(_text(tar, member).splitlines(), package))
+    return owners, versions
+
+
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read().decode()
+
+
+@pytest.mark.parametrize(("example", "expected"), [("dpdk", "librte-common-qat23"), ("openssl", "qatengine")])
+def test_an_example_lists_the_packages_that_its_files_are_from(example: str, expected: str) -> None:
+    root = images.image(example).root
+    listed = dict(line.split(" ") for line in (root / "usr/share/doc/packages").read_text().splitlines())
+    assert {expected, "libc6", "dash"} <= set(listed)
+    assert all(re.fullmatch(r"[0-9][A-Za-z0-9.+~:-]*", version) for version in listed.values())
+    assert {note.parent.name for note in root.glob("usr/share/doc/*/copyright")} <= set(listed)
 
 
 def _python_components(image: Image) -> list[dict[str, str]]:

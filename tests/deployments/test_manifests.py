@@ -249,6 +249,25 @@ def test_an_example_asks_for_qat_in_a_container_that_can_use_it(name: str) -> No
                 assert each["resources"].get("requests", each["resources"]["limits"]) == each["resources"]["limits"]
 
 
+@pytest.mark.parametrize("name", (*INSTALLATIONS, *EXAMPLES))
+def test_no_registry_can_have_an_image_that_is_not_pulled_from_a_registry_of_the_users(name: str) -> None:
+    """A name without a registry would be completed to docker.io's, where anybody may have taken it."""
+    specs = [
+        manifest["spec"] if manifest["kind"] == "Pod" else manifest["spec"]["template"]["spec"]
+        for manifest in rendered.render(name)
+        if manifest["kind"] in ("Pod", "DaemonSet", "Deployment", "Job")
+    ]
+    assert specs
+    names = {
+        container["image"] for spec in specs for container in (*spec.get("initContainers", ()), *spec["containers"])
+    }
+    assert names
+    for image in names - {"busybox:1.37"}:  # Docker's official image, in examples/minimal
+        registry, _, rest = image.partition("/")
+        assert registry.endswith(".invalid"), image  # RFC 2606
+        assert re.fullmatch(r"[a-z]+:[0-9.]+", rest), image
+
+
 def test_the_readmes_name_everything_that_is_there_and_nothing_that_is_not() -> None:
     text, examples = ((DEPLOYMENTS / folder / "README.md").read_text() for folder in ("", "examples"))
     for name in (*INSTALLATIONS, *COMPONENTS):

@@ -70,11 +70,10 @@ async def test_the_demo_by_the_images_as_the_base_says() -> None:
                     f"{name}'s container during the demo: at most {peak / 2**20:.0f} MiB of its {limit >> 20} MiB"
                 )
         # As kubectl exec: the image's own client sees the same.
-        answer = node.made["server"].run_inside(
-            "qat-plugin", "status", "--metrics-address", f"127.0.0.1:{node.metrics_port}"
-        )
+        answer = node.made["server"].run_inside("qat-plugin", "status")
         assert answer.returncode == 0, answer.stderr
         assert "0000:6b:00.1" in answer.stdout
+        assert (await node.get("/status"))[0] == 404, "the network does not see it"
 
 
 async def test_the_demo_by_the_images_as_hardened_says() -> None:

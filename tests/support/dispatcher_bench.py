@@ -62,6 +62,10 @@ class Bench:
     def ask(self, request: AnyRequest, owner: object = None) -> None:
         self.dispatcher.submit(CALLER, request, self._answered, owner)
 
+    def running(self, operation: str) -> int:
+        """How many requests of an operation are in children."""
+        return sum(job.operation.name == operation for job in self.dispatcher._running.values())
+
     def _answered(self, outcome: Outcome) -> None:
         self.replies.append(outcome.reply)
         if outcome.descriptor is not None:

@@ -12,6 +12,7 @@ calls `sample` then. With a cgroup, `sample` does nothing.
 import contextlib
 import os
 import re
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -107,6 +108,13 @@ class MemoryLimit:
             if entry.name.isdigit() and wanted in _read(entry / "environ").split(b"\0")
         ]
 
+    def _killed(self) -> bool:
+        """Kill all processes; whether none is left. One that is being killed takes a moment to leave."""
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        return not self.processes()
+
     def check(self) -> None:
         """Raise AssertionError if the limit was exceeded."""
         self.sample()
@@ -124,7 +132,7 @@ class MemoryLimit:
 
 @contextmanager
 def memory_limit(limit: int, cgroups: Path = CGROUPS) -> Iterator[MemoryLimit]:
-    """A limit of `limit` bytes, without swap. At its end, all processes in it must have ended."""
+    """A limit of `limit` bytes, without swap. At its end, processes that are still in it are killed."""
     group, reason = _cgroup(limit, cgroups)
     limited = MemoryLimit(limit, group, reason)
     done = threading.Event()
@@ -135,10 +143,10 @@ def memory_limit(limit: int, cgroups: Path = CGROUPS) -> Iterator[MemoryLimit]:
         yield limited
     finally:
         done.set()
+        wait_until(limited._killed)
         if group is None:
             sampler.join()
         else:
-            wait_until(lambda: not limited.processes())  # one that is being killed takes a moment to leave
             group.rmdir()
 
 

@@ -43,6 +43,8 @@ from qat_shared.messages import (
 R = TypeVar("R", bound=Request)
 
 DEADLINE: Final = 5.0
+MAX_CHILDREN: Final = 20
+"""Of all operations together. A child takes two megabytes, and the container of the helper has a limit."""
 LONG: Final = 15.0
 """The kernel takes a second to remove VFs, and loads firmware each time a PF goes up. The kubelet connects to an
 endpoint before it answers Register, and waits ten seconds for that."""
@@ -55,8 +57,9 @@ class Operation(Struct, Generic[R], frozen=True):
 
     `rule` raises OperationError when policy forbids the request; the function checks the rules that need the device.
     `exclusive` names the work of which a device takes one at a time (None: any number). `audited`: an audit line before
-    and one after; otherwise the operation is only counted. `max_children` limits the child processes of this operation,
-    so that blocked ones cannot starve other operations; 0: it never blocks and needs no child. `deadline`: seconds.
+    and one after; otherwise the operation is only counted. `max_children` limits the child processes of this operation;
+    0: it never blocks and needs no child. `deadline`: seconds. `least`: the children that this operation can always
+    have, so that others that are blocked cannot starve it.
     """
 
     request: type[R]
@@ -66,6 +69,7 @@ class Operation(Struct, Generic[R], frozen=True):
     audited: bool
     max_children: int
     deadline: float = DEADLINE
+    least: int = 1
 
     @property
     def name(self) -> str:
@@ -122,7 +126,7 @@ _TABLE: Final[tuple[Operation[Any], ...]] = (
     Operation(Hello,                  _no_rule,            _hello,                   None,        False,   0),
     Operation(BindDriver,             _address_and_driver, bind_driver,              "driver",    True,    16),
     Operation(ReleaseDriver,          _address,            release_driver,           "driver",    True,    4),
-    Operation(ReadHeartbeat,          _address,            read_heartbeat,           "heartbeat", False,   8),
+    Operation(ReadHeartbeat,          _address,            read_heartbeat,           "heartbeat", False,   8, least=4),
     Operation(ReadDeviceConfig,       _address,            read_device_config,       "dev_cfg",   False,   2),
     Operation(SetServices,            _address,            set_services,             PF,          True,    16, LONG),
     Operation(SetPmIdle,              _address,            set_pm_idle,              PF,          True,    16, LONG),

@@ -71,7 +71,13 @@ SERVER_FLAGS: Final = (
         "metrics-address",
         "",
         "HOST:PORT",
-        "serve /healthz, /readyz, /metrics and /status at this address; off if unset",
+        "serve /healthz, /readyz and /metrics at this address; off if unset",
+    ),
+    Flag(
+        "status-http",
+        "false",
+        "",
+        "also serve /status, and the reasons in /readyz, at --metrics-address: they name pods and devices",
     ),
     Flag(
         "provisioning-config",

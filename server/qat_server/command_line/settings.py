@@ -64,6 +64,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     helper_socket: Path
     registration: Registration
     metrics_address: HostPort | None
+    status_http: bool
     provisioning_config: Path | None
     node_name: str | None
     drain: bool
@@ -109,6 +110,7 @@ def parse(given: Mapping[str, str] | None = None, environment: Mapping[str, str]
         helper_socket=read("helper-socket", _socket_path),
         registration=read("registration", _registration),
         metrics_address=read("metrics-address", values.host_port),
+        status_http=read("status-http", values.boolean),
         provisioning_config=read("provisioning-config", lambda text: Path(text) if text else None),
         node_name=read("node-name", lambda text: text or None),
         drain=read("drain-for-reconfiguration", boolean),

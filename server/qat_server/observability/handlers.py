@@ -1,6 +1,8 @@
 """The handlers for probes, Prometheus and `qat-plugin status`.
 
---metrics-address has /healthz, /readyz, /metrics and /status; the local socket has only /status.
+--metrics-address has /healthz, /readyz and /metrics, which name no pod and no path, and no device but PFs: whoever
+reaches the port can read them. The local socket has only /status. --status-http puts /status, and the reasons of
+/readyz, on --metrics-address too.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,14 +29,17 @@ class HttpHandlers:
         state: Callable[[Inventory], State],
         open_vfs: OpenVfs,
         counters: Counters,
+        *,
+        status_http: bool = False,
     ) -> None:
         self._inventory = inventory
         self._state = state
         self._open_vfs = open_vfs
         self._counters = counters
+        self._status_http = status_http
 
     async def serve(self, sockets: Sequence[socket]) -> None:
-        """Serve all paths on listening sockets until cancelled."""
+        """Serve what the network may read on listening sockets until cancelled."""
         await http_server.serve(sockets, self._handlers())
 
     async def serve_locally(self, directory: Path) -> None:
@@ -53,12 +58,14 @@ class HttpHandlers:
             scraped = await self._open_vfs.refreshed(self._inventory())
             return Response(200, metrics.text(registry), metrics.CONTENT_TYPE)
 
-        return {
+        handlers: dict[str, Handler] = {
             "/healthz": lambda: Response(200, b"ok\n"),
             "/readyz": self._readyz,
             "/metrics": scrape,
-            "/status": self._status,
         }
+        if self._status_http:
+            handlers["/status"] = self._status
+        return handlers
 
     async def _status(self) -> Response:
         inventory = await self._open_vfs.refreshed(self._inventory())
@@ -68,4 +75,6 @@ class HttpHandlers:
         reasons = not_ready(self._state(self._inventory()))
         if not reasons:
             return Response(200, b"ok\n")
+        if not self._status_http:
+            return Response(503, b"not ready: `qat-plugin status` on the node shows the reasons\n")
         return Response(503, "".join(f"{reason}\n" for reason in reasons).encode())

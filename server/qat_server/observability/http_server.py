@@ -3,7 +3,9 @@
 h11 implements the protocol; this module does the I/O and limits the resources that a client can use:
 
     request head     8 KiB, within 5 s of its first byte (for the first request: 5 s of connecting)
-    connections      16 for each call of `serve`; a new one replaces the one that has been waiting longest for a request
+    connections      16 for each call of `serve`, 8 of them for one address; a new one replaces the one, of that address
+                     where it has 8, that has been waiting longest for a request
+    pipelining       the event loop has a turn between two requests of a connection
     keep-alive       75 s between requests
     request body     never read: the connection is closed after the response
     slow reader      must read the response within 5 s
@@ -29,6 +31,7 @@ log = logs.get(__name__)
 
 HEAD_LIMIT: Final = 8 * 1024
 MAX_CONNECTIONS: Final = 16
+MAX_PER_ADDRESS: Final = 8  # so that no address can keep the kubelet's probes out
 HEAD_SECONDS: Final = 5.0
 IDLE_SECONDS: Final = 75.0  # more than Prometheus' usual minute between scrapes
 ANSWER_SECONDS: Final = 5.0
@@ -53,6 +56,7 @@ class Limits(Struct, frozen=True):
     """Limits for clients, in numbers and seconds. Tests shorten them."""
 
     connections: int = MAX_CONNECTIONS
+    per_address: int = MAX_PER_ADDRESS
     head_seconds: float = HEAD_SECONDS
     idle_seconds: float = IDLE_SECONDS
     answer_seconds: float = ANSWER_SECONDS
@@ -105,22 +109,26 @@ class _Endpoint:
         self._handlers = handlers
         self._limits = limits
         self._group = group
-        self._open: set[asyncio.StreamWriter] = set()
+        self._open: dict[asyncio.StreamWriter, str] = {}  # with the client's address; "" on a Unix socket
         self._waiting: dict[asyncio.StreamWriter, None] = {}  # for a request; longest wait first
 
     def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Accept a connection, or drop it if every connection has a request in progress."""
-        if len(self._open) >= self._limits.connections:
-            victim = next(iter(self._waiting), writer)
+        """Accept a connection, or drop it if every connection that could give way has a request in progress."""
+        name = writer.get_extra_info("peername")
+        address = str(name[0]) if isinstance(name, tuple) else ""
+        same = [each for each, theirs in self._open.items() if theirs == address]
+        crowded = bool(address) and len(same) >= self._limits.per_address
+        if crowded or len(self._open) >= self._limits.connections:
+            victim = next((each for each in self._waiting if not crowded or each in same), writer)
             self._forget(victim)
             victim.transport.abort()
             if victim is writer:
                 return
-        self._open.add(writer)
+        self._open[writer] = address
         self._group.create_task(self._connection(reader, writer))
 
     def _forget(self, writer: asyncio.StreamWriter) -> None:
-        self._open.discard(writer)
+        self._open.pop(writer, None)
         self._waiting.pop(writer, None)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -142,6 +150,7 @@ class _Endpoint:
                     return
                 conn.next_event()  # the end of the request
                 conn.start_next_cycle()
+                await asyncio.sleep(0)  # neither reading nor sending waits while requests of one packet are left
                 # The next request may have started in the same packet.
                 seconds = self._limits.head_seconds if conn.trailing_data[0] else self._limits.idle_seconds
         except h11.RemoteProtocolError as error:

@@ -135,9 +135,9 @@ def _provisioning_metrics(state: State) -> Iterator[Metric]:
     )
     yield _gauge(
         "provisioning_held",
-        "Constant 1; the holder (a pod's container, or a process) uses VFs of a PF that waits to be provisioned.",
-        ("pf", "holder"),
-        {(str(pf), holder): 1 for pf, each in state.provisioning.items() for holder in each.held_by},
+        "Pods' containers, and processes, that use VFs of a PF that waits to be provisioned; /status names them.",
+        ("pf",),
+        {(str(pf),): len(each.held_by) for pf, each in state.provisioning.items() if each.held_by},
     )
     yield _gauge(
         "provisioning_configuration_error",

@@ -64,5 +64,5 @@ def test_status_out_of_reach(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert capsys.readouterr().err == (
         "qat-plugin: no status at http://127.0.0.1:1/status (Connection refused):"
-        " is the server running with --metrics-address 127.0.0.1:1?\n"
+        " is the server running with --status-http and --metrics-address 127.0.0.1:1?\n"
     )

@@ -3,13 +3,16 @@
 import os
 from collections import Counter
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qat_helper import dispatch
 from qat_helper.errors import PENDING_HEAD, denied
 from qat_helper.operations.node import Node, Outcome
+from qat_helper.operations.table import MAX_CHILDREN, OPERATIONS
 from qat_helper.policy import Policy
 from qat_shared.messages import (
     AnyRequest,
@@ -18,10 +21,14 @@ from qat_shared.messages import (
     DpdkDriver,
     ErrorCode,
     Heartbeat,
+    ReadDeviceConfig,
     ReadHeartbeat,
     ReleaseDriver,
+    Service,
+    SetServices,
 )
-from support.dispatcher_bench import VF, Bench, Gate, bind, done, failure
+from qat_shared.pci import PciAddress
+from support.dispatcher_bench import VF, Bench, Gate, bind, bind_device, done, failure, report_pid
 
 
 def test_an_operation_is_audited_before_and_after(bench: Bench) -> None:
@@ -100,6 +107,47 @@ def test_those_of_one_operation_that_cannot_end_keep_no_other_from_being_done(be
     bench.run(lambda: bench.replies)
     assert isinstance(bench.replies[0], Heartbeat)
     gate.stay_open(bench, lambda: len(bench.replies) == 6)
+
+
+def test_blocked_operations_of_all_kinds_share_one_limit_and_each_kind_keeps_its_least(bench: Bench) -> None:
+    gate = Gate(bench)
+    number = count(1)
+
+    def running(kind: type[AnyRequest], *requests: AnyRequest) -> int:
+        """Ask for these. Returns how many begin."""
+        before = len(bench.calls)
+        bench.operation(kind, gate)
+        for request in requests:
+            bench.ask(msgspec.structs.replace(request, id=next(number)))
+        return len(bench.calls) - before
+
+    least = {row.name: row.least for row in OPERATIONS.values() if row.max_children}
+    pfs = [PciAddress(0, 0x70 + index, 0, 0) for index in range(16)]
+    spare = MAX_CHILDREN - sum(least.values())
+    assert 0 < spare < 15, "one kind alone would take all"
+    assert running(BindDriver, *(bind_device(index) for index in range(16))) == least["BindDriver"] + spare
+    assert running(ReadHeartbeat, *(ReadHeartbeat(id=1, address=pf) for pf in pfs)) == least["ReadHeartbeat"]
+    services = (Service.DC,)
+    assert running(SetServices, *(SetServices(id=1, address=pf, services=services) for pf in pfs)) == 1
+    assert running(ReadDeviceConfig, *(ReadDeviceConfig(id=1, address=pf) for pf in pfs)) == 1
+    gate.stay_open(bench, lambda: len(bench.replies) == 64)
+    bench.run(lambda: not bench.calls)
+
+
+def test_an_idle_child_of_one_kind_makes_room_for_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    least = sum(row.least for row in OPERATIONS.values() if row.max_children)
+    monkeypatch.setattr(dispatch, "MAX_CHILDREN", least + 1)
+    gate = Gate(bench, report_pid)
+    bench.operation(BindDriver, lambda node, request: (gate if request.id == 1 else report_pid)(node, request))
+    bench.operation(ReleaseDriver, gate)
+    bench.ask(bind_device(1))
+    bench.ask(bind_device(2))
+    bench.run(lambda: len(bench.replies) == 1)
+    assert len(bench.calls) == 2, "the second bind's child is idle"
+    for function in (3, 4):
+        bench.ask(ReleaseDriver(id=function, address=PciAddress(0, 0x70, 0, function)))
+    bench.run(lambda: bench.running("ReleaseDriver") == 2)
+    gate.stay_open(bench, lambda: len(bench.replies) == 4)
 
 
 def test_the_queue_is_bounded_and_dropped_with_its_client(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

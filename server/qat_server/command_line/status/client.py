@@ -48,7 +48,8 @@ def fetch(address: HostPort) -> bytes:
         return _get(http.client.HTTPConnection(host, address.port, timeout=TIMEOUT), url)
     except OSError as error:
         raise StatusError(
-            f"no status at {url} ({error.strerror or error}): is the server running with --metrics-address {address}?"
+            f"no status at {url} ({error.strerror or error}): is the server running with --status-http and "
+            f"--metrics-address {address}?"
         ) from error
 
 
@@ -84,6 +85,8 @@ def _get(connection: http.client.HTTPConnection, source: str) -> bytes:
         raise StatusError(f"{source} is not served by qat-plugin ({str(error) or type(error).__name__})") from error
     finally:
         connection.close()
+    if response.status == http.client.NOT_FOUND:
+        raise StatusError(f"{source} does not exist: the server serves it with --status-http only")
     if response.status != http.client.OK or len(body) > _LIMIT:
         raise StatusError(f"{source} is not served by qat-plugin (HTTP status {response.status})")
     return body

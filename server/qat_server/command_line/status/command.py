@@ -25,7 +25,7 @@ def status(
         typer.Option(
             "--metrics-address",
             metavar="HOST:PORT",
-            help="query the server at this address, for example on another node",
+            help="query the server at this address, where it runs with --status-http",
         ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print the server's answer unchanged, as JSON")] = False,

@@ -226,9 +226,7 @@ def test_binding_is_checked_and_audited(running: Helper) -> None:
     with running.connect() as client:
 
         def bind(where: str) -> AnyReply:
-            return client.ask(
-                BindDriver(id=1, address=address(where), driver=DpdkDriver.VFIO_PCI, reason="a 'reason'")
-            )
+            return client.ask(BindDriver(id=1, address=address(where), driver=DpdkDriver.VFIO_PCI, reason="a 'reason'"))
 
         reply = bind(VF)
         assert isinstance(reply, Bound)

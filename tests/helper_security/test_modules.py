@@ -30,7 +30,9 @@ OURS = {
     "qat_shared": "codec confinement devices messages pci resources seccomp sysfs values",
 }
 """All modules that the helper imports, by package."""
-COMMANDS = "commands commands.confined commands.explain commands.run commands.show commands.verify"
+COMMANDS = (
+    "commands commands.chain commands.confined commands.explain commands.files commands.run commands.show commands.verify"
+)
 """Modules of the helper's distribution that the serving process never loads: the commands that only read."""
 OTHERS = "_core _json_schema _typing_utils _utils _version inspect json msgpack structs toml yaml"
 """msgspec's modules; it imports all of them."""

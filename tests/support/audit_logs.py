@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qat_helper.audit.log import AuditLog, Entry
-from qat_helper.commands.verify import Verdict, items, verify
+from qat_helper.commands.chain import Items
+from qat_helper.commands.verify import Verdict, verify
 from qat_shared.messages import AuditHead
 
 Lines = list[bytes]
@@ -39,7 +40,7 @@ def write(directory: Path, number: int, limit: int, torn: frozenset[int] = froze
 
 
 def check(files: Mapping[str, Lines], **heads: AuditHead) -> Verdict:
-    return verify(items({name: b"".join(line + b"\n" for line in lines) for name, lines in files.items()}), **heads)
+    return verify(Items({name: [line + b"\n" for line in lines] for name, lines in files.items()}), **heads)
 
 
 def edited(line: bytes, **changes: Any) -> bytes:

@@ -51,8 +51,9 @@ except ImportError:
         from hashlib import sha256
 
 _FIRST: Final = "0" * 64
-_LINE_LIMIT: Final = 16 * 1024
-_TAIL: Final = 4 * _LINE_LIMIT  # enough to hold one whole line
+LINE_LIMIT: Final = 16 * 1024
+"""No line is longer, in bytes without its newline."""
+_TAIL: Final = 4 * LINE_LIMIT  # enough to hold one whole line
 _TEXT_LIMIT: Final = 300  # characters of one text, after escaping
 _ATTEMPTS: Final = 100
 """Attempts to lock the file, over 2 s: a killed helper's child holds the lock until it closes what it inherited."""
@@ -226,7 +227,7 @@ class AuditLog:
                 previous=self.head.hash,
             )
         )
-        if len(line) > _LINE_LIMIT:  # a bug: no request can make a line this long
+        if len(line) > LINE_LIMIT:  # a bug: no request can make a line this long
             raise AuditError(f"a line of {len(line)} bytes is too long for the audit log: the operation is refused")
         data = b"#torn\n" * self._torn + line + b"\n"
         why, before = "", os.fstat(self._descriptor).st_size

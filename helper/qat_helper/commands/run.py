@@ -4,6 +4,7 @@ main.py imports this for these commands only; the serving helper loads neither i
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -12,22 +13,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from qat_helper.audit.log import AuditError
 from qat_helper.commands import show, verify
+from qat_helper.commands.chain import BEGINNING, Items
 from qat_helper.commands.confined import read_only
 from qat_helper.commands.explain import explain
+from qat_helper.commands.files import open_files, open_log
 from qat_helper.console import log
-from qat_helper.operations.table import NAMES
+from qat_helper.operations.table import NAMES, OPERATIONS
 from qat_helper.policy import Policy
 from qat_helper.policy_file import PolicyError, narrow
 from qat_shared.messages import AuditHead
+from qat_shared.pci import PciAddress
 
 DEFAULT_LOG: Final = Path("/var/log/qat-plugin/audit.jsonl")
 
 
 def run(arguments: Sequence[str], *, confined: bool = False) -> int:
-    """Run a command. Exit status: 0; 1 when a log is not intact; 2 when a log or policy cannot be read or used.
+    """Run a command. Exit status: 0; 1 when a log is not intact; 2 when there is no answer.
 
+    There is no answer when a file cannot be read or used, or when a log has no lines and no head to compare with.
     `confined`: the process first gives up all but reading the command's files.
     """
     options = _parser().parse_args(arguments)
@@ -57,19 +64,27 @@ def _parser() -> argparse.ArgumentParser:
         "file", nargs="*", type=Path, help=f"all files of one log; default: {DEFAULT_LOG} and its rotated files"
     )
     verifier.add_argument("--head", type=_head, help="a head that the server received: the log must contain that line")
-    verifier.add_argument("--after", type=_head, default=verify.BEGINNING, help="the head of the files before these")
+    verifier.add_argument("--after", type=_head, default=BEGINNING, help="the head of the files before these")
+    verifier.add_argument("--json", action="store_true", help="print one JSON object")
     verifier.set_defaults(call=_verify)
 
     shower = audit.add_parser("show", help="print one row per operation")
     shower.add_argument("file", nargs="*", type=Path, help=f"default: {DEFAULT_LOG} and its rotated files")
     shower.add_argument("--since", type=_time, help="start time, such as 2026-11-24 or 2026-11-24T08:30 (UTC)")
     shower.add_argument("--until", type=_time, help="end time, exclusive")
-    shower.add_argument(
-        "--device", action="append", default=[], help="PCI address; this and the next two options can be repeated"
-    )
-    shower.add_argument("--operation", action="append", default=[], help="such as BindDriver, or start, stop, refused")
-    shower.add_argument("--verdict", action="append", default=[], help="ok, failed, denied, busy, late, interrupted...")
-    shower.add_argument("--json", action="store_true", help="one JSON object a line")
+    repeated = "can be repeated"
+    shower.add_argument("--device", action="append", default=[], type=_address, help=f"PCI address; {repeated}")
+    operations = [*sorted(operation.name for operation in OPERATIONS.values()), *show.EVENTS]
+    for option, known in (("operation", operations), ("verdict", list(show.VERDICTS))):
+        shower.add_argument(
+            f"--{option}",
+            action="append",
+            default=[],
+            choices=known,
+            metavar=option.upper(),
+            help=f"{', '.join(known)}; {repeated}",
+        )
+    shower.add_argument("--json", action="store_true", help="print one JSON object per row")
     shower.set_defaults(call=_show)
 
     policy = groups.add_parser("policy", help="check a policy file").add_subparsers(required=True, metavar="check")
@@ -80,20 +95,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    found = _items(options.file)
-    verdict = verify.verify(found, after=options.after, head=options.head)
+    verdict = verify.verify(_items(options.file), after=options.after, head=options.head)
+    nothing = not verdict.faults and not verdict.lines and options.head is None
+    if options.json:
+        _print(_verdict_json(verdict, None if nothing else not verdict.faults))
+    elif nothing:
+        _print("EMPTY: there are no lines. Only a head can tell whether there were any: see --head.")
+    else:
+        _print_verdict(verdict)
+        if not verdict.faults and options.head is None:
+            _print("Without --head, lines cut off at the end or a rewritten log are not detected.")
+    return 2 if nothing else 1 if verdict.faults else 0
+
+
+def _print_verdict(verdict: verify.Verdict) -> None:
     for fault in verdict.faults:
         _print(str(fault))
     torn = f" Fragments of failed writes: {verdict.fragments}." if verdict.fragments else ""
+    if verdict.unfinished:
+        torn += " The last fragment ends the log: it may be a line that is being written."
     if verdict.faults:
         _print(f"NOT INTACT: {_faults(len(verdict.faults))} in {verdict.lines} lines.{torn}")
-        return 1
-    _print(
-        f"intact: {verdict.lines} lines, the head is {verdict.head.sequence}:{verdict.head.hash}{torn and '.' + torn}"
-    )
-    if options.head is None:
-        _print("Without --head, lines cut off at the end or a rewritten log are not detected.")
-    return 0
+    else:
+        head = f"{verdict.head.sequence}:{verdict.head.hash}"
+        _print(f"intact: {verdict.lines} lines, the head is {head}{torn and '.' + torn}")
+
+
+def _verdict_json(verdict: verify.Verdict, intact: bool | None) -> str:
+    found = verdict._asdict() | {"faults": [fault._asdict() for fault in verdict.faults]}
+    return json.dumps({"intact": intact} | msgspec.to_builtins(found))
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -105,14 +135,18 @@ def _show(options: argparse.Namespace) -> int:
         operations=frozenset(options.operation),
         verdicts=frozenset(options.verdict),
     )
-    lines = [item for item in found if isinstance(item, verify.Line)]
-    entries = list(show.entries(line.text for line in lines))
-    rows = [row for row in show.rows(entries) if wanted.matches(row)]
-    sys.stdout.write(show.json_lines(rows) if options.json else show.table(rows))
-    if len(entries) < len(lines):
-        log(f"{len(lines) - len(entries)} lines are not shown: this version cannot read them")
-    first = AuditHead(sequence=lines[0].sequence - 1, hash=lines[0].previous) if lines else verify.BEGINNING
-    if faults := verify.verify(found, after=first).faults:
+    rows = show.Rows(found)
+    if not options.json:
+        sys.stdout.write(show.heading())
+    for row in rows:
+        if wanted.matches(row):
+            sys.stdout.write(show.json_line(row) if options.json else show.table_line(row))
+    sys.stdout.flush()
+    if rows.unreadable:
+        log(f"{rows.unreadable} lines are not shown: this version cannot read them")
+    first = next(found.lines(), None)
+    before = AuditHead(sequence=first.sequence - 1, hash=first.previous) if first else BEGINNING
+    if faults := verify.verify(found, after=before).faults:
         log(f"this log is not intact ({_faults(len(faults))}): see qat-helper audit verify")
     return 0
 
@@ -129,18 +163,9 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _items(paths: Sequence[Path]) -> list[verify.Item]:
+def _items(paths: Sequence[Path]) -> Items:
     """Raises AuditError."""
-    if not paths:
-        older = DEFAULT_LOG.parent.glob(f"{DEFAULT_LOG.name}.*")
-        paths = [*(path for path in older if path.suffix[1:].isdigit()), DEFAULT_LOG]
-    contents = {}
-    for path in paths:
-        try:
-            contents[str(path)] = path.read_bytes()
-        except OSError as error:
-            raise AuditError(f"{path} cannot be read: {os.strerror(error.errno or 0)}") from error
-    return verify.items(contents)
+    return Items(open_files(paths) if paths else open_log(DEFAULT_LOG))
 
 
 def _head(text: str) -> AuditHead:
@@ -148,6 +173,13 @@ def _head(text: str) -> AuditHead:
     if match is None:
         raise argparse.ArgumentTypeError("a head is a line's number, a colon, and its hash of 64 hexadecimal digits")
     return AuditHead(sequence=int(match[1]), hash=match[2])
+
+
+def _address(text: str) -> str:
+    try:
+        return str(PciAddress.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _time(text: str) -> datetime:

@@ -1,23 +1,58 @@
 """The audit log for people: one row per operation, from its first and last lines.
 
 Pure: lines in, rows or text out. The serving helper never imports this.
+
+It streams: only lines of operations that have not ended wait, with the lines after them, up to a number of bytes.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import json
+import re
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from qat_helper.audit.log import Caller, Entry, Fields
+from qat_helper.commands.chain import Items, Line
 
 INTERRUPTED: Final = "interrupted"
 """The helper ended before the operation did; the log does not say whether it took effect."""
 UNDER_WAY: Final = "under way"
 """The operation has no last line yet, and the helper may still be running."""
-_COLUMNS: Final = ("line", "time", "operation", "device", "uid", "pid", "verdict", "ms", "details")
-_TEXT_LIMIT: Final = 100
+VERDICTS: Final = ("ok", "failed", "denied", "busy", "late", INTERRUPTED, UNDER_WAY)
+"""All verdicts of rows."""
+EVENTS: Final = ("start", "stop", "refused")
+"""The events of rows that are not operations; `refused`: a connection."""
+_COLUMNS: Final = {
+    "line": 7,
+    "time": 24,
+    "operation": 22,
+    "device": 12,
+    "uid": 5,
+    "pid": 7,
+    "verdict": 11,
+    "ms": 8,
+    "details": 0,
+}
+"""The table's columns and their widths. A longer cell shifts the rest of its row, and is not truncated."""
+_WORD: Final = re.compile(r"[A-Za-z0-9_.:;,/+-]+", re.ASCII)
+"""A value that is shown as it is. Any other is quoted, since a forged line may hold anything."""
+_ESCAPED: Final = re.compile(r"\||\x7f|(?<= ) ")
+"""In a quoted value: two spaces separate the columns, and | separates the details."""
+_WAITING: Final = 4 * 1024 * 1024
+"""Bytes of lines that wait for an operation before them to end."""
+_OVERHEAD: Final = 400
+"""Bytes that a waiting line takes besides its text."""
+_LATE: Final = 4 * 1024 * 1024
+"""Bytes of last lines that are kept from the first reading. A helper has far fewer operations under way."""
+_OPEN: Final = 20_000
+"""Operations whose ends the first reading looks for at once; a helper has far fewer under way."""
+_LIFE: Final = ("start", "stop")
+
+_T = TypeVar("_T", bound=Struct)
 
 
 class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -56,95 +91,191 @@ class Filter(Struct, frozen=True, kw_only=True):
         )
 
 
-def entries(lines: Iterable[bytes]) -> Iterator[Entry]:
-    """The lines' entries. Lines that this version cannot decode, of another version or forged, are skipped."""
-    for line in lines:
-        try:
-            yield msgspec.json.decode(line, type=Entry)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            continue
+class _Outline(Struct):
+    """What pairs the lines of an operation."""
+
+    event: str = ""
+    asked: int = 0
 
 
-def rows(found: Iterable[Entry]) -> list[Row]:
-    """One row per operation, in the order of the requests."""
-    by_sequence: dict[int, Row] = {}
-    unfinished: dict[int, Row] = {}
-    for entry in found:
-        if entry.event in ("start", "stop"):
-            for sequence, row in unfinished.items():
-                by_sequence[sequence] = msgspec.structs.replace(row, verdict=INTERRUPTED)
-            if entry.event == "start":  # no operation from before a start can still end
-                unfinished.clear()
-        if entry.asked in by_sequence:
-            by_sequence[entry.asked] = msgspec.structs.replace(
-                by_sequence[entry.asked],
-                end_sequence=entry.sequence,
-                verdict=entry.verdict,
-                duration_ms=entry.duration_ms,
-                result=entry.result,
-            )
-            unfinished.pop(entry.asked, None)
-            continue
-        row = _row(entry)
-        by_sequence[entry.sequence] = row
-        if entry.event == "asked":
-            unfinished[entry.sequence] = row
-    return list(by_sequence.values())
+class _Waiting(Struct):
+    """A row's lines. `number`: that of its first line, from 1. `open`: its last line may still come."""
+
+    sequence: int
+    number: int
+    first: bytes
+    weight: int
+    open: bool
+    end: bytes = b""
 
 
-def table(wanted: Sequence[Row]) -> str:
-    """Plain text: a line of column names, then one line per row."""
-    cells = [_COLUMNS, *map(_cells, wanted)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
-    return "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in cells)
+class Rows:
+    """The rows of a log in the order of the requests. The log is read twice.
+
+    The first reading finds the ends of the operations for which the rows after them cannot wait. Lines that this
+    version cannot decode, of another version or forged, are skipped; `unreadable` counts them.
+    """
+
+    def __init__(self, log: Items, waiting: int = _WAITING) -> None:
+        self.unreadable = 0
+        self._log = log
+        self._limit = waiting
+        self._late: dict[int, bytes] = {}
+        self._late_shown: set[int] = set()
+        self._helper_ended = 0  # the number of the last line about a start or stop
+        self._queue: deque[_Waiting] = deque()
+        self._open: dict[int, _Waiting] = {}
+
+    def __iter__(self) -> Iterator[Row]:
+        self._find_late()
+        size = 0
+        for number, line in enumerate(self._log.lines(), 1):
+            outline = _decoded(line.text, _Outline)
+            if outline is None:
+                self.unreadable += 1
+            elif outline.asked in self._late_shown:
+                self._late_shown.discard(outline.asked)
+            else:
+                size += _weight(line)
+                self._take(number, line, outline)
+            while self._queue and (size > self._limit or not self._queue[0].open):
+                waiting = self._queue.popleft()
+                size -= waiting.weight
+                yield from self._row(waiting)
+        for waiting in self._queue:
+            yield from self._row(waiting)
+
+    def _find_late(self) -> None:
+        began: dict[int, int] = {}
+        at, room = 0, _LATE
+        for number, line in enumerate(self._log.lines(), 1):
+            outline = _decoded(line.text, _Outline)
+            if outline is None:
+                continue
+            if outline.event in _LIFE:
+                self._helper_ended = number
+                if outline.event == "start":
+                    began.clear()
+            before, at = at, at + _weight(line)
+            start = began.pop(outline.asked, None)
+            if start is not None:
+                if at - start > self._limit and room > 0:
+                    self._late[outline.asked] = line.text
+                    room -= _weight(line)
+            elif outline.event == "asked":
+                began[line.sequence] = before
+                if len(began) > _OPEN:
+                    del began[next(iter(began))]
+
+    def _take(self, number: int, line: Line, outline: _Outline) -> None:
+        if outline.event == "start":  # no operation from before a start can still end
+            for waiting in self._open.values():
+                waiting.open = False
+            self._open.clear()
+        if (ended := self._open.pop(outline.asked, None)) is not None:
+            ended.end, ended.open = line.text, False
+            ended.weight += _weight(line)
+            return
+        waiting = _Waiting(line.sequence, number, line.text, _weight(line), outline.event == "asked")
+        self._queue.append(waiting)
+        if waiting.open:
+            if line.sequence in self._open:  # forged: the number is taken
+                self._open[line.sequence].open = False
+            self._open[line.sequence] = waiting
+
+    def _row(self, waiting: _Waiting) -> Iterator[Row]:
+        if waiting.open:
+            self._open.pop(waiting.sequence, None)
+            waiting.end = self._late.pop(waiting.sequence, b"")
+            if waiting.end:
+                self._late_shown.add(waiting.sequence)
+        first = _decoded(waiting.first, Entry)
+        end = _decoded(waiting.end, Entry) if waiting.end else None
+        self.unreadable += (first is None) + (end is None and waiting.end != b"")
+        if first is None:
+            return
+        last = end or first
+        unknown = INTERRUPTED if waiting.number < self._helper_ended else UNDER_WAY
+        yield Row(
+            sequence=first.sequence,
+            end_sequence=end.sequence if end else 0,
+            time=first.time,
+            event=first.event,
+            operation=first.operation,
+            device=str(first.arguments.get("address", "")),
+            peer=first.peer,
+            verdict=unknown if last.event == "asked" else last.verdict,
+            duration_ms=last.duration_ms,
+            arguments=first.arguments,
+            reason=first.reason,
+            result=last.result,
+        )
 
 
-def json_lines(wanted: Iterable[Row]) -> str:
-    """One JSON object per line."""
-    return "".join(msgspec.json.encode(row).decode() + "\n" for row in wanted)
+def _weight(line: Line) -> int:
+    return len(line.text) + _OVERHEAD
 
 
-def _row(entry: Entry) -> Row:
-    return Row(
-        sequence=entry.sequence,
-        time=entry.time,
-        event=entry.event,
-        operation=entry.operation,
-        device=str(entry.arguments.get("address", "")),
-        peer=entry.peer,
-        verdict=UNDER_WAY if entry.event == "asked" else entry.verdict,
-        duration_ms=entry.duration_ms,
-        arguments=entry.arguments,
-        reason=entry.reason,
-        result=entry.result,
+def heading() -> str:
+    """The table's line of column names."""
+    return _aligned(_COLUMNS)
+
+
+def table_line(row: Row) -> str:
+    """The row as a line of the table. Two spaces separate the columns; a value has at most one in a row."""
+    return _aligned(
+        (
+            str(row.sequence),
+            _word(row.time),
+            _word(row.operation) if row.operation else f"({_word(row.event)})",
+            _word(row.device) if row.device else "-",
+            "-" if row.peer is None else str(row.peer.uid),
+            "-" if row.peer is None else str(row.peer.pid),
+            UNDER_WAY if row.verdict == UNDER_WAY else _word(row.verdict) if row.verdict else "-",
+            "-" if row.duration_ms is None else f"{row.duration_ms:.1f}",
+            _details(row),
+        )
     )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    cells = (
-        str(row.sequence),
-        row.time,
-        row.operation or f"({row.event})",
-        row.device or "-",
-        "-" if row.peer is None else str(row.peer.uid),
-        "-" if row.peer is None else str(row.peer.pid),
-        row.verdict or "-",
-        "-" if row.duration_ms is None else f"{row.duration_ms:.1f}",
-        _details(row),
-    )
-    # The helper writes printable text only; a forged line may hold anything.
-    return tuple("".join(letter if letter.isprintable() else "\ufffd" for letter in cell) for cell in cells)
+def json_line(row: Row) -> str:
+    """The row as a JSON object in ASCII, with a newline."""
+    return json.dumps(msgspec.to_builtins(row), separators=(",", ":")) + "\n"
+
+
+def _aligned(cells: Iterable[str]) -> str:
+    return "  ".join(map(str.ljust, cells, _COLUMNS.values())).rstrip() + "\n"
 
 
 def _details(row: Row) -> str:
-    asked = _listed({name: value for name, value in row.arguments.items() if name != "address"})
-    came = str(row.result.get("message", "")) or _listed(row.result)
-    text = "; ".join(part for part in (asked, row.reason, came) if part)
-    return text if len(text) <= _TEXT_LIMIT else text[: _TEXT_LIMIT - 1] + "…"
+    """The arguments, the result, and last the reason, which the client chose. No value contains the separator."""
+    message = row.result.get("message")
+    result = _word(str(message)) if message else _listed(row.result)
+    parts = (
+        _listed({name: value for name, value in row.arguments.items() if name != "address"}),
+        result and f"result: {result}",
+        row.reason and f"reason: {_quoted(row.reason)}",
+    )
+    return " | ".join(part for part in parts if part)
 
 
 def _listed(fields: Mapping[str, object]) -> str:
-    return " ".join(f"{name}={value}" for name, value in fields.items())
+    return " ".join(f"{_word(name)}={_word(str(value))}" for name, value in fields.items())
+
+
+def _word(value: str) -> str:
+    return value if _WORD.fullmatch(value) else _quoted(value)
+
+
+def _quoted(value: str) -> str:
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value))
+
+
+def _decoded(line: bytes, kind: type[_T]) -> _T | None:
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _among(value: str, wanted: Collection[str]) -> bool:

@@ -1,21 +1,22 @@
 """Check that audit log files hold one unbroken chain, and find lines that were changed, removed, inserted or moved.
 
-Pure: bytes in, findings out. audit/log.py describes the chain. The serving helper never imports this.
+Pure: items in, findings out. The serving helper never imports this.
 
-Each line is compared with what the lines before it imply. After a fault the comparison resumes from that line, so that
-every fault is reported. A fragment of a failed write has no hash: the chain proves that it is there, not its contents.
+Each run of lines is compared with what the lines before it imply. After a fault the comparison resumes from that run,
+so that every fault is reported. The log is read once if it is intact, and twice if not: the second time looks for the
+lines to which the runs' ends refer. A fragment of a failed write has no hash: the chain proves that it is there, not
+its contents.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Final, NamedTuple
 
-import msgspec
-from msgspec import Struct
-
-from qat_helper.audit.log import digest
+from qat_helper.commands.chain import BEGINNING, MAX_PARTS, Item, Junk, Line, Place, Run, Survey, survey
 from qat_shared.messages import AuditHead
 
-BEGINNING: Final = AuditHead(sequence=0, hash="0" * 64)
 _RANGES_SHOWN: Final = 5
 
 
@@ -31,194 +32,180 @@ class Fault(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The result; no faults means intact. `head`: that of the last line; `lines`: the number in the chain."""
+    """The result; no faults means intact. `head`: that of the last line; `lines`: the number in the chain.
+
+    `unfinished`: whether the log ends within a line, because its write failed or is under way.
+    """
 
     faults: tuple[Fault, ...]
     head: AuditHead
     lines: int
     fragments: int
+    unfinished: bool = False
 
 
-class Line(Struct, frozen=True):
-    """One line of the chain and its position."""
+def verify(found: Iterable[Item], *, after: AuditHead = BEGINNING, head: AuditHead | None = None) -> Verdict:
+    """Check the chain. `after`: the head before these files; `head`: a later known head that they must contain.
 
-    file: str
-    number: int
-    text: bytes
-    sequence: int
-    previous: str
-    torn: bool
-    hash: str
-
-    @property
-    def place(self) -> str:
-        """The position, for a message about another line."""
-        return f"{self.file}:{self.number}"
-
-
-class _Link(Struct):
-    sequence: int
-    previous: str
-    torn: bool = False
-
-
-class Fragment(NamedTuple):
-    """The fragment that a failed write left."""
-
-    file: str
-    number: int
-
-
-class Invalid(NamedTuple):
-    """Neither a line nor a fragment."""
-
-    file: str
-    number: int
-
-
-Item = Line | Fragment | Invalid
-
-
-def items(files: Mapping[str, bytes]) -> list[Item]:
-    """The items of files (name: content), the files in the order of their first lines' sequence numbers."""
-    parsed = [(name, list(_items(name, content))) for name, content in files.items()]
-    return [item for _, found in sorted(parsed, key=lambda each: _first_sequence(each[1])) for item in found]
-
-
-def verify(found: Sequence[Item], *, after: AuditHead = BEGINNING, head: AuditHead | None = None) -> Verdict:
-    """Check the chain. `after`: the head before these files; `head`: a later known head that they must contain."""
-    lines = [item for item in found if isinstance(item, Line)]
-    faults = list(_faults(found, lines, after))
-    last = AuditHead(sequence=lines[-1].sequence, hash=lines[-1].hash) if lines else after
+    `found` is iterated twice if there is a fault.
+    """
+    log = survey(found, head)
+    faults = list(_faults(found, log, after))
+    last = AuditHead(sequence=log.last.sequence, hash=log.last.hash) if log.last else after
     if head is not None:
-        faults += _head_faults(lines, head, after)
-    return Verdict(tuple(faults), last, len(lines), sum(isinstance(item, Fragment) for item in found))
+        faults += _head_faults(log, head, after)
+    return Verdict(tuple(faults), last, log.lines, log.fragments, log.unfinished)
 
 
-def _items(name: str, content: bytes) -> Iterator[Item]:
-    pieces = content.split(b"\n")
-    for number, piece in enumerate(pieces, 1):
-        if number == len(pieces):
-            if piece:
-                yield Fragment(name, number)  # without a newline, so not written completely
-        elif piece.endswith(b"#torn"):
-            yield Fragment(name, number)
-        else:
-            try:
-                link = msgspec.json.decode(piece, type=_Link)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                yield Invalid(name, number)
-            else:
-                yield Line(name, number, piece, link.sequence, link.previous, link.torn, digest(piece))
-
-
-def _first_sequence(found: Iterable[Item]) -> int:
-    # The minimum of the first few, so that a changed first line does not move its file.
-    return min([item.sequence for item in found if isinstance(item, Line)][:3], default=0)
-
-
-def _faults(found: Sequence[Item], lines: Sequence[Line], after: AuditHead) -> Iterator[Fault]:
-    index = _Index(lines)
-    expected, before, fragment, invalid = after, None, False, False
-    for item in found:
-        if isinstance(item, Fragment):
-            fragment = True
-            continue
-        if isinstance(item, Invalid):
-            invalid = True
-            yield Fault(item.file, item.number, "was changed or inserted: it is not a line of an audit log")
+def _faults(found: Iterable[Item], log: Survey, after: AuditHead) -> Iterator[Fault]:
+    index: _Index | None = None
+    expected, before = after, None
+    for part in log.parts:
+        if isinstance(part, Junk):
+            many = f", with the lines up to {part.file}:{part.last}: they are not lines" * (part.last > part.number)
+            text = f"was changed or inserted{many or ': it is not a line'} of an audit log"
+            yield Fault(part.file, part.number, text)
             continue
         number = expected.sequence + 1
-        if (item.sequence, item.previous) != (number, expected.hash):
+        continues = part.previous == expected.hash
+        if part.sequence != number or not continues:
+            index = index or _Index(found, log.parts, after)
             # The invalid line is already reported; its missing sequence number is the same fault.
-            if not (invalid and item.sequence == number + 1 and number not in index.places):
-                yield Fault(item.file, item.number, index.diagnosis(item, expected, before))
-        elif item.torn and not fragment:
-            yield Fault(item.file, item.number, "the fragment of a failed write that it records before it was removed")
-        elif fragment and not item.torn:
-            yield Fault(
-                item.file, item.number, "a fragment of a failed write that it does not record was inserted before it"
-            )
-        if item.previous == expected.hash:
-            expected, before = AuditHead(sequence=number, hash=item.hash), item
-        elif not (index.is_continued(expected) and (item.sequence < number or not index.is_linked(item))):
-            expected, before = AuditHead(sequence=item.sequence, hash=item.hash), item
-        fragment = invalid = False
+            if not (part.after_invalid and part.sequence == number + 1 and not index.has(number)):
+                yield Fault(*part.place, index.diagnosis(part, expected, before))
+        elif part.torn and not part.after_fragment:
+            yield Fault(*part.place, "the fragment of a failed write that it records before it was removed")
+        elif part.after_fragment and not part.torn:
+            yield Fault(*part.place, "a fragment of a failed write that it does not record was inserted before it")
+        if continues:
+            length = part.head.sequence - part.sequence
+            expected, before = AuditHead(sequence=number + length, hash=part.head.hash), part
+        elif index is None or not index.is_out_of_place(part, expected):
+            expected, before = part.head, part
+    if not log.whole:
+        text = f"only the first {MAX_PARTS:,} breaks were examined: lines that are called removed may be elsewhere"
+        yield Fault("(more)", 0, text)
 
 
 class _Index:
-    """All lines by sequence number and hash, to judge a line that is out of place."""
+    """What a log holds, to judge a run that is out of place: by sequence number, and by hash where a run refers to it.
 
-    def __init__(self, lines: Sequence[Line]) -> None:
-        self.places: dict[int, list[Line]] = {}
-        for line in lines:
-            self.places.setdefault(line.sequence, []).append(line)
-        self._heads = {(line.sequence, line.hash) for line in lines}
-        self._continued = {(line.sequence - 1, line.previous) for line in lines}
+    The runs' ends are the only lines that can be out of place, so only they, and those next to them, are indexed.
+    """
 
-    def is_continued(self, head: AuditHead) -> bool:
-        """Whether a line continues that head."""
-        return (head.sequence, head.hash) in self._continued
+    def __init__(self, found: Iterable[Item], parts: Sequence[Run | Junk], after: AuditHead) -> None:
+        runs = [part for part in parts if isinstance(part, Run)]
+        self._spans = _merged((run.sequence, run.head.sequence) for run in runs)
+        self._places: dict[int, list[Place]] = {run.sequence: [] for run in runs}
+        wanted = {(after.sequence, after.hash)}
+        for run in runs:
+            wanted.update(
+                ((run.sequence, run.hash), (run.head.sequence, run.head.hash), (run.sequence - 1, run.previous))
+            )
+        self._heads: Counter[tuple[int, str]] = Counter()
+        self._continued = {(run.sequence - 1, run.previous) for run in runs}
+        for line in (item for item in found if isinstance(item, Line)):
+            head, before = (line.sequence, line.hash), (line.sequence - 1, line.previous)
+            if head in wanted:
+                self._heads[head] += 1
+            if before in wanted:
+                self._continued.add(before)
+            places = self._places.get(line.sequence)
+            if places is not None and len(places) < 2:
+                places.append(line.place)
 
-    def is_linked(self, line: Line) -> bool:
-        """Whether the line continues another or is continued by another: then it was not inserted."""
-        return (line.sequence, line.hash) in self._continued or (line.sequence - 1, line.previous) in self._heads
+    def has(self, sequence: int) -> bool:
+        """Whether a line has this sequence number."""
+        return next(self._missing(sequence, sequence + 1), None) is None
 
-    def diagnosis(self, item: Line, expected: AuditHead, before: Line | None) -> str:
-        """Explain why a line does not continue the one before it."""
+    def is_out_of_place(self, run: Run, expected: AuditHead) -> bool:
+        """Whether the chain goes on elsewhere, so that the lines after this run continue `expected`."""
         number = expected.sequence + 1
-        if item.previous == expected.hash:
-            return f"is number {item.sequence} and continues line {number - 1} of the chain: it was changed"
-        if item.sequence != number and self.is_continued(expected) and not self.is_linked(item):
-            return f"is number {item.sequence}, where line {number} of the chain belongs: it was inserted"
-        if item.sequence > number:
-            missing = [n for n in range(number, min(item.sequence, number + 100_000)) if n not in self.places]
+        return self._is_continued(expected) and (run.head.sequence < number or not self._is_linked(run))
+
+    def diagnosis(self, run: Run, expected: AuditHead, before: Run | None) -> str:
+        """Explain why a run does not continue the one before it."""
+        number = expected.sequence + 1
+        sequence = run.sequence
+        if run.previous == expected.hash:
+            follow = "" if run.single else f", and so were the lines up to {run.last_place}"
+            return f"is number {sequence} and continues line {number - 1} of the chain: it was changed{follow}"
+        if sequence != number and self._is_continued(expected) and not self._is_linked(run):
+            return f"is number {sequence}, where line {number} of the chain belongs: it was inserted"
+        if sequence > number:
+            missing = _ranges(self._missing(number, sequence))
             if not missing:
-                return f"is line {item.sequence} of the chain, where line {number} belongs: lines were moved"
+                return f"is line {sequence} of the chain, where line {number} belongs: lines were moved"
             if before is None and expected == BEGINNING:
-                return f"{_ranges(missing)} of the chain, from its beginning, removed before it (or use --after)"
-            return f"{_ranges(missing)} of the chain removed before it"
-        if item.sequence < number:
-            duplicates = [line for line in self.places[item.sequence] if line is not item]
-            if not duplicates:
-                return f"is line {item.sequence} of the chain, where line {number} belongs: it was moved"
-            copied = any(line.hash == item.hash for line in duplicates)
-            forged = item if copied or (item.sequence, item.hash) not in self._continued else duplicates[0]
-            return f"line {item.sequence} of the chain is also at {duplicates[0].place}: {forged.place} was inserted"
+                return f"{missing} of the chain, from its beginning, removed before it (or use --after)"
+            return f"{missing} of the chain removed before it"
+        if sequence < number:
+            follow = "" if run.single or run.head.sequence >= number else f", with the lines up to {run.last_place}"
+            other = next((place for place in self._places[sequence] if place != run.place), None)
+            if other is None:
+                return f"is line {sequence} of the chain, where line {number} belongs: it was moved{follow}"
+            head = (sequence, run.hash)
+            if self._heads[head] > 1 or head not in self._continued:
+                return f"line {sequence} of the chain is also at {other}: {run.place} was inserted{follow}"
+            return f"line {sequence} of the chain is also at {other}: {other} was inserted"
         if before is None:
             return "does not continue the head before it: it was changed, or --after is wrong"
-        if (item.sequence, item.hash) in self._continued:
-            return f"does not hold the hash of {before.place}: that line was changed"
-        return f"does not hold the hash of {before.place}: that line, or this one, was changed"
+        if (sequence, run.hash) in self._continued:
+            return f"does not hold the hash of {before.last_place}: that line was changed"
+        return f"does not hold the hash of {before.last_place}: that line, or this one, was changed"
+
+    def _is_continued(self, head: AuditHead) -> bool:
+        return (head.sequence, head.hash) in self._continued
+
+    def _is_linked(self, run: Run) -> bool:
+        """Whether its first line continues another or is continued by another: then it was not inserted."""
+        return (run.sequence, run.hash) in self._continued or (run.sequence - 1, run.previous) in self._heads
+
+    def _missing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The ranges of sequence numbers from `start` to below `end` that no line has."""
+        at = max(0, bisect_right(self._spans, (start, start)) - 1)
+        while start < end:
+            first, last = self._spans[at] if at < len(self._spans) else (end, end)
+            if start < first:
+                yield start, min(first, end) - 1
+            start = max(start, last + 1)
+            at += 1
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
+def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges of numbers, sorted, those that touch or overlap joined."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], last))
         else:
-            runs.append([number, number])
-    shown = [str(first) if first == last else f"{first} to {last}" for first, last in runs[:_RANGES_SHOWN]]
-    more = " and more" if len(runs) > _RANGES_SHOWN else ""
-    return f"line{'s' if len(numbers) > 1 else ''} {', '.join(shown)}{more}"
+            joined.append((first, last))
+    return joined
 
 
-def _head_faults(lines: Sequence[Line], head: AuditHead, after: AuditHead) -> Iterator[Fault]:
-    candidates = [line for line in lines if line.sequence == head.sequence]
-    if not candidates and head != after:
-        last = max((line.sequence for line in lines), default=after.sequence)
-        where = lines[-1] if lines else None
+def _ranges(missing: Iterator[tuple[int, int]]) -> str:
+    """The first few ranges in words; "" for none."""
+    found = list(islice(missing, _RANGES_SHOWN + 1))
+    if not found:
+        return ""
+    shown = [str(first) if first == last else f"{first} to {last}" for first, last in found[:_RANGES_SHOWN]]
+    more = " and more" if len(found) > _RANGES_SHOWN else ""
+    plural = len(found) > 1 or found[0][0] != found[0][1]
+    return f"line{'s' if plural else ''} {', '.join(shown)}{more}"
+
+
+def _head_faults(log: Survey, head: AuditHead, after: AuditHead) -> Iterator[Fault]:
+    if log.with_sequence is None and head != after:
+        last = log.highest if log.lines else after.sequence
         yield Fault(
-            where.file if where else "(no lines)",
-            where.number if where else 0,
+            log.last.file if log.last else "(no lines)",
+            log.last.number if log.last else 0,
             f"the end was cut off: the chain ends with line {last}, the expected head is line {head.sequence}"
             if head.sequence > last
             else f"line {head.sequence} of the chain, the expected head, is missing",
         )
-    elif candidates and not any(line.hash == head.hash for line in candidates):
+    elif log.with_sequence is not None and not log.has_head:
         yield Fault(
-            candidates[0].file,
-            candidates[0].number,
+            *log.with_sequence,
             f"line {head.sequence} of the chain is not the expected head: it, or the chain up to it, was rewritten",
         )

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from qat_helper.audit.log import AuditError, AuditLog, Entry, printable
-from qat_helper.commands.verify import items, verify
+from qat_helper.commands.chain import Items
+from qat_helper.commands.verify import verify
 from qat_shared.messages import AuditHead
 
 FIRST = "0" * 64
@@ -139,7 +140,7 @@ def test_writes_may_fail_at_any_byte_one_after_another(tmp_path: Path, before: i
             for _ in range(2):
                 log.append(entry())
             log.close()
-            verdict = verify(items({"log": path.read_bytes()}))
+            verdict = verify(Items({"log": [path.read_bytes()]}))
             assert (verdict.faults, verdict.lines) == ((), before + 2)
 
 

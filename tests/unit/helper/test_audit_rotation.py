@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from qat_helper.audit.log import AuditError, AuditLog, Entry, Sync
-from qat_helper.commands.verify import Verdict, items, verify
+from qat_helper.commands.chain import Items
+from qat_helper.commands.verify import Verdict, verify
 
 LIMIT = 1000
 
@@ -30,7 +31,7 @@ def files(directory: Path) -> list[Path]:
 
 
 def verdict(directory: Path) -> Verdict:
-    return verify(items({str(path): path.read_bytes() for path in files(directory)}))
+    return verify(Items({str(path): [path.read_bytes()] for path in files(directory)}))
 
 
 def intact(directory: Path, lines: int) -> None:

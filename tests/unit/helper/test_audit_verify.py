@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qat_helper.commands.verify import BEGINNING, Verdict, items, verify
+from qat_helper.commands.chain import BEGINNING, Items
+from qat_helper.commands.verify import Verdict, verify
 from qat_shared.messages import AuditHead
 from support.audit_logs import Lines, Written, check, edited, forged, write
 
@@ -204,7 +205,7 @@ def test_a_torn_end_is_not_a_fault_but_its_later_removal_is(tmp_path: Path) -> N
     verdict = check(written.files)
     assert (verdict.faults, verdict.fragments) == ((), 1)
     content = b"".join(line + b"\n" for line in written.lines) + b'{"sequ'
-    verdict = verify(items({"log": content}))
+    verdict = verify(Items({"log": [content]}))
     assert (verdict.faults, verdict.fragments) == ((), 2)
     assert faults([line for line in written.lines if not line.endswith(b"#torn")]) == [
         (4, "the fragment of a failed write that it records before it was removed")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qat_helper.commands.verify import Fault, items, verify
+from qat_helper.commands.chain import Items
+from qat_helper.commands.verify import Fault, verify
 from qat_shared.messages import AuditHead
 from support.audit_logs import Lines, Written, check, forged, write
 
@@ -36,7 +37,7 @@ def is_rest(line: bytes) -> bool:
 
 def chain(files: Mapping[str, Lines]) -> Lines:
     """The meaningful content: the lines, and between which of them fragments are (not the fragments' contents)."""
-    order = dict.fromkeys(item.file for item in items({name: b"\n".join((*files[name], b"")) for name in files}))
+    order = dict.fromkeys(item.file for item in Items({name: [b"\n".join((*files[name], b""))] for name in files}))
     found: Lines = []
     for line in (line for name in order for line in files[name]):
         if not is_rest(line):
@@ -148,11 +149,14 @@ def test_a_cut_at_any_byte_shows_against_a_head(
     name = draw.draw(st.sampled_from([name for name, content in contents.items() if content]))
     kept = draw.draw(st.integers(0, len(contents[name]) - 1))
     contents[name] = contents[name][:kept]
-    assert verify(items(contents), head=log.head).faults
+    found = Items({name: [content] for name, content in contents.items()})
+    assert verify(found, head=log.head).faults
     if name != list(contents)[-1]:
-        assert verify(items(contents)).faults, "only a cut at the end of the last file is undetectable"
+        assert verify(Items({name: [content] for name, content in contents.items()})).faults, (
+            "only a cut at the end of the last file is undetectable"
+        )
 
 
 @given(content=st.binary(max_size=300))
 def test_any_bytes_have_a_verdict(content: bytes) -> None:
-    verify(items({"log": content}), head=AuditHead(sequence=3, hash="0" * 64))
+    verify(Items({"log": [content]}), head=AuditHead(sequence=3, hash="0" * 64))

@@ -67,15 +67,15 @@ def log(tmp_path: Path) -> Path:
 
 
 TABLE = """\
-line  time                      operation               device        uid    pid  verdict      ms    details
-1     2026-01-01T08:00:00.000Z  (start)                 -             -      -    -            -     version=0.1.0 pid=1 uid=0
-2     2026-01-01T08:01:00.000Z  BindDriver              0000:6b:00.1  65532  812  ok           12.3  driver=vfio-pci; serve it to pods; driver=vfio-pci changed=True
-3     2026-01-01T08:02:00.000Z  BindDriver              0000:6b:00.2  65532  812  failed       12.3  driver=vfio-pci; serve it to pods; vfio-pci did not take it
-6     2026-01-01T08:05:00.000Z  ReleaseDriver           0000:6b:00.1  65532  812  denied       -     not among the operations
-7     2026-01-01T08:06:00.000Z  ReleaseDriver           0000:6b:00.3  65532  812  interrupted  -     serve it to pods
-8     2026-01-01T08:07:00.000Z  (start)                 -             -      -    -            -     version=0.1.0 pid=1 uid=0
-9     2026-01-01T08:08:00.000Z  RegisterResource        -             65532  812  late         12.3  resource=qat.intel.com/cy endpoint=cy.sock; serve it to pods
-11    2026-01-01T08:10:00.000Z  PrepareSocketDirectory  -             65532  812  under way    -     directory=device-plugins; serve it to pods
+line     time                      operation               device        uid    pid      verdict      ms        details
+1        2026-01-01T08:00:00.000Z  (start)                 -             -      -        -            -         version=0.1.0 pid=1 uid=0
+2        2026-01-01T08:01:00.000Z  BindDriver              0000:6b:00.1  65532  812      ok           12.3      driver=vfio-pci | result: driver=vfio-pci changed=True | reason: "serve it to pods"
+3        2026-01-01T08:02:00.000Z  BindDriver              0000:6b:00.2  65532  812      failed       12.3      driver=vfio-pci | result: "vfio-pci did not take it" | reason: "serve it to pods"
+6        2026-01-01T08:05:00.000Z  ReleaseDriver           0000:6b:00.1  65532  812      denied       -         result: "not among the operations"
+7        2026-01-01T08:06:00.000Z  ReleaseDriver           0000:6b:00.3  65532  812      interrupted  -         reason: "serve it to pods"
+8        2026-01-01T08:07:00.000Z  (start)                 -             -      -        -            -         version=0.1.0 pid=1 uid=0
+9        2026-01-01T08:08:00.000Z  RegisterResource        -             65532  812      late         12.3      resource=qat.intel.com/cy endpoint=cy.sock | reason: "serve it to pods"
+11       2026-01-01T08:10:00.000Z  PrepareSocketDirectory  -             65532  812      under way    -         directory=device-plugins | reason: "serve it to pods"
 """  # noqa: E501  a table
 
 

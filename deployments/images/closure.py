@@ -92,12 +92,10 @@ def close(root: Path, files: Iterable[Path]) -> tuple[dict[str, str], list[Path]
         if is_elf(file):
             real |= {copy(library, root) for library in libraries(file)}
     owned = owners(sorted(real))
-    found = versions(owned.values())
-    for name in found:
-        note = Path("/usr/share/doc", name, "copyright")
-        if note.exists():
-            copy(note, root)
-    return found, sorted(real - owned.keys())
+    notes = [Path("/usr/share/doc", name, "copyright") for name in sorted(set(owned.values()))]
+    # A note may be another package's: the folder of libgcc-s1 is a link to that of gcc-12-base.
+    of_notes = owners(sorted({copy(note, root) for note in notes if note.exists()}))
+    return versions([*owned.values(), *of_notes.values()]), sorted(real - owned.keys())
 
 
 def main() -> None:

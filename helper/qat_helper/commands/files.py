@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,8 @@ class LogFile:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError as error:
             raise _unreadable(path, error) from error
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+        """Close the file; otherwise it is closed when nothing refers to it."""
         status = os.fstat(self._descriptor)
         self.identity = (status.st_dev, status.st_ino)
         self._size = status.st_size
@@ -49,10 +52,6 @@ class LogFile:
                 raise AuditError(f"{self.path} became shorter while it was read")
             position += len(chunk)
             yield chunk
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
 
 
 def open_files(paths: Sequence[Path]) -> dict[str, LogFile]:

@@ -7,7 +7,7 @@ It streams: only lines of operations that have not ended wait, with the lines af
 
 import json
 import re
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Final, TypeVar
@@ -146,7 +146,7 @@ class Rows:
             yield from self._row(waiting)
 
     def _find_late(self) -> None:
-        began: dict[int, int] = {}
+        began: OrderedDict[int, int] = OrderedDict()
         at, room = 0, _LATE
         for number, line in enumerate(self._log.lines(), 1):
             outline = _decoded(line.text, _Outline)
@@ -165,7 +165,7 @@ class Rows:
             elif outline.event == "asked":
                 began[line.sequence] = before
                 if len(began) > _OPEN:
-                    del began[next(iter(began))]
+                    began.popitem(last=False)
 
     def _take(self, number: int, line: Line, outline: _Outline) -> None:
         if outline.event == "start":  # no operation from before a start can still end

@@ -43,7 +43,7 @@ from qat_shared.messages import (
 R = TypeVar("R", bound=Request)
 
 DEADLINE: Final = 5.0
-MAX_CHILDREN: Final = 20
+MAX_CHILDREN: Final = 21
 """Of all operations together. A child takes two megabytes, and the container of the helper has a limit."""
 LONG: Final = 15.0
 """The kernel takes a second to remove VFs, and loads firmware each time a PF goes up. The kubelet connects to an

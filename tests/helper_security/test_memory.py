@@ -38,7 +38,7 @@ BOUND = [f"70:{number // 8:02x}.{number % 8}" for number in range(1, 17)]
 """VFs whose unbind from their kernel driver hangs."""
 OPEN = [f"70:{number // 8:02x}.{number % 8}" for number in range(17, 21)]
 """VFs whose unbind from vfio-pci hangs."""
-REASON = "x" * 200
+REASON = "x" * 64
 OPENAT = "257"
 """The system call's number, as /proc shows it."""
 EXEC = 8 << 20

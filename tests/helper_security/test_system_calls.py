@@ -140,14 +140,14 @@ def passing_values(profile: Profile, name: str, tried: Sequence[int], arguments:
 BOTH: Final = """
 accept4 access brk clock_getres clock_gettime clock_nanosleep close close_range connect epoll_create1 epoll_ctl
 epoll_pwait epoll_wait exit exit_group faccessat faccessat2 fdatasync flock fstat fsync futex getdents64 getegid geteuid
-getgid getpid getrandom getsockname getsockopt gettid gettimeofday getuid lstat madvise mremap munmap newfstatat pipe2
+getgid getpid getrandom getsockname getsockopt gettid gettimeofday getuid lstat madvise mremap munmap newfstatat
 poll ppoll pread64 read readlink readlinkat recvfrom recvmsg rename renameat restart_syscall rseq rt_sigaction
 rt_sigprocmask rt_sigreturn sched_yield sendmsg sendto set_robust_list shutdown sigaltstack stat statx unlink unlinkat
 write"""
 ALWAYS: Final = {
     "helper": f"{BOTH} fork getppid",
     "server": f"""{BOTH} accept bind eventfd2 ftruncate getcwd getpeername inotify_add_watch inotify_init1
-        inotify_rm_watch listen lseek mprotect nanosleep pwrite64 readv renameat2 rmdir sched_getaffinity
+        inotify_rm_watch listen lseek mprotect nanosleep pipe2 pwrite64 readv renameat2 rmdir sched_getaffinity
         sched_getparam sched_getscheduler setsockopt symlink symlinkat sysinfo umask uname writev""",
 }
 """The calls that pass with any arguments."""

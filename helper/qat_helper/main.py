@@ -10,9 +10,11 @@ from typing import Final
 
 from qat_helper.audit.copies import Copy, copier
 from qat_helper.audit.log import AuditError, AuditLog, Entry, Fields, Sync
+import msgspec
+
 from qat_helper.console import log
 from qat_helper.listening import ListenError, listening
-from qat_helper.operations.kubelet import UMASK, repair_socket_directories
+from qat_helper.operations.kubelet import UMASK, open_unprepared, repair
 from qat_helper.operations.node import Node
 from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy
@@ -21,6 +23,7 @@ from qat_helper.sandbox import close_inherited, confine, join_group
 from qat_helper.serve import Server
 from qat_shared import VERSION
 from qat_shared.confinement import missing
+from qat_shared.messages import PrepareSocketDirectory
 from qat_shared.sysfs import SysfsError, pci_directory
 from qat_shared.values import boolean, by_name, check_variables, integer, one_of
 
@@ -137,7 +140,7 @@ def _serve(options: argparse.Namespace) -> None:
     audit = AuditLog(options.audit_log, sync=options.audit_sync, limit=limit, copy=copy)
     join_group(options.server_gid)
     os.umask(UMASK)
-    repair_socket_directories(options.kubelet_dir, options.server_gid)
+    _repair_directories(options.kubelet_dir, options.server_gid, policy, audit)
     with listening(options.socket, options.server_gid) as listener:
         sandbox = confine(root, options.kubelet_dir, options.socket, options.audit_log, traceable=options.traceable)
         gaps = missing(sandbox)
@@ -155,6 +158,25 @@ def _serve(options: argparse.Namespace) -> None:
         audit.enqueue(Entry(event="start", arguments=start))
         Server(listener, node, audit).run()
     audit.close()
+
+
+def _repair_directories(kubelet_dir: Path, gid: int, policy: Policy, audit: AuditLog) -> None:
+    """Repair the endpoint directories that the policy allows, each with a line before and one after."""
+    name = PrepareSocketDirectory.__name__
+    for directory in sorted(policy.directories) if name in policy.operations else ():
+        if (descriptor := open_unprepared(kubelet_dir, directory, gid)) is None:
+            continue
+        entry = Entry(event="asked", operation=name, arguments={"directory": directory}, reason="repaired at the start")
+        asked, why = audit.append(entry), ""
+        try:
+            repair(descriptor, gid)
+        except OSError as error:  # the operation that needs it reports that
+            why = os.strerror(error.errno or 0)
+        finally:
+            os.close(descriptor)
+        result: Fields = {"message": why} if why else {}
+        verdict = "failed" if why else "ok"
+        audit.enqueue(msgspec.structs.replace(entry, event="done", verdict=verdict, result=result, asked=asked))
 
 
 def _is_real_sysfs(root: Path) -> bool:

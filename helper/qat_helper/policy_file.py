@@ -20,6 +20,8 @@ from qat_shared.pci import PciAddress
 from qat_shared.values import by_name, one_of
 
 FILE_LIMIT: Final = 64 * 1024
+_QUOTED: Final = re.compile(r""" "(?:\\.|[^"\\])*" | '[^']*' """, re.VERBOSE)
+_MOST_DOTS: Final = 32
 _MOST: Final = 1_000_000
 """The largest burst, and the most requests per second, that a file may set."""
 
@@ -85,6 +87,10 @@ def _files(path: Path) -> list[Path]:
 def _parse(path: Path, text: str) -> dict[str, Any]:
     import tomllib  # noqa: PLC0415  not without a policy file: the module takes memory
 
+    # tomllib takes time and memory that grow with the square of a dotted key's length.
+    for number, line in enumerate(text.split("\n"), 1):
+        if _QUOTED.sub("", line).count(".") > _MOST_DOTS:
+            raise PolicyError(f"{path} line {number}: has more than {_MOST_DOTS} dots outside quotes")
     try:
         return tomllib.loads(text)
     except (RecursionError, ValueError) as error:

@@ -22,6 +22,7 @@ _API: Final = f"/api/v1/namespaces/{_NAMESPACE}/pods/{_POD}"
 _REFUSED: Final = 'only "qat-helper audit ..." and "qat-helper policy ..." may be executed in it'
 _SERVER_REFUSED: Final = "a process of this container may use the helper"
 _EPHEMERAL_REFUSED: Final = "ephemeral containers are not allowed here"
+_IMAGE_REFUSED: Final = "the images of a running pod may not be changed here"
 _PASSED: Final = f"pod {_POD} does not have a host assigned"
 
 plane = pytest.fixture(scope="module")(_plane)
@@ -48,6 +49,12 @@ def _with_ephemeral_container(plane: ControlPlane, directory: Path, target: str)
     return _answer(plane, "replace", "--raw", f"{_API}/ephemeralcontainers?dryRun=All", "-f", path)
 
 
+def _with_image(plane: ControlPlane, kind: str, container: str) -> str:
+    """The answer to another image for a container; a dry run."""
+    patch = {"spec": {kind: [{"name": container, "image": "example.invalid/other"}]}}
+    return _answer(plane, "patch", "pod", _POD, "--dry-run=server", "-p", json.dumps(patch))
+
+
 def _apply_pod(plane: ControlPlane, directory: Path) -> None:
     (daemon_set,) = rendered.of_kind(rendered.render("overlays/hardened"), "DaemonSet")
     template = daemon_set["spec"]["template"]
@@ -66,9 +73,11 @@ def hardened(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> I
     _apply_pod(plane, directory)
     assert _PASSED in _exec(plane, "helper", "sh"), "the base has no such policies"
     assert '"debugger"' in _with_ephemeral_container(plane, directory, "helper"), "nor against these"
+    assert "patched" in _with_image(plane, "initContainers", "helper"), "nor against this"
     plane.kubectl("apply", "--validate=strict", "-k", "deployments/overlays/hardened")
     wait_until(lambda: _REFUSED in _exec(plane, "helper", "sh"), 600)
     wait_until(lambda: _EPHEMERAL_REFUSED in _with_ephemeral_container(plane, directory, "helper"), 600)
+    wait_until(lambda: _IMAGE_REFUSED in _with_image(plane, "initContainers", "helper"), 600)
     yield plane
 
 
@@ -127,6 +136,15 @@ def test_other_ways_to_the_helpers_container_are_refused(hardened: ControlPlane,
 def test_ephemeral_containers_are_refused(hardened: ControlPlane, tmp_path: Path, target: str) -> None:
     """Whichever container it targets: it could mount the pod's volumes."""
     assert _EPHEMERAL_REFUSED in _with_ephemeral_container(hardened, tmp_path, target)
+
+
+@pytest.mark.parametrize(("kind", "container"), [("initContainers", "helper"), ("containers", "server")])
+def test_images_of_a_running_pod_cannot_be_changed(hardened: ControlPlane, kind: str, container: str) -> None:
+    assert _IMAGE_REFUSED in _with_image(hardened, kind, container)
+
+
+def test_other_changes_of_a_running_pod_pass_admission(hardened: ControlPlane) -> None:
+    assert "labeled" in _answer(hardened, "label", "pod", _POD, "--dry-run=server", "looked-at=yes")
 
 
 def test_pods_of_other_namespaces_are_not_concerned(hardened: ControlPlane) -> None:

@@ -21,7 +21,7 @@ from qat_helper.commands.chain import BEGINNING, Items
 from qat_helper.commands.confined import read_only
 from qat_helper.commands.explain import explain
 from qat_helper.commands.files import open_files, open_log
-from qat_helper.console import log
+from qat_helper.console import log, visible
 from qat_helper.operations.table import NAMES, OPERATIONS
 from qat_helper.policy import Policy
 from qat_helper.policy_file import PolicyError, narrow
@@ -195,4 +195,4 @@ def _faults(count: int) -> str:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write("".join(f"{visible(line)}\n" for line in text.split("\n")))

@@ -42,20 +42,28 @@ _NO_SOCKET: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
 _NOT_THERE: Final = _NO_SOCKET | {errno.ECONNREFUSED, errno.EAGAIN}
 
 
-def repair_socket_directories(kubelet_dir: Path, gid: int) -> None:
-    """Give existing endpoint directories their group and mode, before the sandbox forbids chmod and chown.
+def open_unprepared(kubelet_dir: Path, directory: SocketDirectory, gid: int) -> int | None:
+    """A descriptor of an existing endpoint directory whose group or mode is not as it should be; else None.
 
-    The kubelet makes them root's, 0755, for a volume of the type DirectoryOrCreate. A directory that cannot be repaired
-    is reported by the operation that needs it.
+    The kubelet makes it root's, 0755, for a volume of the type DirectoryOrCreate.
     """
-    for name in _DIRECTORIES.values():
-        with suppress(OSError):
-            directory = os.open(kubelet_dir / name / NAMESPACE, _FLAGS)
-            try:
-                os.fchown(directory, -1, gid)
-                os.fchmod(directory, MODE)
-            finally:
-                os.close(directory)
+    with suppress(OSError):  # the operation that needs it reports that
+        descriptor = os.open(kubelet_dir / _DIRECTORIES[directory] / NAMESPACE, _FLAGS)
+        if not _is_prepared(descriptor, gid):
+            return descriptor
+        os.close(descriptor)
+    return None
+
+
+def repair(descriptor: int, gid: int) -> None:
+    """Give an endpoint directory its group and mode, before the sandbox forbids chmod and chown. Raises OSError."""
+    os.fchown(descriptor, -1, gid)
+    os.fchmod(descriptor, MODE)
+
+
+def _is_prepared(descriptor: int, gid: int) -> bool:
+    status = os.fstat(descriptor)
+    return (status.st_gid, stat.S_IMODE(status.st_mode)) == (gid, MODE)
 
 
 def prepare_socket_directory(node: Node, request: PrepareSocketDirectory) -> Outcome:
@@ -89,11 +97,10 @@ def _create(parent: int, gid: int) -> None:
         os.mkdir(NAMESPACE, MODE, dir_fd=parent)  # its group is the process's, the server's
     directory = os.open(NAMESPACE, _FLAGS, dir_fd=parent)
     try:
-        status = os.fstat(directory)
+        if not _is_prepared(directory, gid):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
     finally:
         os.close(directory)
-    if (status.st_gid, stat.S_IMODE(status.st_mode)) != (gid, MODE):
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def open_pod_resources(node: Node, request: OpenPodResources) -> Outcome:

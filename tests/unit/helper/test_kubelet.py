@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qat_helper.dispatch import perform
-from qat_helper.operations.kubelet import UMASK, repair_socket_directories
+from qat_helper.operations.kubelet import UMASK, open_unprepared, repair
 from qat_helper.operations.node import Node, Outcome
 from qat_helper.operations.table import NAMES
 from qat_helper.policy import Policy
@@ -159,6 +159,14 @@ def test_the_socket_directory_is_created(node: Node, word: SocketDirectory) -> N
         assert stat.S_IMODE(directory.stat().st_mode) == 0o770
 
 
+def repair_at_start(node: Node, directory: SocketDirectory, gid: int) -> None:
+    descriptor = open_unprepared(node.kubelet_dir, directory, gid)
+    assert descriptor is not None
+    repair(descriptor, gid)
+    os.close(descriptor)
+    assert open_unprepared(node.kubelet_dir, directory, gid) is None
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o2770, 0o700])
 @pytest.mark.parametrize("word", SocketDirectory)
 def test_an_existing_socket_directory_is_repaired_at_the_start_only(
@@ -171,7 +179,7 @@ def test_an_existing_socket_directory_is_repaired_at_the_start_only(
     assert code(Outcome(reply)) is ErrorCode.KERNEL
     assert "restart it if" in getattr(reply, "message", "")
     assert stat.S_IMODE(directory.stat().st_mode) == mode
-    repair_socket_directories(node.kubelet_dir, node.server_gid)
+    repair_at_start(node, word, node.server_gid)
     assert stat.S_IMODE(directory.stat().st_mode) == 0o770
     assert isinstance(prepare(node, word).reply, Done)
 
@@ -195,7 +203,7 @@ def test_the_socket_directory_is_given_to_the_servers_group(node: Node) -> None:
     expected()
     os.chown(directory, -1, before)
     assert code(prepare(other)) is ErrorCode.KERNEL
-    repair_socket_directories(node.kubelet_dir, 4321)
+    repair_at_start(node, SocketDirectory.DEVICE_PLUGINS, 4321)
     expected()
 
 
@@ -203,10 +211,10 @@ def test_the_repair_at_the_start_follows_no_link(node: Node, tmp_path: Path) -> 
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     place = node.kubelet_dir / "device-plugins/qat.intel.com"
     place.symlink_to(tmp_path / "elsewhere")
-    repair_socket_directories(node.kubelet_dir, node.server_gid)
+    assert open_unprepared(node.kubelet_dir, SocketDirectory.DEVICE_PLUGINS, node.server_gid) is None
     place.unlink()
     place.write_text("x")
-    repair_socket_directories(node.kubelet_dir, node.server_gid)
+    assert open_unprepared(node.kubelet_dir, SocketDirectory.DEVICE_PLUGINS, node.server_gid) is None
     assert stat.S_IMODE((tmp_path / "elsewhere").stat().st_mode) == 0o700
 
 

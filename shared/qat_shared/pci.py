@@ -25,7 +25,7 @@ class PciAddress(Struct, frozen=True, order=True, array_like=True, forbid_unknow
         """Parse an address in sysfs' format. Raises ValueError."""
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text[:40]!r} is not a PCI address as sysfs writes it, in lower case: 0000:6b:00.1")
+            raise ValueError(f"{text[:40]!r} is not a PCI address in lower case, such as 0000:6b:00.1")
         domain, bus, device, function = match.groups()
         if len(domain) > 4 and domain[0] == "0":  # the kernel pads to four digits, never further
             raise ValueError(f"{text[:40]!r} is not a PCI address in the kernel's format: too many leading zeros")

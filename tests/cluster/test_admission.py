@@ -1,4 +1,4 @@
-"""A real API server keeps `kubectl exec` out of the helper's container once the hardened overlay is applied.
+"""A real API server keeps `kubectl exec` to the commands that read once the hardened overlay is applied.
 
 There is no node. So whatever admission lets pass fails in the next step: the pod has no host.
 """
@@ -20,6 +20,7 @@ _NAMESPACE: Final = "qat-plugin"
 _POD: Final = "of-the-plugin"
 _API: Final = f"/api/v1/namespaces/{_NAMESPACE}/pods/{_POD}"
 _REFUSED: Final = 'only "qat-helper audit ..." and "qat-helper policy ..." may be executed in it'
+_SERVER_REFUSED: Final = "a process of this container may use the helper"
 _EPHEMERAL_REFUSED: Final = "ephemeral containers are not allowed here"
 _PASSED: Final = f"pod {_POD} does not have a host assigned"
 
@@ -94,9 +95,19 @@ def test_the_commands_that_read_pass_admission(hardened: ControlPlane, command: 
     assert _PASSED in _exec(hardened, "helper", *command)
 
 
-def test_the_servers_container_is_as_open_as_before(hardened: ControlPlane) -> None:
+def test_the_commands_that_look_pass_admission_in_the_servers_container(hardened: ControlPlane) -> None:
     assert _PASSED in _exec(hardened, "server", "qat-plugin", "status")
+    assert _PASSED in _exec(hardened, "server", "qat-plugin", "config", "check", "/etc/qat-plugin/provisioning")
     assert _PASSED in _answer(hardened, "exec", _POD, "--", "qat-plugin", "doctor"), "kubectl names the default itself"
+    assert _PASSED in _answer(hardened, "attach", _POD, "-c", "server"), "it has no standard input"
+
+
+@pytest.mark.parametrize(
+    "command", [("python3", "-c", "pass"), ("qat-plugin",), ("qat-plugin", "provision"), ("/tmp/qat-plugin", "status")]
+)
+def test_other_commands_are_refused_in_the_servers_container(hardened: ControlPlane, command: tuple[str, ...]) -> None:
+    """Their process would have the uid that the helper serves, outside the server's sandbox."""
+    assert _SERVER_REFUSED in _exec(hardened, "server", *command)
 
 
 _OTHER_WAYS: Final[dict[str, Callable[[ControlPlane], str]]] = {

@@ -9,6 +9,7 @@ from helper_security.forbidden import unexpected
 from helper_security.test_confinement import LACKING, answers, build
 from qat_simulation.node.description import Node, Pf
 from qat_simulation.running_node import RunningNode, running_node
+from support.conditions import until
 
 CY = "qat.intel.com/cy"
 ONE_PF = Node(pfs=(Pf(address="0000:6b:00.0", services="sym;asym", total_vfs=2),))
@@ -79,7 +80,11 @@ async def test_log_files_are_written_and_rotated_in_the_sandbox(tmp_path: Path) 
     options = ("--require-sandbox", "--logtostderr=false", f"--log_dir={tmp_path}", "--v=5")
     async with running_node(ONE_PF, options) as node:
         await served(node)
+
+        def logged() -> bool:
+            logs = [tmp_path / name for name in os.listdir(tmp_path) if ".log.INFO." in name]
+            return any("resource registered" in path.read_text() for path in logs)
+
+        await until(logged)  # the kubelet knows of a registration before the server has written it down
         assert await node.stop_server() == 0
-        logs = [tmp_path / name for name in os.listdir(tmp_path) if ".log.INFO." in name]
-        assert any("resource registered" in path.read_text() for path in logs)
         assert "cannot be written" not in node.log("server")

@@ -16,6 +16,8 @@ from qat_shared.messages import (
     AnyRequest,
     BindDriver,
     DpdkDriver,
+    ErrorCode,
+    Failure,
     Heartbeat,
     Hello,
     ReadDeviceConfig,
@@ -39,6 +41,7 @@ BOUND = [f"70:{number // 8:02x}.{number % 8}" for number in range(1, 17)]
 OPEN = [f"70:{number // 8:02x}.{number % 8}" for number in range(17, 21)]
 """VFs whose unbind from vfio-pci hangs."""
 REASON = "x" * 64
+"""The longest."""
 OPENAT = "257"
 """The system call's number, as /proc shows it."""
 EXEC = 8 << 20
@@ -106,8 +109,8 @@ def fill(running: Helper, client: Client, witness: Client, replies: int | None) 
 def greet(client: Client) -> None:
     """Ask for a Welcome and wait for it, past the replies that come before it."""
     client.send(Hello(id=0, protocol=PROTOCOL, version="test"))
-    while not isinstance(client.receive(), Welcome):
-        pass
+    while not isinstance(reply := client.receive(), Welcome):
+        assert not (isinstance(reply, Failure) and reply.code is ErrorCode.MALFORMED), reply
 
 
 def hang(running: Helper) -> None:

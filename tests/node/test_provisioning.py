@@ -39,7 +39,7 @@ async def provisioned(
         assert running.kernel.defects == []
 
 
-async def serves(node: RunningNode, allocatable: dict[str, int], seconds: float = 20) -> None:
+async def serves(node: RunningNode, allocatable: dict[str, int], seconds: float = 120) -> None:
     """Wait until this is allocatable, apart from resources that are being withdrawn (0)."""
     await node.until(
         f"allocatable is {allocatable}",

@@ -196,16 +196,18 @@ def is_true(name: str, value: str) -> bool:
 
 
 def from_environment(environment: Mapping[str, str], flags: Sequence[Flag] = SERVER_FLAGS) -> dict[str, str]:
-    """The flags set by environment variables (QAT_PLUGIN_DPDK_DRIVER=igb_uio). Empty variables are ignored.
+    """The flags set by environment variables (QAT_PLUGIN_DPDK_DRIVER=igb_uio).
 
-    Raises FlagError for a variable with this prefix that no flag has.
+    Empty variables are ignored, but those of booleans are passed on: a template without a value must not switch
+    --require-sandbox off. Raises FlagError for a variable with this prefix that no flag has.
     """
     known = [flag.variable for flag in flags]
     try:
         check_variables(environment, ENVIRONMENT_PREFIX, known, lambda name: _hint(name, known))
     except ValueError as error:
         raise FlagError(str(error)) from None
-    given = {flag.name: environment[flag.variable] for flag in flags if environment.get(flag.variable)}
+    set_flags = [flag for flag in flags if flag.variable in environment]
+    given = {flag.name: text for flag in set_flags if (text := environment[flag.variable]) or flag.boolean}
     if environment.get(_NODE_NAME):
         given.setdefault("node-name", environment[_NODE_NAME])
     return given

@@ -3,6 +3,7 @@
 import pytest
 
 from qat_server.command_line.flags import SERVER_FLAGS, Flag, FlagError, from_environment, plain, read
+from qat_server.command_line.settings import SettingsError, parse
 
 SPELLINGS = {
     "one dash, space": ["-dpdk-driver", "igb_uio"],
@@ -109,6 +110,13 @@ def test_environment() -> None:
     environment = {"QAT_PLUGIN_DPDK_DRIVER": "igb_uio", "QAT_PLUGIN_LOG_DIR": "/x", "QAT_PLUGIN_V": "", "HOME": "/"}
 
     assert from_environment(environment) == {"dpdk-driver": "igb_uio", "log_dir": "/x"}
+
+
+def test_an_empty_variable_does_not_switch_a_boolean_off() -> None:
+    environment = from_environment({"QAT_PLUGIN_REQUIRE_SANDBOX": ""})
+
+    with pytest.raises(SettingsError, match="QAT_PLUGIN_REQUIRE_SANDBOX: '' is not true or false"):
+        parse(environment=environment)
 
 
 def test_every_variable_is_its_own() -> None:

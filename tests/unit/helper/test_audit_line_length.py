@@ -20,4 +20,4 @@ def test_the_longest_line_of_each_operation() -> None:
 def test_the_documentation_has_the_numbers() -> None:
     text = (Path(__file__).parents[3] / "docs/audit.md").read_text()
     assert f"A line has at most {LONGEST_LINE:,} bytes" in text
-    assert f"at most {LONGEST_REQUEST:,} bytes together" in text
+    assert f"the two lines of one request have at most {LONGEST_REQUEST:,} bytes together" in text

@@ -121,7 +121,7 @@ def test_json_is_ascii_whatever_a_line_holds(tmp_path: Path, capfd: CAPTURE) -> 
         ("--operation", "", ("BindDriver",)),
         ("--verdict", "fail", ("failed", "under way")),
         ("--verdict", "OK", ("'ok'",)),
-        ("--device", "6b:00.1", ("is not a PCI address as sysfs writes it, in lower case: 0000:6b:00.1",)),
+        ("--device", "6b:00.1", ("is not a PCI address in lower case, such as 0000:6b:00.1",)),
         ("--device", "0000:6B:00.1", ("is not a PCI address",)),
     ],
 )

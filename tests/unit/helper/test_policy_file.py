@@ -101,11 +101,11 @@ UNUSABLE: dict[str, tuple[str | bytes, str]] = {
     "Hello cannot be forbidden": ('operations = ["Hello"]', " line 1: operations: unknown value 'Hello'; known"),
     "no domain": (
         'addresses = ["6b:00.1"]',
-        " line 1: addresses: '6b:00.1' is not a PCI address as sysfs writes it, in lower case: 0000:6b:00.1",
+        " line 1: addresses: '6b:00.1' is not a PCI address in lower case, such as 0000:6b:00.1",
     ),
     "upper case": (
         'addresses = [\n  "0000:6b:00.1",\n  "0000:6B:00.1",\n]',
-        " line 3: addresses: '0000:6B:00.1' is not a PCI address as sysfs writes it, in lower case: 0000:6b:00.1",
+        " line 3: addresses: '0000:6B:00.1' is not a PCI address in lower case, such as 0000:6b:00.1",
     ),
     "no id": ('device_ids = ["8086"]', " line 1: device_ids: unknown value '8086'; known are 8086:"),
     "an id in upper case": ('device_ids = ["8086:37C8"]', " line 1: device_ids: unknown value '8086:37C8'"),

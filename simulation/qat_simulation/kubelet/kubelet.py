@@ -157,6 +157,7 @@ class Kubelet:
             await server.stop(None)
             if not kill:
                 bound.remove()
+        await self.plugins.end()  # those of a Register call that was in progress: no connection outlives the process
         self._changed()
 
     async def restart(self, kill: bool = False) -> None:

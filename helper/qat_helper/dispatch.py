@@ -12,16 +12,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Final
 
-import msgspec
-
-from qat_helper.audit.log import AuditError, AuditLog, Caller, Entry, Fields, printable
+from qat_helper.audit.log import AuditError, AuditLog, Caller, Entry, Fields
 from qat_helper.child import Child
 from qat_helper.errors import OperationError, denied
+from qat_helper.job import Job, Key, ReplyTo, fields_of
 from qat_helper.operations.node import Node, Outcome
-from qat_helper.operations.table import MAX_CHILDREN, OPERATIONS, PF, Operation, deadline_of
+from qat_helper.operations.table import MAX_CHILDREN, OPERATIONS, Operation
 from qat_helper.policy import ALL
 from qat_helper.rate_limit import RateLimiter
 from qat_shared.messages import AnyReply, AnyRequest, ErrorCode, Failure
@@ -34,82 +32,6 @@ MAX_IDLE: Final = 8
 _REJECTED_UIDS: Final = -1
 """The uid under which all rejected uids share one rate limit: there may be many of them."""
 _LISTED: Final = 32
-_VF_OF: Final = "vf of"
-
-ReplyTo = Callable[[Outcome], None]
-Key = tuple[str, str]
-"""What an operation works on: a word of the table's column `exclusive`, and an address."""
-
-
-class Job:
-    """A request in progress. Times are of the monotonic clock."""
-
-    def __init__(
-        self, caller: Caller, request: AnyRequest, reply_to: ReplyTo, owner: object, clock: Callable[[], float]
-    ) -> None:
-        self.caller = caller
-        self.owner = owner
-        self.request = request
-        self.operation: Operation[AnyRequest] = OPERATIONS[type(request)]
-        self.kind = (self.operation.name, owner)
-        """One child can perform all jobs of a kind, one after another."""
-        self.reply_to = reply_to
-        self._clock = clock
-        self.started_at = clock()
-        self.deadline = self.started_at + deadline_of(request)
-        self.asked = 0
-        """The sequence number of its first audit line."""
-        self.timed_out = False
-        self.holds: tuple[Key, ...] = ()
-        self.excludes: tuple[Key, ...] = ()
-
-    def claim(self, root: Path) -> None:
-        """Set the keys that this job holds until it ends, and those that no unfinished job may hold."""
-        exclusive, address = self.operation.exclusive, str(getattr(self.request, "address", ""))
-        if exclusive == PF:
-            self.holds = ((PF, address),)
-            self.excludes = ((PF, address), (_VF_OF, address))
-        elif exclusive is not None:
-            self.holds = self.excludes = ((exclusive, address),)
-            if exclusive == "driver" and (pf := _physfn(root, address)):
-                self.holds += ((_VF_OF, pf),)
-                self.excludes += ((PF, pf),)
-
-    def failed(self, code: ErrorCode, why: str) -> Outcome:
-        """The outcome of a job that was not done or not finished."""
-        return Outcome(OperationError(code, why).reply(self.request.id))
-
-    def entry(self, event: str, verdict: str = "", reply: AnyReply | None = None) -> Entry:
-        """An audit line about this job; `reply` once it has ended."""
-        return Entry(
-            event=event,
-            peer=self.caller,
-            operation=self.operation.name,
-            arguments=_fields_of(self.request),
-            reason=printable(self.request.reason),
-            verdict=verdict,
-            result={} if reply is None else _fields_of(reply),
-            duration_ms=None if reply is None else round((self._clock() - self.started_at) * 1000, 3),
-            asked=self.asked,
-        )
-
-
-def _physfn(root: Path, address: str) -> str:
-    """The address of a VF's PF, "" if there is none. Reading a link's target never blocks."""
-    try:
-        return os.readlink(f"{root}/bus/pci/devices/{address}/physfn").rpartition("/")[2]
-    except OSError:
-        return ""
-
-
-def _fields_of(message: AnyRequest | AnyReply) -> Fields:
-    return {
-        name: value
-        if value is None or isinstance(value, int)
-        else printable(";".join(value) if isinstance(value, tuple) else str(value))
-        for name, value in msgspec.structs.asdict(message).items()
-        if name not in ("id", "reason", "audit", "answer") and value != ""
-    }
 
 
 class Dispatcher:
@@ -179,7 +101,7 @@ class Dispatcher:
     def reject(self, caller: Caller) -> OperationError:
         """Record a connection from a uid that is not admitted. Returns the error for whatever it requests."""
         error = denied("server-uid", f"uid {caller.uid} may not use this helper: see its option --server-uid")
-        entry = Entry(event="refused", peer=caller, verdict="denied", result=_fields_of(error.reply(0)))
+        entry = Entry(event="refused", peer=caller, verdict="denied", result=fields_of(error.reply(0)))
         if self._rate_limiter.take(_REJECTED_UIDS, ALL):
             with suppress(AuditError):  # it is rejected either way, and the log's error is already reported
                 self._audit.append(entry)
@@ -312,22 +234,13 @@ class Dispatcher:
     def _finish(self, job: Job, outcome: Outcome) -> None:
         self._busy -= Counter(job.holds)
         if job.operation.audited:
-            self._audit.enqueue(job.entry(*_final_event(job, outcome.reply), outcome.reply))
+            self._audit.enqueue(job.last_entry(outcome.reply))
         elif isinstance(outcome.reply, Failure):
             outcome = Outcome(self._refused(job, outcome.reply))
         if not job.timed_out:
             job.reply_to(outcome)
         elif outcome.descriptor is not None:
             os.close(outcome.descriptor)
-
-
-def _final_event(job: Job, reply: AnyReply) -> tuple[str, str]:
-    """The event and verdict of a job's last audit line."""
-    if job.timed_out:
-        return "late", "late"
-    if not isinstance(reply, Failure):
-        return "done", "ok"
-    return ("refused", "denied") if reply.code is ErrorCode.DENIED else ("done", "failed")
 
 
 def perform(node: Node, request: AnyRequest) -> Outcome:

@@ -1,22 +1,21 @@
-"""The command qat-helper: its options, the checks before it serves, and the order of start and stop."""
+"""The command qat-helper: the checks before it serves, and the order of start and stop."""
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
-from qat_helper.audit.copies import Copy, copier
-from qat_helper.audit.log import AuditError, AuditLog, Entry, Fields, Sync
 import msgspec
 
+from qat_helper.audit.copies import copier
+from qat_helper.audit.log import AuditError, AuditLog, Entry, Fields
 from qat_helper.console import log
 from qat_helper.listening import ListenError, listening
 from qat_helper.operations.kubelet import UMASK, open_unprepared, repair
 from qat_helper.operations.node import Node
 from qat_helper.operations.table import NAMES
+from qat_helper.options import OptionError, parse
 from qat_helper.policy import Policy
 from qat_helper.policy_file import PolicyError, narrow
 from qat_helper.sandbox import close_inherited, confine, join_group
@@ -25,49 +24,10 @@ from qat_shared import VERSION
 from qat_shared.confinement import missing
 from qat_shared.messages import PrepareSocketDirectory
 from qat_shared.sysfs import SysfsError, pci_directory
-from qat_shared.values import boolean, by_name, check_variables, integer, one_of
-
-_PREFIX: Final = "QAT_HELPER_"
-NOBODY: Final = 65534
-"""The overflow uid and gid: what the kernel shows for every id that has no mapping in a user namespace."""
-_SYNC: Final = partial(one_of, by_name(list(Sync)))
-_COPY: Final = partial(one_of, by_name(list(Copy)))
-_KIB: Final = partial(integer, minimum=0, maximum=1024 * 1024)
 
 
 class StartError(Exception):
     """The helper cannot run here. The message is one sentence."""
-
-
-def _id(text: str) -> int:
-    number = integer(text, 0, 2**32 - 2)  # -1 means "leave unchanged" to chown
-    if number == NOBODY:
-        raise ValueError(f"{NOBODY} stands for every id that has no name of its own: use another")
-    return number
-
-
-_OPTIONS: Final[tuple[tuple[str, str, Callable[[str], object], str | None, str], ...]] = (
-    ("sysfs-root", "PATH", Path, "/sys", "sysfs mount point"),
-    ("kubelet-dir", "PATH", Path, "/var/lib/kubelet", "the kubelet's root directory"),
-    ("socket", "PATH", Path, "/run/qat-plugin/helper.sock", "Unix socket to listen on"),
-    ("server-uid", "UID", _id, "65532", "the only uid that may send requests"),
-    ("server-gid", "GID", _id, "65532", "group of the socket and of the server's endpoint directory"),
-    ("audit-log", "PATH", Path, "/var/log/qat-plugin/audit.jsonl", "audit log file"),
-    ("audit-sync", "WHEN", _SYNC, "never", "flush to disk: never (left to the kernel) or line (after each line)"),
-    ("audit-rotate", "KIB", _KIB, "65536", "start a new file after this many KiB; 0: never"),
-    (
-        "audit-copy",
-        "WHERE",
-        _COPY,
-        "auto",
-        "copy lines to: none, stdout, journal, auto (journal if started by systemd)",
-    ),
-    ("policy", "PATH", Path, None, "root's TOML file, or directory of them, that restricts what may be requested"),
-    ("require-sandbox", "", boolean, "false", "do not start if any layer of the sandbox is missing"),
-    ("traceable", "", boolean, "false", "let processes of the same user trace this one; for simulated nodes"),
-)
-"""Name, metavar ("" for a switch), parser, default and help. A parser raises ValueError with one sentence."""
-_VARIABLES: Final = {name: f"{_PREFIX}{name.replace('-', '_').upper()}" for name, *_ in _OPTIONS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,53 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(arguments, confined=own)
     try:
-        _serve(_parse(arguments))
-    except (StartError, SysfsError, PolicyError, AuditError, ListenError) as error:
+        _serve(parse(arguments))
+    except (OptionError, StartError, SysfsError, PolicyError, AuditError, ListenError) as error:
         log(str(error))
         return 2
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="qat-helper",
-        description="The root process of qat-plugin: performs a fixed set of audited operations for the server.",
-        usage="%(prog)s [options]\n       %(prog)s audit verify|show ...\n       %(prog)s policy check FILE",
-        epilog="Each option can also be set in the environment: --sysfs-root as QAT_HELPER_SYSFS_ROOT, and so on.",
-        allow_abbrev=False,
-        # argparse imports shutil to find the terminal's width, and shutil imports three libraries that unpack archives.
-        formatter_class=partial(argparse.HelpFormatter, width=110),
-    )
-    parser.add_argument("--version", action="version", version=f"qat-helper {VERSION}")
-    for name, metavar, _, default, text in _OPTIONS:
-        if metavar:
-            shown_default = "" if default is None else f" (default {default})"
-            parser.add_argument(f"--{name}", metavar=metavar, help=text + shown_default)
-        else:
-            parser.add_argument(f"--{name}", action="store_const", const="true", help=text)
-    given, environment = vars(parser.parse_args(arguments)), os.environ
-    known = ", ".join(_VARIABLES.values())
-    try:
-        check_variables(environment, _PREFIX, _VARIABLES.values(), lambda _: f"known are {known}")
-    except ValueError as error:
-        raise StartError(str(error)) from None
-    values = argparse.Namespace()
-    for name, _, parse, default, _ in _OPTIONS:
-        field, variable = name.replace("-", "_"), _VARIABLES[name]
-        source, written = f"--{name}", given[field]
-        if written is None and variable in environment:
-            source, written = variable, environment[variable]
-        written = default if written is None else written
-        try:
-            if written == "":
-                raise ValueError("the value is missing")
-            setattr(values, field, None if written is None else parse(written))
-        except ValueError as error:
-            raise StartError(f"{source}: {error}") from None
-    return values
-
-
-def _serve(options: argparse.Namespace) -> None:
+def _serve(options: Namespace) -> None:
     close_inherited()
     root: Path = options.sysfs_root
     pci_directory(root)

@@ -1,7 +1,7 @@
 """Connections to the kubelet that were passed to peers: a copy of each, through which it is ended.
 
 A peer can keep its own copy of a descriptor for as long as it likes. Shutting a socket down ends the connection for
-all who have a copy, so at most MAX_OPEN are open at a time, of all peers together, and none of a peer that has left.
+every copy. So at most MAX_OPEN connections of all peers together are open, and none of a peer that has disconnected.
 Neither shutdown nor close blocks on a Unix stream socket that only the kubelet sends to.
 """
 

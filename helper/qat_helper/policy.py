@@ -11,7 +11,7 @@ from typing import Final
 from msgspec import Struct
 
 from qat_helper.errors import denied
-from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.devices import PHYSICAL, VIRTUAL, is_qat
 from qat_shared.messages import DPDK_DRIVERS, DpdkDriver, SocketDirectory
 from qat_shared.pci import PciAddress
 from qat_shared.resources import RESOURCES
@@ -121,12 +121,7 @@ def _to_allow(rule: str, value: object) -> str:
     return f'to allow it, add the line {rule} = ["{value}"], or "{value}" to the line that is there'
 
 
-def is_qat(vendor: int, number: int) -> bool:
-    """Whether the PCI id is in the device table."""
-    return vendor == VENDOR_INTEL and (number in VIRTUAL or number in PHYSICAL)
-
-
-def deny_foreign(address: PciAddress, driver: str | None, kernel_driver: str | None, how: str = "bound to") -> None:
+def deny_foreign(address: PciAddress, driver: str | None, kernel_driver: str, how: str = "bound to") -> None:
     """A VF is taken only from its kernel VF driver or a DPDK driver: somebody chose any other.
 
     Raises OperationError.

@@ -36,7 +36,8 @@ def narrow(builtin: Policy, path: Path, owner: int) -> Policy:
     What a key lists in several files is allowed by each of them. `owner`: the uid, other than root, that may own a
     file. Raises PolicyError: one sentence with file, line and key.
     """
-    # A parser raises ValueError with a sentence, and with words after the key that lead to its line.
+    # A parser raises ValueError. Its first argument is the sentence; the others are words that follow the key in the
+    # file, by which _line finds the faulty line.
     ids = {f"{VENDOR_INTEL:04x}:{number:04x}": (VENDOR_INTEL, number) for number in sorted([*PHYSICAL, *VIRTUAL])}
     parsers: dict[str, Callable[[Any], Any]] = {
         "operations": partial(_list, _known(builtin.operations)),

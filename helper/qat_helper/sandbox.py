@@ -20,13 +20,12 @@ from typing import Final
 from qat_helper.listening import FIRST_PASSED
 from qat_shared import confinement
 from qat_shared.confinement import MAKE_DIR, MAKE_REG, READ, READ_DIR, REMOVE_FILE, WRITE_FILE, nearest
-from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.devices import is_qat
 from qat_shared.pci import PciAddress
 from qat_shared.seccomp import read_profile
 from qat_shared.sysfs import SysfsError, open_device
 
 PROFILE: Final = Path(__file__).with_name("seccomp.json")
-_KINDS: Final = PHYSICAL.keys() | VIRTUAL.keys()
 _HOST_BRIDGE: Final = re.compile(r"/pci[0-9a-f]{4,}:[0-9a-f]{2}/", re.ASCII)
 
 
@@ -76,7 +75,7 @@ def _device_places(sysfs: Path) -> set[Path]:
     for name in os.listdir(sysfs / "bus/pci/devices"):
         # Not an address, or removed in the meantime.
         with suppress(ValueError, SysfsError), open_device(sysfs, PciAddress.parse(name)) as device:
-            intel = device.read_int("vendor", 16) == VENDOR_INTEL
-            if intel and device.read_int("device", 16) in _KINDS and _HOST_BRIDGE.search(device.place):
+            ids = device.read_int("vendor", 16), device.read_int("device", 16)
+            if is_qat(*ids) and _HOST_BRIDGE.search(device.place):
                 found.add(Path(device.place).parent)
     return found

@@ -198,7 +198,7 @@ class Server:
             self._update(peer)
 
     def _may_pass_descriptor(self, peer: Peer) -> bool:
-        """Whether the peer receives what it is sent: descriptors in transit count against all processes of our uid."""
+        """Whether few enough descriptors are in transit to the peer: they count against all processes of our uid."""
         (unread,) = _INT.unpack(fcntl.ioctl(peer.sock, termios.TIOCOUTQ, bytes(_INT.size)))
         if not unread and not peer.queue:
             peer.passed = 0
@@ -275,8 +275,8 @@ class Server:
         Unread packets may hold descriptors, and the last close of one may block. A child process therefore holds copies
         until this process has closed its own. An exiting process does not wait for a lingering socket (the kernel's
         PF_EXITING), and if it waits for anything else, this process does not, and its memory is already released. If no
-        child can be started, which a peer may have caused, the sockets stay open until the next attempt. One such child
-        has memory at a time: the next is started when it has told that it exits.
+        child can be started, which a peer may have caused, the sockets stay open until the next attempt. Only one such
+        child at a time takes memory: the next is started when this one's end of the channel is closed.
         """
         if not self._unclosed or self._closing:
             return

@@ -57,3 +57,8 @@ VIRTUAL: Final = MappingProxyType(
         0x6F55: Virtual("d15xxvf", 0x6F54, named_by_services=False),
     }
 )
+
+
+def is_qat(vendor: int, device: int) -> bool:
+    """Whether a PCI vendor and device id are in the device table."""
+    return vendor == VENDOR_INTEL and (device in VIRTUAL or device in PHYSICAL)

@@ -159,8 +159,8 @@ class RegisterResource(Request, frozen=True, kw_only=True, tag="RegisterResource
 class OpenPodResources(Request, frozen=True, kw_only=True, tag="OpenPodResources"):
     """Connect to the kubelet's PodResources service, waiting up to `wait_ms` for it. Answer: Connected.
 
-    The answer carries one descriptor. The helper shuts the connection down when it passes newer ones (MAX_OPEN), and
-    at the end of the client's own connection.
+    The answer carries one descriptor. The helper shuts the connection down when too many newer ones are open
+    (qat_helper/passed.py), and when the client's own connection ends.
     """
 
     wait_ms: WaitMs = 0

@@ -98,7 +98,7 @@ def test_other_commands_are_refused_in_the_helpers_container(hardened: ControlPl
 
 
 @pytest.mark.parametrize(
-    "command", [("qat-helper", "audit", "verify"), ("qat-helper", "policy", "check", "/etc/qat-plugin/policy.toml")]
+    "command", [("qat-helper", "audit", "verify"), ("qat-helper", "policy", "check", "/etc/qat-plugin/policy")]
 )
 def test_the_commands_that_read_pass_admission(hardened: ControlPlane, command: tuple[str, ...]) -> None:
     assert _PASSED in _exec(hardened, "helper", *command)

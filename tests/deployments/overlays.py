@@ -1,7 +1,7 @@
 """An overlay's processes on a simulated node: the rendered options and ConfigMaps, through a whole life.
 
-Only what a simulated node cannot do without is changed: paths, the source of uevents, the metrics' port; and neither
-process requires its sandbox, which the emulated kernel needs to look into.
+Only what a simulated node cannot do without is changed: paths, the source of uevents and the metrics' port. The
+containers' variables are left out too: neither process requires its sandbox, because the emulated kernel traces them.
 """
 
 import asyncio
@@ -77,8 +77,8 @@ def setup_of(manifests: list[Manifest]) -> Setup:
     provisioning = any(word.startswith("--provisioning-config=") for word in server)
     in_a_vm = "--health-interval=0" in server
     return Setup(
-        helper=_kept(helper, "--policy=", "--require-sandbox"),
-        server=_kept(server, "--metrics-address=", "--provisioning-config=", "--require-sandbox"),
+        helper=_kept(helper, "--policy="),
+        server=_kept(server, "--metrics-address=", "--provisioning-config="),
         policy=config["data"],
         node=IN_A_VM if in_a_vm else TO_PROVISION if provisioning else ON_A_HOST,
         provisioning=provisioning,

@@ -27,13 +27,11 @@ HELPER_PATHS: Final = {
     "/sys/devices": "driver_override, sriov_numvfs and qat/* are written there",
     "/sys/kernel/debug": "heartbeats and dev_cfg are read there",
     "/var/lib/kubelet/device-plugins": "it makes the server's directory there, and connects to kubelet.sock",
-    "/var/lib/kubelet/plugins_registry": "it makes the server's directory there",
     "/var/lib/kubelet/pod-resources": "it connects to the socket there",
     "/var/log/qat-plugin": "the audit log outlives the pod",
 }
 SERVER_PATHS: Final = {
     "/var/lib/kubelet/device-plugins/qat.intel.com": "its endpoints' sockets",
-    "/var/lib/kubelet/plugins_registry/qat.intel.com": "its endpoints' sockets",
 }
 READ_ONLY: Final = frozenset({"/sys/kernel/debug", "/var/lib/kubelet/pod-resources"})
 SERVER_ID: Final = 65532

@@ -16,7 +16,7 @@ import yaml
 from deployments import rendered
 from deployments.overlays import setup_of
 from deployments.rendered import BUILT, COMPONENTS, DEPLOYMENTS, EXAMPLES, INSTALLATIONS, Manifest
-from qat_helper.main import _parse as helper_options
+from qat_helper.options import parse as helper_options
 from qat_server.command_line import flags, settings
 from qat_server.composition import Server
 from qat_server.observability import metrics

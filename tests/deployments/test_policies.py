@@ -9,7 +9,7 @@ import pytest
 
 from deployments import policies, rendered
 from deployments.rendered import COMPONENTS, EXAMPLES, INSTALLATIONS
-from qat_helper.main import _parse as helper_options
+from qat_helper.options import parse as helper_options
 from qat_server.command_line import flags, settings
 
 pytestmark = pytest.mark.usefixtures("kustomize")

@@ -16,7 +16,7 @@ import pytest
 from deployments import containers, images, measured, rendered
 from deployments.pods import pod_node
 from deployments.rendered import DEPLOYMENTS
-from qat_helper.main import _parse as helper_options
+from qat_helper.options import parse as helper_options
 from qat_server.command_line import settings
 from qat_server.host.startup import START_TIMEOUT
 from qat_simulation.node.description import demo_node

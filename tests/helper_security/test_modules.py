@@ -24,9 +24,10 @@ from support.helper_process import PF, VF, helper
 from support.sysfs_tree import address
 
 OURS = {
-    "qat_helper": "audit audit.copies audit.log child console dispatch errors listening main operations "
+    "qat_helper": "audit audit.copies audit.log child console dispatch errors job listening main operations "
     "operations.binding operations.kubelet operations.node operations.provisioning operations.reading "
-    "operations.registration operations.table operations.writing passed policy policy_file rate_limit sandbox serve",
+    "operations.registration operations.table operations.writing options passed policy policy_file rate_limit sandbox "
+    "serve",
     "qat_shared": "codec confinement devices messages pci resources seccomp sysfs values",
 }
 """All modules that the helper imports, by package."""
@@ -43,7 +44,7 @@ keyword linecache locale marshal math ntpath numbers opcode operator os pathlib 
 re reprlib select selectors signal site socket stat string struct sys termios textwrap time token
 tokenize types typing urllib uuid warnings zipimport"""
 """Modules of the standard library and of its own parts, whose names begin with an underscore."""
-LINES = 2539
+LINES = 2557
 """The present number, as a limit against growth; the aim is 1,200."""
 
 BUILD = """

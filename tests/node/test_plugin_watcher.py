@@ -68,6 +68,6 @@ async def test_what_the_policy_forbids_is_the_reason_shown(helper_policy: Callab
         node.start_server()
         await node.until_status(
             "it says why",
-            lambda status: any("does not allow plugins-registry" in each for each in status.not_ready),
+            lambda status: any("policy does not allow plugins-registry" in each for each in status.not_ready),
         )
         assert not (node.kubelet.directory / "plugins_registry" / "qat.intel.com").exists()

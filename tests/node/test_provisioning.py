@@ -360,7 +360,7 @@ async def test_a_step_that_the_policy_denies_is_tried_once_and_vfs_stay_healthy(
         node.start_server()
         await serves(node, {DC: 4})
         status = await node.until_status("it is reported", lambda status: of(status).stage == "failed")
-        assert "the helper's policy does not allow" in of(status).reason
+        assert f"the helper's policy does not allow {PF0}: " in of(status).reason
         for _ in range(5):
             await node.status()
         assert story(node) == [("SetServices", "denied", None, None)]

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qat_helper import dispatch
+from qat_helper import dispatch, job
 from qat_helper.audit.log import AuditLog, Caller
 from qat_helper.dispatch import Dispatcher
 from qat_helper.errors import PENDING_HEAD
@@ -49,7 +49,8 @@ class Bench:
         self.descriptors: list[int] = []
         self.calls: dict[int, Callable[[], None]] = {}
         self._table = dict(OPERATIONS)
-        monkeypatch.setattr(dispatch, "OPERATIONS", self._table)
+        for module in (dispatch, job):
+            monkeypatch.setattr(module, "OPERATIONS", self._table)
         monkeypatch.setattr(os, "fork", recording_fork(os.fork, UNREAPED))
         node = Node(sysfs_root=directory, kubelet_dir=directory, server_gid=0, policy=policy)
         self.dispatcher = Dispatcher(node, self.audit, self.calls.__setitem__, self.calls.__delitem__, lambda: self.now)

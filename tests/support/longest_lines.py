@@ -8,8 +8,8 @@ import msgspec
 from msgspec import inspect
 
 from qat_helper.audit.log import Caller, Entry, printable
-from qat_helper.dispatch import Job
 from qat_helper.errors import MESSAGE_LIMIT
+from qat_helper.job import Job
 from qat_helper.operations.table import OPERATIONS
 from qat_shared.messages import (
     AnyReply,

@@ -16,9 +16,9 @@ from qat_shared.messages import AuditHead
 
 BEGINNING: Final = AuditHead(sequence=0, hash="0" * 64)
 MAX_PARTS: Final = 10_000
-"""Runs and junk of one log that are told apart, which bounds the memory for a log that is broken everywhere."""
+"""The runs and junk of one log that are kept: the limit bounds the memory that a log with breaks everywhere takes."""
 _PIECE_LIMIT: Final = LINE_LIMIT + 64
-"""A fragment is at most a line with what later writes have ended it with."""
+"""The longest fragment: a line, and the marks with which later writes ended it."""
 _TORN: Final = b"#torn"
 
 
@@ -126,8 +126,8 @@ class Items:
 class Survey(Struct):
     """A log's runs and junk in order, and its numbers. `whole`: False if it has more than MAX_PARTS of them.
 
-    `highest`: the highest sequence number. `with_sequence`: the first line with that of the wanted head, and
-    `has_head`: whether a line with that hash too is there. `unfinished`: whether the log ends within a line.
+    `highest`: the highest sequence number. `with_sequence`: the first line with the sequence number of the wanted head.
+    `has_head`: whether a line also has that head's hash. `unfinished`: whether the log ends within a line.
     """
 
     parts: list[Part] = []

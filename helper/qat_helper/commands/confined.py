@@ -15,9 +15,16 @@ from qat_shared.seccomp import Profile, Rule
 
 _REFUSED: Final = Rule(
     names=(
-        *("execve", "execveat", "socket", "socketpair", "ptrace", "process_vm_readv", "process_vm_writev", "kill"),
+        *("execve", "execveat", "socket", "socketpair", "ptrace", "process_vm_readv", "process_vm_writev"),
+        *("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "pidfd_getfd"),
+        # Its operations make sockets, and no seccomp filter sees them.
+        "io_uring_setup",
+        # Landlock mediates the first from Linux 6.2 on, and the others not at all.
+        "truncate",
         *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
+        *("utime", "utimes", "futimesat", "utimensat"),
         *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
+        *("setxattrat", "removexattrat"),
     ),
     action="SCMP_ACT_ERRNO",
 )

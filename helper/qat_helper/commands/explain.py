@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from qat_helper.operations.table import NAMES, OPERATIONS
-from qat_helper.policy import ALL, BUILTIN_RATES, Id, Policy, Rate
+from qat_helper.policy import ALL, Id, Policy, Rate
 from qat_shared.devices import PHYSICAL
 from qat_shared.messages import DpdkDriver, SocketDirectory
 
@@ -31,7 +31,7 @@ def _lines(policy: Policy) -> Iterator[str]:
     if not allowed:
         yield "  nothing"
     if any(row.audited for row in allowed):
-        yield f"  All audited operations together: at most {_rate(policy.rates.get(ALL, BUILTIN_RATES[ALL]))}."
+        yield f"  All audited operations together: at most {_rate(policy.rates[ALL])}."
     if policy.operations != NAMES:
         yield "Denied operations (rule operations):"
         for name in sorted(NAMES - policy.operations):

@@ -77,7 +77,7 @@ def open_log(path: Path) -> dict[str, LogFile]:
                 return open_files(older) | {str(path): current}
             current.close()
         time.sleep(_PAUSE)
-    LogFile(path).close()
+    LogFile(path).close()  # raises if the file is missing still
     raise AuditError(f"{path} was rotated each time that it was opened: try again")
 
 

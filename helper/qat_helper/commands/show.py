@@ -2,7 +2,8 @@
 
 Pure: lines in, rows or text out. The serving helper never imports this.
 
-It streams: only lines of operations that have not ended wait, with the lines after them, up to a number of bytes.
+It streams: rows are in the order of the requests, so only an operation that has not ended makes the rows after it wait,
+up to a number of bytes.
 """
 
 import json
@@ -112,8 +113,8 @@ class _Waiting(Struct):
 class Rows:
     """The rows of a log in the order of the requests. The log is read twice.
 
-    The first reading finds the ends of the operations for which the rows after them cannot wait. Lines that this
-    version cannot decode, of another version or forged, are skipped; `unreadable` counts them.
+    The first reading keeps the last lines of operations that end too late for the rows after them to wait. Lines that
+    this version cannot decode (another version's, or forged) are skipped; `unreadable` counts them.
     """
 
     def __init__(self, log: Items, waiting: int = _WAITING) -> None:

@@ -44,7 +44,7 @@ R = TypeVar("R", bound=Request)
 
 DEADLINE: Final = 5.0
 MAX_CHILDREN: Final = 21
-"""Of all operations together. A child takes two megabytes, and the container of the helper has a limit."""
+"""Of all operations together. A child takes 2 MiB of the helper's container, whose manifest has a memory limit."""
 LONG: Final = 15.0
 """The kernel takes a second to remove VFs, and loads firmware each time a PF goes up. The kubelet connects to an
 endpoint before it answers Register, and waits ten seconds for that."""

@@ -3,8 +3,8 @@
 h11 implements the protocol; this module does the I/O and limits the resources that a client can use:
 
     request head     8 KiB, within 5 s of its first byte (for the first request: 5 s of connecting)
-    connections      16 for each call of `serve`, 8 of them for one address; a new one replaces the one, of that address
-                     where it has 8, that has been waiting longest for a request
+    connections      16 for each call of `serve`, and 8 for each address; beyond that, a new one replaces the one (of
+                     that address, if it has 8) that has waited longest for a request
     pipelining       the event loop has a turn between two requests of a connection
     keep-alive       75 s between requests
     request body     never read: the connection is closed after the response
@@ -150,7 +150,7 @@ class _Endpoint:
                     return
                 conn.next_event()  # the end of the request
                 conn.start_next_cycle()
-                await asyncio.sleep(0)  # neither reading nor sending waits while requests of one packet are left
+                await asyncio.sleep(0)  # requests that are received already are answered without any other await
                 # The next request may have started in the same packet.
                 seconds = self._limits.head_seconds if conn.trailing_data[0] else self._limits.idle_seconds
         except h11.RemoteProtocolError as error:

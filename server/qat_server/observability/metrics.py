@@ -135,7 +135,7 @@ def _provisioning_metrics(state: State) -> Iterator[Metric]:
     )
     yield _gauge(
         "provisioning_held",
-        "Pods' containers, and processes, that use VFs of a PF that waits to be provisioned; /status names them.",
+        "Containers and processes that use VFs of a PF that waits to be provisioned; /status names them.",
         ("pf",),
         {(str(pf),): len(each.held_by) for pf, each in state.provisioning.items() if each.held_by},
     )

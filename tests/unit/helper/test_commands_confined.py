@@ -12,7 +12,7 @@ import pytest
 from qat_helper.main import main
 
 PROBE = """
-import json, os, socket, sys
+import json, os, signal, socket, sys, threading
 from pathlib import Path
 from qat_helper import main
 from qat_helper.commands import run
@@ -22,13 +22,18 @@ acts = {
     "read another file": lambda: (outside / "there").read_text(),
     "list a directory": lambda: os.listdir(outside),
     "write its file": lambda: os.close(os.open(sys.argv[-1], os.O_WRONLY)),
+    "shorten its file": lambda: os.truncate(sys.argv[-1], 0),
+    "change its file's times": lambda: os.utime(sys.argv[-1]),
     "make a file": lambda: (outside / "new").write_text(""),
-    "remove a file": lambda: (outside / "there").unlink(),
-    "start a program": lambda: os.execv("/bin/true", ["true"]),
     "open a socket": lambda: socket.socket(socket.AF_UNIX),
     "change a mode": lambda: os.chmod(outside / "there", 0o4755),
+    "remove a file": lambda: (outside / "there").unlink(),
     "signal a process": lambda: os.kill(os.getppid(), 0),
+    "signal a thread": lambda: signal.pthread_kill(threading.get_ident(), 0),
+    "signal by a descriptor": lambda: signal.pidfd_send_signal(parent, 0),
+    "start a program": lambda: os.execv("/bin/true", ["true"]),
 }
+parent = os.pidfd_open(os.getppid())
 def attempt(act):
     try:
         act()
@@ -43,6 +48,7 @@ CONTROL
 sys.exit(main.main())
 """
 CONTROL = "run.read_only = lambda paths: None"
+WITHOUT_THE_PROGRAM = f"{CONTROL}; del acts['start a program']"
 
 
 def answers(tmp_path: Path, words: list[str], control: str = "") -> dict[str, int]:
@@ -68,8 +74,11 @@ def test_a_command_can_only_read_its_files(tmp_path: Path, words: list[str]) -> 
 
 
 def test_without_that_it_could_do_more(tmp_path: Path) -> None:
-    assert answers(tmp_path, ["audit", "verify"], CONTROL) == {}, "it became another program"
+    found = answers(tmp_path, ["audit", "verify"], WITHOUT_THE_PROGRAM)
+    assert len(found) > 10
+    assert set(found.values()) == {0}
     assert not (tmp_path / "outside/there").exists()
+    assert answers(tmp_path, ["audit", "verify"], CONTROL) == {}, "it became another program"
 
 
 def test_a_caller_in_the_same_process_is_not_confined(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from qat_helper.main import _OPTIONS, _VARIABLES, StartError, _parse, main
+from qat_helper.main import main
+from qat_helper.options import OPTIONS, VARIABLES, OptionError, parse
 
 MISSING = "the value is missing"
 NOT_A_NUMBER = "'x' is not a whole number"
@@ -42,12 +43,12 @@ WRONG = {
     },
     "traceable": {"yes": "'yes' is not true or false"},
 }
-SWITCHES = {name for name, metavar, *_ in _OPTIONS if not metavar}
+SWITCHES = {name for name, metavar, *_ in OPTIONS if not metavar}
 CASES = [(name, text, said) for name, cases in WRONG.items() for text, said in cases.items()]
 
 
 def test_every_option_has_a_wrong_value_here() -> None:
-    assert WRONG.keys() == _VARIABLES.keys()
+    assert WRONG.keys() == VARIABLES.keys()
 
 
 @pytest.mark.parametrize(("name", "text", "said"), CASES, ids=[f"{name}={text}" for name, text, _ in CASES])
@@ -57,9 +58,9 @@ def test_a_wrong_value_is_one_sentence_that_names_its_source(
     if name not in SWITCHES:
         assert main([f"--{name}={text}"]) == 2
         assert capfd.readouterr().err == f"qat-helper: --{name}: {said}\n"
-    monkeypatch.setenv(_VARIABLES[name], text)
+    monkeypatch.setenv(VARIABLES[name], text)
     assert main([]) == 2
-    assert capfd.readouterr().err == f"qat-helper: {_VARIABLES[name]}: {said}\n"
+    assert capfd.readouterr().err == f"qat-helper: {VARIABLES[name]}: {said}\n"
 
 
 @pytest.mark.parametrize("name", sorted(SWITCHES))
@@ -67,9 +68,9 @@ def test_a_wrong_value_is_one_sentence_that_names_its_source(
 def test_a_switch_is_true_or_false_as_the_servers_are(
     name: str, text: str, value: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(_VARIABLES[name], text)
-    assert vars(_parse([]))[name.replace("-", "_")] is value
-    assert vars(_parse([f"--{name}"]))[name.replace("-", "_")] is True, "an option wins over its variable"
+    monkeypatch.setenv(VARIABLES[name], text)
+    assert vars(parse([]))[name.replace("-", "_")] is value
+    assert vars(parse([f"--{name}"]))[name.replace("-", "_")] is True, "an option wins over its variable"
 
 
 UNKNOWN = {
@@ -98,15 +99,15 @@ def test_an_unknown_variable_is_refused(
 def test_other_variables_are_nobodys_business(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("QAT_HELPE", "QAT_PLUGIN_SERVICE_HOST", "MY_QAT_HELPER_X", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.setenv(name, "x")
-    assert _parse([]).server_uid == 65532
+    assert parse([]).server_uid == 65532
 
 
 @pytest.mark.parametrize("uid", ["0", "1", "65532", "65535", "4294967294"])
 def test_other_ids_are_accepted(uid: str) -> None:
     """0 too: as root, a simulated node has it. On a real sysfs it is refused (test_helper_start_and_end.py)."""
-    assert _parse([f"--server-uid={uid}"]).server_uid == int(uid)
+    assert parse([f"--server-uid={uid}"]).server_uid == int(uid)
 
 
 def test_the_error_is_of_the_helpers_own_kind() -> None:
-    with pytest.raises(StartError, match="--audit-rotate: -5 is too small"):
-        _parse(["--audit-rotate=-5"])
+    with pytest.raises(OptionError, match="--audit-rotate: -5 is too small"):
+        parse(["--audit-rotate=-5"])

@@ -97,8 +97,7 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "address without domain": (
         '[[rules]]\naddress = "6b:00.0"\nvfs = 0',
-        "qat.toml line 2: rules[0].address: '6b:00.0' is not a PCI address in lower case, such as "
-        "0000:6b:00.1",
+        "qat.toml line 2: rules[0].address: '6b:00.0' is not a PCI address in lower case, such as 0000:6b:00.1",
     ),
     "device id in decimal": (
         "[[rules]]\ndevice_id = 4940\nvfs = 0",

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from qat_server.binding.apparmor import AppArmor, read_apparmor, read_text
 from qat_server.devices.pci_bus import PF_DRIVERS, VF_DRIVERS, pci_addresses
-from qat_shared.devices import PHYSICAL, VENDOR_INTEL, VIRTUAL
+from qat_shared.devices import PHYSICAL, is_qat
 from qat_shared.messages import DPDK_DRIVERS
 from qat_shared.pci import PciAddress
 from qat_shared.sysfs import PciDevice, SysfsError, open_device
@@ -110,7 +110,7 @@ def observe_node(sysfs: Path, proc: Path, dev: Path, plugin_directory: Path) -> 
 
 def _function(device: PciDevice) -> QatFunction | None:
     number = device.read_int("device", 16)
-    if device.read_int("vendor", 16) != VENDOR_INTEL or (number not in PHYSICAL and number not in VIRTUAL):
+    if not is_qat(device.read_int("vendor", 16), number):
         return None
     group = device.link("iommu_group")
     return QatFunction(

@@ -10,7 +10,10 @@ _STATUS: Final = {str(code.value[0]): code.name for code in grpc.StatusCode}
 
 
 def refusal(answer: bytes) -> str:
-    """Why the kubelet refuses, as a sentence. `answer`: all bytes of the connection up to the end of the call."""
+    """Why the kubelet refuses, as a sentence. The kubelet's own words are cut to 500 characters.
+
+    `answer`: all bytes that the kubelet sent, from the beginning of the connection to the end of the call.
+    """
     # Only a refusal needs a decoder, so most servers never load one.
     from h2.config import H2Configuration  # noqa: PLC0415
     from h2.connection import H2Connection  # noqa: PLC0415

@@ -89,9 +89,9 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     import tomllib  # noqa: PLC0415  not without a policy file: the module takes memory
 
     # tomllib takes time and memory that grow with the square of a dotted key's length.
-    for number, line in enumerate(text.split("\n"), 1):
-        if _QUOTED.sub("", line).count(".") > _MOST_DOTS:
-            raise PolicyError(f"{path} line {number}: has more than {_MOST_DOTS} dots outside quotes")
+    for at, content in enumerate(text.split("\n"), 1):
+        if _QUOTED.sub("", content).count(".") > _MOST_DOTS:
+            raise PolicyError(f"{path} line {at}: has more than {_MOST_DOTS} dots outside quotes")
     try:
         return tomllib.loads(text)
     except (RecursionError, ValueError) as error:

@@ -44,7 +44,7 @@ keyword linecache locale marshal math ntpath numbers opcode operator os pathlib 
 re reprlib select selectors signal site socket stat string struct sys termios textwrap time token
 tokenize types typing urllib uuid warnings zipimport"""
 """Modules of the standard library and of its own parts, whose names begin with an underscore."""
-LINES = 2557
+LINES = 2587
 """The present number, as a limit against growth; the aim is 1,200."""
 
 BUILD = """

@@ -50,6 +50,32 @@ def test_the_socket_is_given_to_another_group() -> None:
         assert stat.S_IMODE(running.socket.stat().st_mode) == 0o660
 
 
+def test_only_the_directories_that_policy_allows_are_repaired_at_the_start_each_with_a_line_before() -> None:
+    """The kubelet makes them root's, 0755, for volumes; plugins_registry may be left from another installation."""
+    with helper(start=False) as running:
+        allowed, forbidden = (
+            running.directory / "kubelet" / name / "qat.intel.com" for name in ("device-plugins", "plugins_registry")
+        )
+        for each in (allowed, forbidden):
+            each.mkdir(parents=True)
+            each.chmod(0o755)
+        policy = running.directory / "policy.toml"
+        policy.write_text('directories = ["device-plugins"]\n')
+        running.start(f"--policy={policy}")
+        assert stat.S_IMODE(allowed.stat().st_mode) == 0o770
+        assert stat.S_IMODE(forbidden.stat().st_mode) == 0o755
+        asked, done, start = running.audit_lines()
+        assert (asked["event"], asked["operation"]) == ("asked", "PrepareSocketDirectory")
+        assert (asked["arguments"], asked["reason"]) == ({"directory": "device-plugins"}, "repaired at the start")
+        assert (done["event"], done["verdict"], done["asked"]) == ("done", "ok", 1)
+        assert start["event"] == "start"
+        assert running.stop() == 0
+        policy.write_text('operations = ["ReadHeartbeat"]\n')
+        allowed.chmod(0o755)
+        running.start(f"--policy={policy}")
+        assert stat.S_IMODE(allowed.stat().st_mode) == 0o755, "the server may not have it prepared"
+
+
 def test_an_idle_helper_does_not_wake_up(running: Helper) -> None:
     with running.connect() as client:
         heartbeat(client)

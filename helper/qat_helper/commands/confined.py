@@ -24,7 +24,9 @@ _REFUSED: Final = Rule(
         *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
         *("utime", "utimes", "futimesat", "utimensat"),
         *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
-        *("setxattrat", "removexattrat"),
+        *("setxattrat", "removexattrat", "file_setattr"),
+        *("unshare", "setns", "memfd_create", "userfaultfd", "bpf", "keyctl", "add_key", "perf_event_open", "flock"),
+        *("setpriority", "ioprio_set", "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr"),
     ),
     action="SCMP_ACT_ERRNO",
 )

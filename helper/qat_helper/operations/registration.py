@@ -70,7 +70,9 @@ def _exchange(kubelet: socket.socket, request: bytes) -> bytes:
                 break
             answer += received
     except TimeoutError as error:
-        raise OperationError(ErrorCode.TIMED_OUT, "the kubelet did not answer in time: it may still have registered the resource") from error
+        raise OperationError(
+            ErrorCode.TIMED_OUT, "the kubelet did not answer in time: it may still have registered the resource"
+        ) from error
     except OSError:  # reset: the same as an end
         pass
     raise OperationError(

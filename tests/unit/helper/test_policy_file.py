@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qat_helper.console import log
 from qat_helper.errors import OperationError
 from qat_helper.operations.table import NAMES, OPERATIONS
 from qat_helper.policy import Policy, Rate
@@ -298,3 +299,32 @@ def test_what_is_beside_a_config_maps_data_is_not_read(tmp_path: Path) -> None:
     mount.write({"serve.toml": "operations = []\n"})
     write(mount.directory / "more.toml", 'operations = ["SetNumVfs"]\n')
     assert narrow(BUILTIN, mount.directory, os.geteuid()).operations == frozenset()
+
+
+def test_a_key_that_holds_control_characters_writes_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A terminal would obey them, and a line feed would forge a line of the helper's log."""
+    path = tmp_path / "policy.toml"
+    path.write_text('"\\u001b[2J\\nqat-helper: serving on /run/x" = 1\n')
+    with pytest.raises(PolicyError) as raised:
+        narrow(BUILTIN, path, os.geteuid())
+    log(str(raised.value))
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1
+    assert line.rstrip("\n").isprintable()
+    assert "unknown key" in line
+
+
+@pytest.mark.parametrize("key", [".".join("a" * 34), ".".join(['"a"'] * 34), '"\\"".' + ".".join("a" * 34)])
+def test_a_key_of_many_parts_is_refused_before_it_is_parsed(tmp_path: Path, key: str) -> None:
+    """The parser's memory grows with the square of their number."""
+    path = tmp_path / "policy.toml"
+    path.write_text(f"operations = []\n{key} = 1\n")
+    with pytest.raises(PolicyError, match="line 2: has more than 32 dots outside quotes"):
+        narrow(BUILTIN, path, os.geteuid())
+
+
+def test_many_addresses_on_one_line_are_not_too_many_dots(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    addresses = [f"0000:6b:{number // 8:02x}.{number % 8}" for number in range(128)]
+    path.write_text(f"addresses = {addresses}\n")
+    assert len(narrow(BUILTIN, path, os.geteuid()).addresses or ()) == 128

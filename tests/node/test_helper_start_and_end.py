@@ -3,6 +3,8 @@
 import os
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,14 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import qat_helper.main
-from qat_helper.main import main
 from qat_shared.messages import (
     Heartbeat,
     PrepareSocketDirectory,
 )
 from support.conditions import wait_until
-from support.helper_process import Helper, heartbeat, helper, needs_root, run_as_user
+from support.helper_process import Helper, heartbeat, helper, needs_root
 
 
 @pytest.fixture
@@ -184,21 +184,28 @@ def test_options_come_from_the_environment_too() -> None:
         assert said == "qat-helper: QAT_HELPER_REQUIRE_SANDBOX: 'yes' is not true or false\n"
 
 
+AS_USER = """
+import codecs, locale, os, sys  # argparse's gettext imports locale late
+from qat_helper.main import main
+codecs.lookup("unicode_escape")
+uid = int(sys.argv[1])
+os.setgroups([])
+os.setgid(uid)
+os.setuid(uid)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 def run_as(uid: int, running: Helper, *options: str) -> int:
-    """The helper's own main as another uid, which need not be able to read this checkout: its exit status."""
+    """The helper as another uid, which need not be able to read this checkout: its exit status.
 
-    arguments = [*running.options(), *options]
-
-    def run() -> None:
-        os.dup2(os.open(running.log, os.O_WRONLY | os.O_APPEND), 2)
-        # What this test process has open belongs to objects that would close their numbers once more.
-        qat_helper.main.close_inherited = lambda: None  # type: ignore[attr-defined]
-        os._exit(main(arguments))
-
-    running.log.touch()
+    A new process, because the libraries of this one (gRPC) act in each process that is forked from it.
+    """
     for path in (running.directory, *running.directory.rglob("*")):
         os.chown(path, uid, uid, follow_symlinks=False)
-    return run_as_user(uid, uid, [run])
+    with running.log.open("ab") as log:
+        command = [sys.executable, "-c", AS_USER, str(uid), *running.options(), *options]
+        return subprocess.run(command, stderr=log, stdin=subprocess.DEVNULL, check=False).returncode
 
 
 @needs_root
@@ -225,7 +232,7 @@ def test_on_the_real_sysfs_the_server_is_not_root(option: str) -> None:
 @needs_root
 def test_on_a_simulated_tree_anybody_may_run_it() -> None:
     with helper(start=False) as running:
-        assert run_as(1234, running, "--server-gid=4321") == 2
+        assert run_as(1234, running, "--server-gid=4321") == 2, running.log_text()
         assert "run the helper in that group" in running.log_text()
         thread = threading.Thread(target=run_as, args=(1234, running, "--server-gid=1234"))
         thread.start()

@@ -178,16 +178,18 @@ class Dispatcher:
         return reply
 
     def _start(self) -> None:
+        full: set[str] = set()  # operations that can have no other child now
         for job in list(self._queue):
             if job not in self._queue:  # its client was dropped when an earlier job of this loop failed
                 continue
             name = job.operation.name
             child = next((child for child, kind in self._idle.items() if kind == job.kind), None)
-            if child is None and self._children[name] >= job.operation.max_children:
-                self._dismiss(name)  # idle ones of other clients: when they have exited, there is room
+            if child is None and name in full:
                 continue
-            if child is None and not self._has_room(job.operation):
-                self._dismiss(name, keep=0)
+            own = self._children[name] >= job.operation.max_children
+            if child is None and (own or not self._has_room(job.operation)):
+                full.add(name)
+                self._dismiss(name, None if own else 0)  # idle ones: when they have exited, there is room
                 continue
             self._queue.remove(job)
             try:

@@ -18,14 +18,7 @@ from typing import Final
 from qat_helper.errors import PENDING_HEAD, OperationError
 from qat_helper.operations.node import Node, Outcome
 from qat_shared import NAMESPACE
-from qat_shared.messages import (
-    Connected,
-    Done,
-    ErrorCode,
-    OpenPodResources,
-    PrepareSocketDirectory,
-    SocketDirectory,
-)
+from qat_shared.messages import Connected, Done, ErrorCode, OpenPodResources, PrepareSocketDirectory, SocketDirectory
 
 MODE: Final = 0o770
 UMASK: Final = 0o007

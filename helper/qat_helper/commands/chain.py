@@ -6,7 +6,7 @@ runs. A run is a longest series of lines that continue each other; an intact log
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -20,6 +20,8 @@ MAX_PARTS: Final = 10_000
 _PIECE_LIMIT: Final = LINE_LIMIT + 64
 """The longest fragment: a line, and the marks with which later writes ended it."""
 _TORN: Final = b"#torn"
+
+_T = TypeVar("_T", bound=Struct)
 
 
 class Place(NamedTuple):
@@ -213,6 +215,14 @@ def _add_junk(log: Survey, item: Invalid) -> None:
         _add(log, Junk(item.file, item.number, item.number))
 
 
+def decoded(line: bytes, kind: type[_T]) -> _T | None:
+    """A line's JSON as this type; None if it is not that."""
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def _items(name: str, chunks: Iterable[bytes]) -> Iterator[Item]:
     number = 1
     rest = b""
@@ -232,9 +242,8 @@ def _item(name: str, number: int, piece: bytes) -> Item:
         return Invalid(name, number)
     if piece.endswith(_TORN):
         return Fragment(name, number, ended=True)
-    try:
-        link = msgspec.json.decode(piece, type=_Link)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    link = decoded(piece, _Link)
+    if link is None:
         return Invalid(name, number)
     return Line(name, number, piece, link.sequence, link.previous, link.torn, digest(piece))
 

@@ -11,13 +11,13 @@ import re
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 from msgspec import Struct
 
 from qat_helper.audit.log import Caller, Entry, Fields
-from qat_helper.commands.chain import Items, Line
+from qat_helper.commands.chain import Items, Line, decoded
 
 INTERRUPTED: Final = "interrupted"
 """The helper ended before the operation did; the log does not say whether it took effect."""
@@ -52,8 +52,6 @@ _LATE: Final = 4 * 1024 * 1024
 _OPEN: Final = 20_000
 """Operations whose ends the first reading looks for at once; a helper has far fewer under way."""
 _LIFE: Final = ("start", "stop")
-
-_T = TypeVar("_T", bound=Struct)
 
 
 class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -131,7 +129,7 @@ class Rows:
         self._find_late()
         size = 0
         for number, line in enumerate(self._log.lines(), 1):
-            outline = _decoded(line.text, _Outline)
+            outline = decoded(line.text, _Outline)
             if outline is None:
                 self.unreadable += 1
             elif outline.asked in self._late_shown:
@@ -150,7 +148,7 @@ class Rows:
         began: OrderedDict[int, int] = OrderedDict()
         at, room = 0, _LATE
         for number, line in enumerate(self._log.lines(), 1):
-            outline = _decoded(line.text, _Outline)
+            outline = decoded(line.text, _Outline)
             if outline is None:
                 continue
             if outline.event in _LIFE:
@@ -190,8 +188,8 @@ class Rows:
             waiting.end = self._late.pop(waiting.sequence, b"")
             if waiting.end:
                 self._late_shown.add(waiting.sequence)
-        first = _decoded(waiting.first, Entry)
-        end = _decoded(waiting.end, Entry) if waiting.end else None
+        first = decoded(waiting.first, Entry)
+        end = decoded(waiting.end, Entry) if waiting.end else None
         self.unreadable += (first is None) + (end is None and waiting.end != b"")
         if first is None:
             return
@@ -270,13 +268,6 @@ def _word(value: str) -> str:
 
 def _quoted(value: str) -> str:
     return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value))
-
-
-def _decoded(line: bytes, kind: type[_T]) -> _T | None:
-    try:
-        return msgspec.json.decode(line, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
 
 
 def _among(value: str, wanted: Collection[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The helper's memory at its worst fits into the limit of its container, with a command of `kubectl exec` beside it."""
+"""The helper's memory at its worst, and a command of `kubectl exec`, fit into the limit of the helper's container."""
 
 import os
 import select

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 
 from qat_server.observability.http_server import JSON, Handler, Limits, Response, listen, serve
+from support.http_endpoint import serving
 
 DEADLINE = 120.0
 
@@ -27,20 +28,8 @@ HANDLERS: dict[str, Handler] = {
 }
 
 
-@asynccontextmanager
-async def endpoint(limits: Limits | None = None, send_buffer: int | None = None) -> AsyncIterator[int]:
-    (sock,) = listen("127.0.0.1", 0)
-    if send_buffer is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # connections inherit it
-    port: int = sock.getsockname()[1]
-    task = asyncio.create_task(serve([sock], HANDLERS, limits))
-    try:
-        yield port
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    assert sock.fileno() == -1
+def endpoint(limits: Limits | None = None, send_buffer: int | None = None) -> AbstractAsyncContextManager[int]:
+    return serving(lambda sockets: serve(sockets, HANDLERS, limits), send_buffer)
 
 
 async def exchange(port: int, request: bytes, *, half_close: bool = False) -> bytes:

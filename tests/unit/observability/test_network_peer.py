@@ -1,10 +1,8 @@
 """What a peer on the network sees at --metrics-address, and what it cannot hold up there."""
 
 import asyncio
-import contextlib
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,9 @@ from qat_server.devices.open_vfs import OpenVfs
 from qat_server.helper_client.client import HelperState
 from qat_server.instrumentation.counters import Counters
 from qat_server.observability.handlers import HttpHandlers
-from qat_server.observability.http_server import Handler, Limits, Response, listen, serve
+from qat_server.observability.http_server import Handler, Limits, Response, serve
 from qat_server.observability.state import State
+from support.http_endpoint import serving
 from support.server_state import PF, VFS, provisioning_state
 
 DEADLINE = 120.0
@@ -36,20 +35,11 @@ def telling() -> State:
     )
 
 
-@asynccontextmanager
-async def served(*, status_http: bool) -> AsyncIterator[int]:
+def served(*, status_http: bool) -> AbstractAsyncContextManager[int]:
     state = telling()
     open_vfs = OpenVfs(Path("/nonexistent"), read=lambda _, inventory: inventory)
     handlers = HttpHandlers(lambda: state.inventory, lambda _: state, open_vfs, Counters(), status_http=status_http)
-    (sock,) = listen("127.0.0.1", 0)
-    port: int = sock.getsockname()[1]
-    task = asyncio.create_task(handlers.serve([sock]))
-    try:
-        yield port
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    return serving(handlers.serve)
 
 
 async def get(port: int, path: str, source: str = "127.0.0.1") -> tuple[int, str]:
@@ -91,17 +81,8 @@ async def test_with_status_http_it_reads_all_of_it() -> None:
         assert (status, PATH in text) == (503, True)
 
 
-@asynccontextmanager
-async def endpoint(handlers: dict[str, Handler], limits: Limits | None = None) -> AsyncIterator[int]:
-    (sock,) = listen("127.0.0.1", 0)
-    port: int = sock.getsockname()[1]
-    task = asyncio.create_task(serve([sock], handlers, limits))
-    try:
-        yield port
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+def endpoint(handlers: dict[str, Handler], limits: Limits | None = None) -> AbstractAsyncContextManager[int]:
+    return serving(lambda sockets: serve(sockets, handlers, limits))
 
 
 async def test_one_address_cannot_take_all_connections() -> None:
